@@ -16,8 +16,8 @@ words are the white-space separated words plus one end-of-line a line.
 """
 
 import argparse
+import http.client
 import os
-import pickle
 import re
 import sys
 import threading
@@ -32,7 +32,7 @@ from tqdm import tqdm
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))  # so that `python data/prepare.py` finds the tokenizer
 
-from bpe_tokenizer import BPETokenizer  # noqa: E402
+from bpe_tokenizer import BPETokenizer
 
 SPLITS = ("train", "val", "test")
 VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
@@ -52,6 +52,10 @@ PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
 # ----------------------------------------------------------------------------------------------------------
 
 
+def _first_line(error):
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _read_text(path):
     """Stream a text file in pieces of whole lines. Raises ValueError if it is not UTF-8."""
     with open(path, encoding="utf-8", newline="") as file:
@@ -59,7 +63,9 @@ def _read_text(path):
             while lines := file.readlines(BLOCK):
                 yield "".join(lines)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as published") from None
+            raise ValueError(
+                f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as published"
+            ) from None
 
 
 def _join_rows(batches):
@@ -74,10 +80,15 @@ def _read_parquet(paths):
 
     for path in paths:
         try:
-            batches = pyarrow.parquet.ParquetFile(path).iter_batches(batch_size=4096, columns=["text"])
+            file = pyarrow.parquet.ParquetFile(path)
+            if file.schema_arrow.field("text").type not in (pyarrow.string(), pyarrow.large_string()):
+                raise ValueError("its column text does not hold strings")
+            batches = file.iter_batches(batch_size=4096, columns=["text"])
             yield from _join_rows(batch.column(0).to_pylist() for batch in batches)
-        except pyarrow.ArrowException as error:
-            raise ValueError(f"{path} is no WikiText parquet file ({str(error).splitlines()[0]})") from None
+        except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
+            raise ValueError(
+                f"{path} is no WikiText parquet file ({_first_line(error)}); give the files as the hub has them"
+            ) from None
 
 
 def folder_source(folder, dataset):
@@ -115,8 +126,8 @@ def _hub_answers():
             answered.set()
         except urllib.error.HTTPError:
             answered.set()  # an unfriendly answer is an answer
-        except (OSError, ValueError):
-            pass
+        except (OSError, ValueError, http.client.HTTPException):
+            pass  # no connection, no address, or no web server there
 
     asking = threading.Thread(target=ask, daemon=True)
     asking.start()
@@ -133,7 +144,8 @@ def hub_source(dataset):
     try:
         splits = datasets.load_dataset(HUB_DATASET, dataset)
     except Exception as error:  # the package has no common base class for "could not be had"
-        raise ConnectionError(f"{HUB_DATASET} could not be loaded: {str(error).splitlines()[0]}") from error
+        raise ConnectionError(f"{HUB_DATASET} could not be loaded ({_first_line(error)}); connect, or give local "
+                              "files with --from DIR") from error
     return {
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
         for split, rows in zip(SPLITS, (splits["train"], splits["validation"], splits["test"]))
@@ -151,9 +163,9 @@ def sample_source():
 
 
 def open_source(folder=None, dataset=None, sample=False):
-    """(source, name of the data set or None). Falls back to the sample, saying so, where the hub is out of reach."""
+    """(source, name of the data set or of its folder). Falls back to the sample, saying so, where the hub is out of reach."""
     if folder:
-        return folder_source(folder, dataset), dataset
+        return folder_source(folder, dataset), dataset or Path(folder).resolve().name
     if not sample:
         try:
             return hub_source(dataset or DATASETS[0]), dataset or DATASETS[0]
@@ -211,15 +223,20 @@ def _write_whole(path, content):
     try:
         torch.save(content, beside)
         beside.replace(path)
-    except RuntimeError as error:  # torch's word for a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}; is the disk full?") from None
+    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
+        raise OSError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from None
     finally:
         beside.unlink(missing_ok=True)
 
 
-def prepare(folder=None, dataset=None, sample=False, vocabularies=tuple(VOCABULARIES)):
-    """Tokenize all splits of a source with each of `vocabularies` (names of files in data/)."""
-    source, name = open_source(folder, dataset, sample)
+def prepare(source=None, name=None, vocabularies=tuple(VOCABULARIES)):
+    """Tokenize all splits of a source with each of `vocabularies` (names of files in data/).
+
+    source: from `open_source`, which is asked if there is none; name: of the data set; the name of a folder gives way to
+    that of the data set if the words of its training split are as many as published.
+    """
+    if source is None:
+        source, name = open_source()
     tokenizers = {vocabulary: BPETokenizer.load(DATA_DIR / vocabulary) for vocabulary in vocabularies}
     sizes = [size for size, _ in source.values()]
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
@@ -230,9 +247,9 @@ def prepare(folder=None, dataset=None, sample=False, vocabularies=tuple(VOCABULA
                 ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar)
                 if len(ids) < 2:
                     raise ValueError(f"the {split} split of this source is empty; give the WikiText files as published")
-                if name is None:  # local files, read in the order train, val, test
-                    name = PUBLISHED_WORDS.get(n_words)
-                    name = f"{name}-v1" if name else Path(folder).resolve().name
+                if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
+                    words_removed = any("<unk>" in text for text in source[split][1]())
+                    name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
                 files.append((token_file(split, vocabulary), {
                     "format": FORMAT, "version": VERSION, "dataset": name, "split": split,
                     "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes, "n_words": n_words,
@@ -243,6 +260,15 @@ def prepare(folder=None, dataset=None, sample=False, vocabularies=tuple(VOCABULA
         n_tokens, n_bytes = content["n_tokens"], content["n_bytes"]
         print(f"{path.parent.name}/{path.name}: {name}, {n_tokens:,} tokens, {n_bytes:,} bytes, "
               f"{content['n_words']:,} words, {n_bytes / n_tokens:.2f} bytes per token")
+
+
+def _is_whole(content):
+    """Whether the contents of a token file have the types that `prepare` gives them, and as many ids as it says."""
+    types = {"ids": torch.Tensor, "n_tokens": int, "n_bytes": int, "n_words": int, "dataset": str, "split": str,
+             "tokenizer": str, "fingerprint": str}  # fmt: skip
+    if not all(isinstance(content.get(key), kind) for key, kind in types.items()):
+        return False
+    return content["ids"].dtype == torch.uint16 and content["ids"].shape == (content["n_tokens"],)
 
 
 def load_tokens(vocabulary):
@@ -258,7 +284,7 @@ def load_tokens(vocabulary):
     missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary)).exists()]
     again = "make the token files again with python data/prepare.py"
     if vocabulary not in VOCABULARIES:
-        again += f" --vocab-size {tokenizer.vocab_size}"
+        again += f" --vocab-size {Path(vocabulary).stem.removeprefix('bpe_vocab_')}"
     if len(missing) == len(SPLITS):
         others = [path for path in DATA_DIR.glob("train_ids*.pt")]
         if others:
@@ -273,16 +299,20 @@ def load_tokens(vocabulary):
         try:
             content = torch.load(path, weights_only=True, mmap=True)
             good = isinstance(content, dict) and content.get("format") == FORMAT
-        except (RuntimeError, ValueError, EOFError, KeyError, AttributeError, pickle.UnpicklingError):
+        except (PermissionError, IsADirectoryError) as error:
+            raise OSError(f"data/{path.name} cannot be read ({error.strerror}); {again}") from None
+        except Exception:  # the unpickler fails in many ways on a damaged file
             good = False
-        if not good:
+        if good and content.get("version") != VERSION:
+            raise ValueError(f"data/{path.name} has version {content.get('version')!r}, not {VERSION}; {again}")
+        if not good or not _is_whole(content):
             raise ValueError(f"data/{path.name} is damaged or no token file; {again}")
-        if content["version"] != VERSION:
-            raise ValueError(f"data/{path.name} has version {content['version']}, not {VERSION}; {again}")
         if content["fingerprint"] != tokenizer.fingerprint:
             raise ValueError(f"data/{path.name} was made by another tokenizer than data/{vocabulary}; {again}")
-        if len(content["ids"]) != content["n_tokens"] or content["split"] != split:
-            raise ValueError(f"data/{path.name} is damaged or was renamed; {again}")
+        if content["split"] != split:
+            raise ValueError(f"data/{path.name} holds the split {content['split']!r}: it was renamed; {again}")
+        if int(content["ids"].numpy().max()) >= tokenizer.vocab_size:
+            raise ValueError(f"data/{path.name} is damaged: it has ids outside of the vocabulary; {again}")
         tokens[split] = Tokens(content["ids"], content["n_bytes"], content["n_words"], content["dataset"])
     names = {split: some.dataset for split, some in tokens.items()}
     if len(set(names.values())) > 1:
@@ -313,15 +343,17 @@ def main(argv=None):
     parser.add_argument("--train-vocab", action="store_true", help="learn the two committed vocabularies again")
     args = parser.parse_args(argv)
     vocabularies = dict(VOCABULARIES)
-    if args.vocab_size:
+    if args.vocab_size is not None:
         if not 257 <= args.vocab_size <= 1 << 16:
             parser.error(f"--vocab-size {args.vocab_size} must lie between 257 and 65536, since ids take 16 bits")
         vocabularies = {f"bpe_vocab_{args.vocab_size}.json": args.vocab_size}
-    if args.vocab_size or args.train_vocab:
-        source, _ = open_source(args.folder, args.dataset, args.sample)
+        if not args.train_vocab and not VOCABULARIES.keys().isdisjoint(vocabularies):
+            parser.error(f"a vocabulary of {args.vocab_size} tokens is committed already: leave --vocab-size out")
+    source, name = open_source(args.folder, args.dataset, args.sample)
+    if args.vocab_size is not None or args.train_vocab:
         for vocabulary, vocab_size in vocabularies.items():
             train_vocabulary(source, vocabulary, vocab_size)
-    prepare(args.folder, args.dataset, args.sample, tuple(vocabularies))
+    prepare(source, name, tuple(vocabularies))
 
 
 if __name__ == "__main__":
@@ -329,5 +361,5 @@ if __name__ == "__main__":
         main()
     except KeyboardInterrupt:
         sys.exit("prepare.py: stopped; no token file was changed in part")
-    except (OSError, ValueError) as error:
+    except (OSError, ValueError, ImportError) as error:
         sys.exit(f"prepare.py: {error}")

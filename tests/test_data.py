@@ -1,0 +1,875 @@
+"""Tests of data/prepare.py: the sample, the sources, the token files, their damage, and the command line."""
+
+import contextlib
+import errno
+import os
+import pickle
+import re
+import shutil
+import socket
+import subprocess
+import sys
+import threading
+import time
+from pathlib import Path
+
+import datasets
+import huggingface_hub.constants
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+from tqdm import tqdm
+
+from bpe_tokenizer import BPETokenizer
+from data import prepare
+
+ROOT = Path(__file__).resolve().parents[1]
+WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
+SMALL = "bpe_vocab_500.json"
+HUB_NAMES = {"train": "train", "val": "validation", "test": "test"}
+FILE_NAMES = {"train": "train", "val": "valid", "test": "test"}
+AGAIN = "python data/prepare.py"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A data folder of its own, no network, a small text
+# ----------------------------------------------------------------------------------------------------------
+
+
+def make(folder=None, dataset=None, vocabularies=tuple(prepare.VOCABULARIES)):
+    """What the command line does: open a source and tokenize it."""
+    prepare.prepare(*prepare.open_source(folder, dataset), vocabularies)
+
+
+
+@pytest.fixture(autouse=True)
+def no_network(monkeypatch, tmp_path):
+    """Names of other machines are not looked up, the Hugging Face packages are offline and their caches empty."""
+    asked = []
+    look_up = socket.getaddrinfo
+
+    def local_only(host, *args, **kwargs):
+        if host not in ("127.0.0.1", "localhost"):
+            asked.append(host)
+            raise OSError(f"a test asked for the network: {host}")
+        return look_up(host, *args, **kwargs)
+
+    monkeypatch.setattr(socket, "getaddrinfo", local_only)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
+    monkeypatch.setenv("no_proxy", "*")  # the local sockets of these tests are asked directly
+    # These packages read the environment only once, when they are imported.
+    monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
+    monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf" / "datasets")
+    monkeypatch.setattr(datasets.config, "HF_MODULES_CACHE", tmp_path / "hf" / "modules")
+    yield
+    assert not asked
+
+
+@contextlib.contextmanager
+def as_data_dir(folder):
+    """Let prepare use `folder`, with a copy of the committed files, in place of data/."""
+    folder.mkdir()
+    for name in (*prepare.VOCABULARIES, prepare.SAMPLE.name):
+        shutil.copy(ROOT / "data" / name, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "DATA_DIR", folder)
+        patch.setattr(prepare, "SAMPLE", folder / prepare.SAMPLE.name)
+        yield folder
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    with as_data_dir(tmp_path / "data") as folder:
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return BPETokenizer.load(ROOT / "data" / SMALL)
+
+
+def make_texts():
+    """A text for each split, with what can go wrong: signs of many bytes, all kinds of spaces and line ends."""
+    odd = (
+        " \n = Ærøskøbing — 東京 = \n \n <unk> costs 5 @,@ 000 € ; naïve 😀 ².  Two  spaces \n"
+        " a line\u2028separator , a\x85next line , no\u00a0break , a\r carriage return \r\n \n = = Part = = \n \n\n"
+    )
+    plain = " \n = Lamp {i} = \n \n The lamp of number {i} burned <unk> hours , it 's said . \n \n"
+    text = {split: odd + "".join(plain.format(i=i * k) for i in range(30)) for k, split in enumerate(prepare.SPLITS, 1)}
+    text["train"] += plain.format(i=7) * 1000  # more rows than are read at a time
+    return text
+
+
+TEXTS = make_texts()
+
+
+@pytest.fixture(scope="module")
+def expected(tokenizer):
+    """(ids, bytes, words) of each split, straight from the definitions."""
+    return {
+        split: (tokenizer.encode(text), len(text.encode()), len(text.split()) + text.count("\n"))
+        for split, text in TEXTS.items()
+    }
+
+
+def write_text(folder, texts=TEXTS, ending="tokens"):
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, text in texts.items():
+        (folder / f"wiki.{FILE_NAMES[split]}.{ending}").write_bytes(text.encode())
+    return folder
+
+
+def write_parquet(folder, texts=TEXTS, shards=1):
+    """The hub's layout: a row for each line, the empty string for the line " \\n"."""
+    folder.mkdir(parents=True, exist_ok=True)
+    for split, text in texts.items():
+        rows = ["" if line == " \n" else line for line in re.findall(r"[^\n]*\n", text)]
+        for k, part in enumerate(np.array_split(np.arange(len(rows)), shards)):
+            table = pyarrow.table({"text": pyarrow.array([rows[i] for i in part], pyarrow.string())})
+            pyarrow.parquet.write_table(table, folder / f"{HUB_NAMES[split]}-{k:05}-of-{shards:05}.parquet")
+    return folder
+
+
+def write_hub(folder):
+    """A local folder that the `datasets` package reads as it reads the hub's repository."""
+    write_parquet(folder / "wikitext-2-v1")
+    entries = "".join(f"  - split: {name}\n    path: wikitext-2-v1/{name}-*\n" for name in HUB_NAMES.values())
+    (folder / "README.md").write_text(f"---\nconfigs:\n- config_name: wikitext-2-v1\n  data_files:\n{entries}---\n")
+    return folder
+
+
+def as_expected(tokens, expected):
+    return all(
+        (some.ids.tolist(), some.n_bytes, some.n_words) == expected[split] and len(some) == len(expected[split][0])
+        for split, some in tokens.items()
+    )
+
+
+def bar():
+    return tqdm(disable=True)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The sample
+# ----------------------------------------------------------------------------------------------------------
+
+
+def articles_of(text):
+    """The articles of a text in WikiText's form, each with the empty line before its title."""
+    lines = text.split("\n")
+    starts = [i - 1 for i, line in enumerate(lines) if re.fullmatch(r" = [^=].* = ", line)]
+    return ["\n".join(lines[start:end]) for start, end in zip(starts, [*starts[1:], len(lines)])]
+
+
+def sample_parts():
+    return {split: "".join(open_stream()) for split, (_, open_stream) in prepare.sample_source().items()}
+
+
+def test_sample_is_large_enough():
+    text = prepare.SAMPLE.read_text(encoding="utf-8")
+    assert len(articles_of(text)) >= 60
+    assert len(text.encode()) >= 250_000
+
+
+def test_sample_has_the_form_of_wikitext():
+    text = prepare.SAMPLE.read_text(encoding="utf-8")
+    articles = articles_of(text)
+    assert "\n".join(articles) == text  # no line before the first title
+    assert all(re.match(r" \n = [^=\n]+ = \n \n", article) for article in articles)
+    assert all(line.startswith(" ") and line.endswith(" ") for line in text.removesuffix("\n").split("\n"))
+
+
+def test_sample_splits_hold_every_article_once():
+    whole = articles_of(prepare.SAMPLE.read_text(encoding="utf-8"))
+    parts = [article.strip() for part in sample_parts().values() for article in articles_of(part)]
+    assert sorted(parts) == sorted(article.strip() for article in whole)
+    assert len(set(parts)) == len(parts)
+    assert sum(map(len, sample_parts().values())) == len(prepare.SAMPLE.read_text(encoding="utf-8"))
+
+
+def test_sample_splits_are_of_useful_size():
+    sizes = {split: len(part.encode()) for split, part in sample_parts().items()}
+    assert sizes["train"] > 0.7 * sum(sizes.values())
+    assert min(sizes.values()) > 10_000
+    assert sizes == {split: size for split, (size, _) in prepare.sample_source().items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sources
+# ----------------------------------------------------------------------------------------------------------
+
+LAYOUTS = {
+    "tokens": write_text,
+    "raw": lambda folder: write_text(folder, ending="raw"),
+    "tokens in a subfolder": lambda folder: write_text(folder / "wikitext-2-v1").parent,
+    "parquet": write_parquet,
+    "parquet shards": lambda folder: write_parquet(folder, shards=3),
+    "parquet in a subfolder": lambda folder: write_parquet(folder / "wikitext-2-v1").parent,
+}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_local_files_give_the_tokens_of_the_text(data_dir, tmp_path, expected, layout):
+    make(folder=LAYOUTS[layout](tmp_path / "wikitext"), vocabularies=(SMALL,))
+    assert as_expected(prepare.load_tokens(SMALL)[1], expected)
+
+
+def test_small_blocks_do_not_change_the_tokens(data_dir, tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    make(folder=write_text(tmp_path / "wikitext"), vocabularies=(SMALL,))
+    assert as_expected(prepare.load_tokens(SMALL)[1], expected)
+
+
+def test_the_datasets_package_gives_the_tokens_of_the_text(data_dir, tmp_path, expected, monkeypatch):
+    monkeypatch.setattr(prepare, "HUB_DATASET", str(write_hub(tmp_path / "hub")))
+    make(vocabularies=(SMALL,))
+    tokens = prepare.load_tokens(SMALL)[1]
+    assert as_expected(tokens, expected)
+    assert {some.dataset for some in tokens.values()} == {"wikitext-2-v1"}
+
+
+def test_empty_rows_and_missing_values_are_empty_lines():
+    assert list(prepare._join_rows([["", " = A = \n"], [None, ""]])) == [" \n = A = \n", " \n \n"]
+
+
+def test_dataset_names_the_subfolder_and_the_data_set(data_dir, tmp_path, expected):
+    write_parquet(tmp_path / "wikitext" / "wikitext-103-v1")
+    write_parquet(tmp_path / "wikitext" / "wikitext-2-v1", dict.fromkeys(TEXTS, " another text \n"))
+    make(tmp_path / "wikitext", "wikitext-103-v1", vocabularies=(SMALL,))
+    tokens = prepare.load_tokens(SMALL)[1]
+    assert as_expected(tokens, expected)
+    assert tokens["train"].dataset == "wikitext-103-v1"
+
+
+def test_local_files_of_another_text_are_named_after_their_folder(data_dir, tmp_path):
+    make(write_text(tmp_path / "my text"), vocabularies=(SMALL,))
+    assert prepare.load_tokens(SMALL)[1]["val"].dataset == "my text"
+
+
+@pytest.mark.parametrize("ending, name", [("tokens", "wikitext-2-v1"), ("raw", "wikitext-2-raw-v1")])
+def test_published_text_is_recognized_by_its_words(data_dir, tmp_path, expected, monkeypatch, ending, name):
+    """The raw text has as many words, but it is another data set."""
+    monkeypatch.setattr(prepare, "PUBLISHED_WORDS", {expected["train"][2]: "wikitext-2"})
+    texts = TEXTS
+    if ending == "raw":
+        texts = {split: text.replace("<unk>", "kerosene") for split, text in TEXTS.items()}
+    make(write_text(tmp_path / "here", texts, ending), vocabularies=(SMALL,))
+    assert prepare.load_tokens(SMALL)[1]["train"].dataset == name
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The real WikiText-2
+# ----------------------------------------------------------------------------------------------------------
+
+needs_wikitext = pytest.mark.skipif(
+    not all((WIKITEXT / f"wiki.{name}.tokens").is_file() for name in FILE_NAMES.values()),
+    reason="WikiText-2 is absent",
+)
+PUBLISHED = {"val": (1_121_681, 217_646), "test": (1_256_449, 245_569)}  # bytes, words
+
+
+@needs_wikitext
+@pytest.mark.parametrize("split", PUBLISHED)
+def test_wikitext_has_the_published_counts_and_decodes_exactly(tokenizer, split):
+    path = WIKITEXT / f"wiki.{FILE_NAMES[split]}.tokens"
+    text = "".join(prepare._read_text(path))
+    assert text.encode() == path.read_bytes()
+    n_words = 0
+    for line in path.read_bytes().split(b"\n")[:-1]:
+        n_words += 1 + sum(1 for word in line.decode().split(" ") if word)
+    assert (len(path.read_bytes()), n_words) == PUBLISHED[split]
+
+    ids, *counts = prepare.tokenize(prepare._read_text(path), tokenizer, bar())
+    assert tuple(counts) == PUBLISHED[split]
+    assert tokenizer.decode_bytes(ids.tolist()).decode() == text
+
+
+@needs_wikitext
+def test_wikitext_is_recognized(data_dir):
+    make(WIKITEXT, vocabularies=(SMALL,))
+    tokens = prepare.load_tokens(SMALL)[1]
+    assert {some.dataset for some in tokens.values()} == {"wikitext-2-v1"}
+    assert tokens["train"].n_words == 2_088_628
+    assert {split: (tokens[split].n_bytes, tokens[split].n_words) for split in PUBLISHED} == PUBLISHED
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Streaming
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_stream_gives_what_the_whole_text_gives(tokenizer, expected):
+    lines = re.findall(r"[^\n]*\n", TEXTS["train"])
+    ids, n_bytes, n_words = prepare.tokenize((line for line in lines), tokenizer, bar())
+    assert ids.dtype == np.uint16
+    assert (ids.tolist(), n_bytes, n_words) == expected["train"]
+
+
+def test_a_stream_is_read_bit_by_bit(tokenizer):
+    """The first tokens come before the text has been read to its end."""
+    piece, n_pieces = TEXTS["train"], 40
+    read, read_at_yield = [], []
+
+    def stream():
+        for i in range(n_pieces):
+            read.append(i)
+            yield piece
+
+    class Watched:
+        def encode_stream(self, texts):
+            for ids in tokenizer.encode_stream(texts):
+                read_at_yield.append(len(read))
+                yield ids
+
+    prepare.tokenize(stream(), Watched(), bar())
+    assert len(read) == n_pieces
+    assert read_at_yield[0] < n_pieces // 2
+    assert len(set(read_at_yield)) > 2
+
+
+def test_a_file_is_read_in_whole_lines(tmp_path, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 200)
+    pieces = list(prepare._read_text(write_text(tmp_path / "wikitext") / "wiki.valid.tokens"))
+    assert len(pieces) > 10
+    assert "".join(pieces) == TEXTS["val"]
+    assert all(piece[-1] in "\r\n" for piece in pieces)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Without the hub
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def endpoint(monkeypatch):
+    """A local socket in place of the hub. It takes connections, and answers what it is told to, or never."""
+    listening = socket.create_server(("127.0.0.1", 0))
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", f"http://127.0.0.1:{listening.getsockname()[1]}")
+    monkeypatch.setattr(prepare, "HUB_TIMEOUT", 0.5)
+
+    def answer(content):
+        def serve():
+            connection, _ = listening.accept()
+            with connection:
+                connection.recv(4096)
+                connection.sendall(content)
+
+        threading.Thread(target=serve, daemon=True).start()
+
+    yield answer
+    listening.close()
+
+
+def test_a_silent_hub_is_out_of_reach(endpoint):
+    start = time.monotonic()
+    assert prepare._hub_answers() is False
+    assert time.monotonic() - start < 5
+
+
+def test_a_slow_name_look_up_does_not_hold_up(endpoint, monkeypatch):
+    done = threading.Event()
+
+    def look_up(*args, **kwargs):
+        done.wait(20)
+        raise OSError("Name or service not known")
+
+    monkeypatch.setattr(prepare.urllib.request, "urlopen", look_up)
+    start = time.monotonic()
+    assert prepare._hub_answers() is False
+    assert time.monotonic() - start < 5
+    done.set()
+
+
+def test_a_closed_port_is_out_of_reach(monkeypatch):
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    assert prepare._hub_answers() is False
+
+
+def test_the_wait_for_the_hub_is_short():
+    assert prepare.HUB_TIMEOUT < 10
+
+
+@pytest.mark.parametrize("status", ["200 OK", "403 Forbidden", "500 Internal Server Error"])
+def test_any_answer_means_in_reach(endpoint, status):
+    endpoint(f"HTTP/1.1 {status}\r\nContent-Length: 0\r\nConnection: close\r\n\r\n".encode())
+    assert prepare._hub_answers() is True
+
+
+def test_an_answer_that_is_no_http_prints_no_traceback(endpoint, monkeypatch):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    endpoint(b"this is something else\r\n\r\n")
+    prepare._hub_answers()
+    assert not failed
+
+
+@pytest.mark.parametrize("address", ["", "no address", "ftp:/", "http://[", "http://127.0.0.1:port"])
+def test_an_endpoint_that_is_no_address_prints_no_traceback(monkeypatch, address):
+    failed = []
+    monkeypatch.setattr(threading, "excepthook", failed.append)
+    monkeypatch.delenv("HF_HUB_OFFLINE")
+    monkeypatch.setenv("HF_ENDPOINT", address)
+    prepare._hub_answers()
+    assert not failed
+
+
+def test_without_the_hub_the_sample_is_taken_and_said_so_in_one_line(data_dir, capfd):
+    make(vocabularies=(SMALL,))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1
+    assert "sample" in said[0] and "--from" in said[0]
+    assert prepare.load_tokens(SMALL)[1]["train"].dataset == "sample"
+
+
+def test_without_the_hub_an_own_vocabulary_says_so_only_once(data_dir, capfd):
+    prepare.main(["--vocab-size", "300"])
+    assert len(capfd.readouterr().err.splitlines()) == 1
+
+
+def test_without_the_hub_a_data_set_asked_for_is_an_error(data_dir):
+    with pytest.raises(ConnectionError) as caught:
+        make(dataset="wikitext-2-v1")
+    assert "\n" not in str(caught.value)
+    assert prepare.HUB_DATASET in str(caught.value)
+    assert not list(data_dir.glob("*.pt"))
+
+
+def test_an_error_of_the_datasets_package_without_words(data_dir, monkeypatch):
+    def fail(*args):
+        raise TimeoutError
+
+    monkeypatch.setattr(datasets, "load_dataset", fail)
+    with pytest.raises(ConnectionError):
+        make(dataset="wikitext-2-v1")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Token files
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    """Token files of the small text, made once."""
+    base = tmp_path_factory.mktemp("made")
+    with as_data_dir(base / "data") as folder:
+        make(write_text(base / "text"), vocabularies=(SMALL,))
+    return {path.name: path.read_bytes() for path in folder.glob("*.pt")}
+
+
+@pytest.fixture
+def files(data_dir, made):
+    """A data folder with good token files."""
+    for name, content in made.items():
+        (data_dir / name).write_bytes(content)
+    return data_dir
+
+
+def test_token_file_names(data_dir):
+    names = [prepare.token_file("val", vocabulary).name for vocabulary in ("bpe_vocab.json", SMALL)]
+    assert names == ["val_ids.pt", "val_ids_500.pt"]
+
+
+def test_token_files_hold_what_they_say(files, tokenizer, expected):
+    for split in prepare.SPLITS:
+        content = torch.load(prepare.token_file(split, SMALL), weights_only=True, mmap=True)
+        ids, n_bytes, n_words = expected[split]
+        assert content.pop("ids").tolist() == ids
+        assert content == {
+            "format": prepare.FORMAT, "version": 1, "dataset": "text", "split": split, "n_tokens": len(ids),
+            "n_bytes": n_bytes, "n_words": n_words, "tokenizer": SMALL, "fingerprint": tokenizer.fingerprint,
+        }  # fmt: skip
+
+
+def test_token_files_are_16_bit(files):
+    tokenizer, tokens = prepare.load_tokens(SMALL)
+    assert tokenizer.vocab_size == 500
+    for split, some in tokens.items():
+        assert some.ids.dtype == torch.uint16
+        assert some.ids.dim() == 1
+        assert prepare.token_file(split, SMALL).stat().st_size < 2 * len(some) + 4096
+
+
+def test_load_tokens_prepares_once(data_dir, monkeypatch, capfd):
+    _, first = prepare.load_tokens("bpe_vocab.json")
+    assert first["train"].dataset == "sample"
+    assert len(list(data_dir.glob("*_ids*.pt"))) == 6
+    assert "no token files yet" in capfd.readouterr().err
+    monkeypatch.setattr(prepare, "prepare", None)
+    _, second = prepare.load_tokens("bpe_vocab.json")
+    assert all(torch.equal(first[split].ids, second[split].ids) for split in prepare.SPLITS)
+    assert capfd.readouterr().err == ""
+
+
+def snapshot(folder):
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize(
+    "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("unexpected pos 64 vs 0\nmore")]
+)
+def test_a_full_disk_leaves_the_old_files(files, tmp_path, monkeypatch, error):
+    def save_half(content, path):
+        Path(path).write_bytes(b"half")
+        raise error
+
+    before = snapshot(files)
+    monkeypatch.setattr(prepare.torch, "save", save_half)
+    with pytest.raises(OSError) as caught:
+        make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
+    assert "\n" not in str(caught.value)
+    assert snapshot(files) == before
+
+
+def test_an_interrupt_while_writing_leaves_the_old_files(files, tmp_path, monkeypatch):
+    def stop(content, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    before = snapshot(files)
+    monkeypatch.setattr(prepare.torch, "save", stop)
+    with pytest.raises(KeyboardInterrupt):
+        make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
+    assert snapshot(files) == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Damage
+# ----------------------------------------------------------------------------------------------------------
+
+
+def refusal(vocabulary=SMALL):
+    """The one line with which load_tokens refuses the files."""
+    with pytest.raises((OSError, ValueError)) as caught:
+        prepare.load_tokens(vocabulary)
+    message = str(caught.value)
+    assert "\n" not in message
+    return message
+
+
+def assert_refused(name="train_ids_500.pt"):
+    message = refusal()
+    assert name in message and AGAIN in message
+    return message
+
+
+def change(split="train", without=(), **values):
+    """Change entries of a token file."""
+    path = prepare.token_file(split, SMALL)
+    content = torch.load(path, weights_only=True)
+    content = {key: value for key, value in (content | values).items() if key not in without}
+    torch.save(content, path)
+
+
+class Bomb:
+    """Unpickling it makes a folder."""
+
+    def __init__(self, marker):
+        self.marker = str(marker)
+
+    def __reduce__(self):
+        return os.mkdir, (self.marker,)
+
+
+@pytest.mark.parametrize("split", prepare.SPLITS)
+def test_one_split_missing(files, split):
+    prepare.token_file(split, SMALL).unlink()
+    assert_refused(f"{split}_ids_500.pt")
+
+
+def test_token_files_of_the_other_vocabulary_only(files):
+    message = refusal("bpe_vocab.json")
+    assert "bpe_vocab.json" in message and AGAIN in message
+
+
+def test_advice_for_an_own_vocabulary_names_its_size(files):
+    BPETokenizer.train(TEXTS["val"], 300).save(files / "bpe_vocab_300.json")
+    assert f"{AGAIN} --vocab-size 300" in refusal("bpe_vocab_300.json")
+
+
+def test_a_folder_in_place_of_a_file(files):
+    prepare.token_file("train", SMALL).unlink()
+    prepare.token_file("train", SMALL).mkdir()
+    assert "train_ids_500.pt" in refusal()
+
+
+def test_empty_file(files):
+    prepare.token_file("train", SMALL).write_bytes(b"")
+    assert_refused()
+
+
+@pytest.mark.parametrize("keep", [1, 4, 100, 0.1, 0.5, 0.9, -100, -22, -1])
+def test_truncated_file(files, made, keep):
+    content = made["train_ids_500.pt"]
+    end = int(keep * len(content)) if isinstance(keep, float) else keep
+    prepare.token_file("train", SMALL).write_bytes(content[:end])
+    assert_refused()
+
+
+@pytest.mark.parametrize("start", [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x05", b"{", b"\x1f\x8b", b"\x93NUMPY"])
+@pytest.mark.parametrize("size", [3, 5000])
+def test_random_bytes(files, start, size):
+    prepare.token_file("train", SMALL).write_bytes(start + np.random.default_rng(size).bytes(size))
+    assert_refused()
+
+
+def test_changed_bytes_give_no_other_kind_of_error(files, made):
+    """A byte changed where the file keeps its structure is refused in the usual way, or does not matter."""
+    content = made["val_ids_500.pt"]
+    random = np.random.default_rng(0)
+    for _ in range(300):
+        changed = bytearray(content)
+        place = int(random.integers(700)) * (1 if random.random() < 0.5 else -1)
+        changed[place] = int(random.integers(256))
+        prepare.token_file("val", SMALL).write_bytes(changed)
+        try:
+            prepare.load_tokens(SMALL)
+        except (OSError, ValueError) as error:
+            assert "val_ids_500.pt" in str(error) and "\n" not in str(error), (place, changed[place])
+
+
+@pytest.mark.parametrize("kind", ["torch", "pickle", "entry"])
+def test_pickle_bomb_does_not_go_off(files, tmp_path, kind):
+    path, marker = prepare.token_file("train", SMALL), tmp_path / "marker"
+    if kind == "torch":
+        torch.save(Bomb(marker), path)
+    elif kind == "pickle":
+        path.write_bytes(pickle.dumps(Bomb(marker)))
+    else:
+        change(dataset=Bomb(marker))
+    assert_refused()
+    assert not marker.exists()
+
+
+FOREIGN = {
+    "tensor": torch.arange(10),
+    "weights": {"layer.weight": torch.zeros(3)},
+    "list": [prepare.FORMAT],
+    "number": 5,
+    "old format": torch.arange(10, dtype=torch.int16),
+}
+
+
+@pytest.mark.parametrize("kind", FOREIGN)
+def test_foreign_torch_file(files, kind):
+    path = prepare.token_file("train", SMALL)
+    torch.save(FOREIGN[kind], path, _use_new_zipfile_serialization=kind != "old format")
+    assert_refused()
+
+
+@pytest.mark.parametrize(
+    "key", ["version", "fingerprint", "ids", "n_tokens", "split", "n_bytes", "n_words", "dataset"]
+)
+def test_missing_entry(files, key):
+    change(without=(key,))
+    assert_refused()
+
+
+@pytest.mark.parametrize("ids", [None, 5, "abc", {}], ids=repr)
+def test_ids_that_are_no_tensor(files, ids):
+    change(ids=ids)
+    assert_refused()
+
+
+def test_wrong_version(files):
+    change(version=2)
+    assert "version 2" in assert_refused()
+
+
+@pytest.mark.parametrize("cut", [1, 100])
+def test_number_of_ids_does_not_match(files, cut):
+    ids = torch.load(prepare.token_file("train", SMALL), weights_only=True)["ids"]
+    change(ids=ids[:-cut].clone())
+    assert_refused()
+
+
+def test_token_files_of_another_tokenizer(files):
+    BPETokenizer.train(TEXTS["val"], 300).save(files / SMALL)
+    message = assert_refused()
+    assert "another tokenizer" in message and SMALL in message
+
+
+def test_renamed_file(files):
+    shutil.copy(prepare.token_file("val", SMALL), prepare.token_file("train", SMALL))
+    assert "renamed" in assert_refused()
+
+
+def test_splits_of_different_data_sets(files):
+    change("test", dataset="wikitext-103-v1")
+    message = refusal()
+    assert "wikitext-103-v1" in message and AGAIN in message
+
+
+def test_missing_vocabulary(files):
+    message = refusal("bpe_vocab_700.json")
+    assert "bpe_vocab_700.json" in message and SMALL in message
+
+
+@pytest.mark.parametrize("damage", ["empty", "truncated", "bytes", "list", "merge", "fingerprint"])
+def test_damaged_vocabulary(files, damage):
+    path = files / SMALL
+    content = path.read_bytes()
+    path.write_bytes({
+        "empty": b"",
+        "truncated": content[: len(content) // 2],
+        "bytes": np.random.default_rng(0).bytes(500),
+        "list": b"[]",
+        "merge": re.sub(rb"\[\d+, ", b"[97, ", content, count=1),
+        "fingerprint": re.sub(rb'"fingerprint": "\w+"', b'"fingerprint": "0123456789abcdef"', content),
+    }[damage])  # fmt: skip
+    message = refusal()
+    assert SMALL in message and "git checkout" in message
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bad sources
+# ----------------------------------------------------------------------------------------------------------
+
+
+def source_refusal(data_dir, folder):
+    """The one line with which prepare refuses a source. No token file is written."""
+    before = snapshot(data_dir)
+    with pytest.raises((OSError, ValueError)) as caught:
+        make(folder, vocabularies=(SMALL,))
+    message = str(caught.value)
+    assert message and "\n" not in message
+    assert snapshot(data_dir) == before
+    return message
+
+
+def test_folder_missing(data_dir, tmp_path):
+    message = source_refusal(data_dir, tmp_path / "nowhere")
+    assert "nowhere" in message and "--from" in message
+
+
+def test_file_in_place_of_a_folder(data_dir, tmp_path):
+    path = write_text(tmp_path / "wikitext") / "wiki.train.tokens"
+    assert "wiki.train.tokens" in source_refusal(data_dir, path)
+
+
+@pytest.mark.parametrize("missing", [("train", "val", "test"), ("val",)])
+def test_folder_without_all_files(data_dir, tmp_path, missing):
+    folder = write_text(tmp_path / "wikitext")
+    for split in missing:
+        (folder / f"wiki.{FILE_NAMES[split]}.tokens").unlink()
+    message = source_refusal(data_dir, folder)
+    assert str(folder) in message and "wiki.valid.tokens" in message
+
+
+@pytest.mark.parametrize("split", prepare.SPLITS)
+def test_file_that_is_not_utf8(data_dir, tmp_path, split):
+    path = write_text(tmp_path / "wikitext") / f"wiki.{FILE_NAMES[split]}.tokens"
+    path.write_bytes(" = caf\xe9 = \n".encode("latin-1"))
+    message = source_refusal(data_dir, path.parent)
+    assert path.name in message and "UTF-8" in message
+
+
+@pytest.mark.parametrize("write", [write_text, write_parquet])
+@pytest.mark.parametrize("split", prepare.SPLITS)
+def test_empty_split(data_dir, tmp_path, split, write):
+    folder = write(tmp_path / "wikitext", TEXTS | {split: ""})
+    assert f"{split} split" in source_refusal(data_dir, folder)
+
+
+def test_parquet_of_random_bytes(data_dir, tmp_path):
+    path = write_parquet(tmp_path / "wikitext") / "validation-00000-of-00001.parquet"
+    path.write_bytes(np.random.default_rng(0).bytes(1000))
+    assert path.name in source_refusal(data_dir, path.parent)
+
+
+def test_parquet_with_damaged_pages(data_dir, tmp_path):
+    """The end of the file, which lists its contents, is whole, but the contents are not."""
+    path = write_parquet(tmp_path / "wikitext") / "train-00000-of-00001.parquet"
+    content = bytearray(path.read_bytes())
+    content[4:400] = np.random.default_rng(0).bytes(396)
+    path.write_bytes(content)
+    assert path.name in source_refusal(data_dir, path.parent)
+
+
+@pytest.mark.parametrize("keep", [0, 3, 0.5, 0.99])
+def test_truncated_parquet(data_dir, tmp_path, keep):
+    path = write_parquet(tmp_path / "wikitext") / "train-00000-of-00001.parquet"
+    content = path.read_bytes()
+    path.write_bytes(content[: int(keep * len(content)) if keep < 1 else keep])
+    assert path.name in source_refusal(data_dir, path.parent)
+
+
+@pytest.mark.parametrize("column", [{"line": ["a \n"]}, {"text": [1, 2, 3]}, {"text": [b"\xff\xfe"]}], ids=str)
+def test_parquet_without_a_column_of_text(data_dir, tmp_path, column):
+    path = write_parquet(tmp_path / "wikitext") / "train-00000-of-00001.parquet"
+    pyarrow.parquet.write_table(pyarrow.table(column), path)
+    assert path.name in source_refusal(data_dir, path.parent)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    """A copy of what `python data/prepare.py` needs."""
+    root = tmp_path_factory.mktemp("copy")
+    (root / "data").mkdir()
+    for name in ("bpe_tokenizer.py", "data/__init__.py", "data/prepare.py", "data/input.txt"):
+        shutil.copy(ROOT / name, root / name)
+    for name in prepare.VOCABULARIES:
+        shutil.copy(ROOT / "data" / name, root / "data" / name)
+    return root
+
+
+def run(root, *args):
+    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hf")}
+    return subprocess.run(
+        [sys.executable, "data/prepare.py", *args], cwd=root, env=os.environ | offline, capture_output=True, text=True
+    )
+
+
+def test_command_line_makes_six_files_of_the_sample(copy):
+    done = run(copy, "--sample")
+    assert done.returncode == 0, done.stderr
+    assert done.stderr == ""
+    names = {line.split(":")[0] for line in done.stdout.splitlines()}
+    made = {f"data/{split}_ids{size}.pt" for split in prepare.SPLITS for size in ("", "_500")}
+    assert names == made
+    assert all((copy / name).is_file() for name in names)
+
+
+def test_command_line_with_a_missing_folder_says_so_in_one_line(copy):
+    done = run(copy, "--from", "nowhere")
+    assert done.returncode == 1
+    assert done.stdout == ""
+    assert len(done.stderr.splitlines()) == 1
+    assert "nowhere" in done.stderr and "--from" in done.stderr
+
+
+def test_command_line_makes_a_vocabulary_of_its_own(copy):
+    done = run(copy, "--vocab-size", "300", "--sample")
+    assert done.returncode == 0, done.stderr
+    assert BPETokenizer.load(copy / "data" / "bpe_vocab_300.json").vocab_size == 300
+    for split in prepare.SPLITS:
+        content = torch.load(copy / "data" / f"{split}_ids_300.pt", weights_only=True)
+        assert content["tokenizer"] == "bpe_vocab_300.json"
+        assert int(content["ids"].to(torch.int32).max()) < 300
+
+
+@pytest.mark.parametrize("size", ["5", "0", "-1", "256", "65537", "many"])
+def test_command_line_refuses_a_vocabulary_size(data_dir, capfd, size):
+    before = snapshot(data_dir)
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["--sample", "--vocab-size", size])
+    assert stopped.value.code == 2
+    assert "--vocab-size" in capfd.readouterr().err
+    assert snapshot(data_dir) == before
+
+
+def test_command_line_refuses_an_unknown_data_set(data_dir, capfd):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(["--dataset", "wikitext-4"])
+    assert stopped.value.code == 2
+    assert "wikitext-2-v1" in capfd.readouterr().err

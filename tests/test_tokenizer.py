@@ -1,0 +1,781 @@
+"""bpe_tokenizer against independent truths: tiktoken, Hugging Face tokenizers, rustbpe, the `regex` module, and
+a trainer and an encoder of a few lines that recount everything in every round."""
+
+import copy
+import json
+import os
+import random
+import subprocess
+import sys
+import unicodedata
+from collections import Counter
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pytest
+import regex
+import rustbpe
+import tiktoken
+import tokenizers
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+import bpe_tokenizer
+from bpe_tokenizer import GPT2_PATTERN, BPETokenizer
+
+ROOT = Path(bpe_tokenizer.__file__).resolve().parent
+DATA = ROOT / "data"
+WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
+END = "<|endoftext|>"
+
+# ----------------------------------------------------------------------------------------------------------
+# Texts
+# ----------------------------------------------------------------------------------------------------------
+
+# The 25 characters of Unicode's White_Space property (PropList.txt), which is what \s means in GPT-2's pattern.
+WHITE_SPACE = "\t\n\v\f\r \x85\xa0\u1680" + "".join(map(chr, range(0x2000, 0x200B))) + "\u2028\u2029\u202f\u205f\u3000"
+
+NASTY = [
+    # white space of all kinds, and characters that str.isspace() calls white space and Unicode does not
+    "", " ", "  ", "\n", "a  b", "a b ", " a", "  a  ", " \n \n x", "x \n \n ", "\n\n\nx", "x\n", "a \nb", "a\n b",
+    "a \n b", "a\n  b", "a  \nb", "a \t b", "\t\ta", "\r\nx\r\n", " \r\n x", "a\xa0b", "a \xa0 b", "\xa0 b", " \xa0",
+    "a\u3000b", "a \u3000 b", "\u3000\u3000 \u3000x", "x\x85y \x85 z", "\u2028 x\u2029", "a\u200ab a \u200a b",
+    "a\v\fb \v \f c", "\x1c", " \x1c", "\x1c a", "a\x1cb\x1dc\x1ed\x1fe", "a \x1c b", "a \x1c\x1d \x1e  \x1f b",
+    "\x1c  x", "\n\x1f\n x", "  \x1f", "\0", "\0\0 \0", "a\u200bb \u200b", "\ufeffx \ufeff", "\u180e x", "\xad",
+    # contractions, signs, numbers
+    "'", " '", "I'll we've they're it's I'd I'm can't", "'S 'LL 'Ve", "'s'll've", " 's", "''s", "'ss 'tis o'clock",
+    "it\u2019s", "'\u017f", "a", "_", "_a_ __init__ a_b _1_ _", "!?...  --- (a)[b]{c}", "a.b,c;d", "1,234.5 3rd v2",
+    "12 34  56", "a1b2", " 1a", "\u2167 \u2168x x\xb2 x\xb2y \xbd \xbdcup 1\xbd \u2460\u2461 \u3007",
+    "\u0661\u0662 \u0967\u0968 \uff11\uff12", "\U0001d504\U0001d7d8", END, f"a{END}b {END}",
+    " @-@ , <unk> = = A = = \n \n", "\tif x:\n\t\treturn  y\n\n\n    z = 1\n", "https://a.b/c?d=e&f=%20",
+    # scripts, combining marks, emoji, private use
+    "\u4f60\u597d\uff0c\u4e16\u754c\u3002 \u4f60\u597d", "\u3053\u3093\u306b\u3061\u306f \uc548\ub155 \ud558",
+    "\u0645\u0631\u062d\u0628\u0627 \u0628\u0627\u0644\u0639\u0627\u0644\u0645\u060c \u0663", "\u05e9\u05c1\u05dc",
+    "e\u0301 n\u0303o \u0301 \u0301x Z\u0351\u036b\u0343", "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31",
+    "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd\U0001f1e9\U0001f1ea", "x\U0001f600y \U0001f600  z",
+    "\ue000 \U000f0000 \U0010fffd", "\ufffd ",
+    # pre-tokens longer than _LONG bytes
+    "a" * 64, "a" * 65, " " + "ab" * 100, "a" * 1001 + " a", "=" * 300, " " * 200, " " * 200 + "x", "\n" * 200 + " x",
+    "x" + "\n " * 99, "1" * 130, "\u4e2d\u6587" * 150, "\u5927\u5bb6\u597d " * 40, "\U0001f600" * 70,
+    "na" * 70 + "!" * 70 + " " * 70 + "7" * 70,
+]
+
+# Other libraries may know a newer Unicode than Python does, so only characters that Python's Unicode assigns.
+assigned = st.characters(exclude_categories=("Cs", "Cn"))
+# Few characters that meet often: this is where pre-tokenization goes wrong, if it does.
+crowded = st.text(st.sampled_from("      \n\n\t\r\xa0\u3000\x85\x1c\x1faab'sle19\xb2!._\u4e2d\u0301\0"), max_size=40)
+joined = st.builds(str.join, st.sampled_from(["", " "]), st.lists(st.sampled_from(NASTY), max_size=4))
+texts = st.one_of(crowded, st.text(assigned, max_size=30), joined)
+few_letters = st.lists(st.text(st.sampled_from("aaabbc  \n'e1"), max_size=30), min_size=1, max_size=4)
+
+
+def checked(examples):
+    """Settings of a property test: the same examples in every run, none of them kept."""
+    return settings(max_examples=examples, deadline=None, derandomize=True, database=None)
+
+
+def wikitext(split):
+    path = WIKITEXT / f"wiki.{split}.tokens"
+    if not path.exists():
+        pytest.skip(f"the corpus is absent: {path.name}")
+    with open(path, encoding="utf-8", newline="") as file:
+        return file.read()
+
+
+@pytest.fixture(scope="module")
+def sample():
+    return (DATA / "input.txt").read_text(encoding="utf-8")
+
+
+@pytest.fixture(scope="module")
+def wiki_valid():
+    return wikitext("valid")
+
+
+@pytest.fixture(scope="module")
+def vocab():
+    return BPETokenizer.load(DATA / "bpe_vocab.json")
+
+
+@pytest.fixture(scope="module")
+def nasty_vocab():
+    """Has learned long tokens of many scripts and of many-byte characters."""
+    return BPETokenizer.train(NASTY, 1000)
+
+
+@pytest.fixture(scope="module")
+def references(vocab, nasty_vocab):
+    """(tokenizer, tiktoken's encoder of its merges, Hugging Face's) of both vocabularies."""
+    return [(t, tiktoken_encoder(t), hugging_face_encoder(t)) for t in (vocab, nasty_vocab)]
+
+
+@pytest.fixture
+def saved(tmp_path):
+    """A small vocabulary and the file that it is saved in."""
+    tokenizer = BPETokenizer.train("the cat and the hat, \u00e9t\u00e9 \u4e2d\u6587 \u4e2d\u6587 \"q\" \\ the end", 281)
+    tokenizer.save(tmp_path / "vocab.json")
+    return tokenizer, tmp_path / "vocab.json"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Independent truths
+# ----------------------------------------------------------------------------------------------------------
+
+
+def tiktoken_encoder(tokenizer):
+    n = 256 + len(tokenizer.merges)
+    ranks = {tokenizer.token_bytes(i): i for i in range(n)}
+    assert len(ranks) == n  # tiktoken merges by the bytes of a token, so no two tokens may have the same
+    theirs = tiktoken.Encoding(name="ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    return theirs.encode_ordinary
+
+
+def hugging_face_encoder(tokenizer):
+    """Its tokens are text: GPT-2's alphabet writes the bytes that are no printable Latin-1 as U+0100 and up."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    alphabet = {byte: chr(byte) for byte in printable}
+    alphabet |= {byte: chr(256 + k) for k, byte in enumerate(sorted(set(range(256)) - set(printable)))}
+    token = ["".join(alphabet[b] for b in tokenizer.token_bytes(i)) for i in range(256 + len(tokenizer.merges))]
+    merges = [(token[a], token[b]) for a, b in tokenizer.merges]
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(token)}, merges))
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    return lambda text: theirs.encode(text).ids
+
+
+def pretokens(text):
+    return regex.findall(GPT2_PATTERN, text)
+
+
+def slow_merge(ids, a, b, new_id):
+    ids = list(ids)
+    for i in range(len(ids)):
+        if ids[i : i + 2] == [a, b]:
+            ids[i : i + 2] = [new_id]
+    return ids
+
+
+def slow_train(texts, n_merges):
+    words = Counter(tuple(word.encode()) for text in texts for word in pretokens(text))
+    merges = []
+    while len(merges) < n_merges:
+        pairs = Counter()
+        for word, n in words.items():
+            for pair in zip(word, word[1:]):
+                pairs[pair] += n
+        if not pairs:
+            break
+        best = min(pairs, key=lambda pair: (-pairs[pair], pair))
+        merges.append(best)
+        merged = Counter()
+        for word, n in words.items():
+            merged[tuple(slow_merge(word, *best, 255 + len(merges)))] += n
+        words = merged
+    return merges
+
+
+def slow_encode_piece(piece, merges):
+    ids = list(piece)
+    for k, (a, b) in enumerate(merges):
+        ids = slow_merge(ids, a, b, 256 + k)
+    return ids
+
+
+def slow_encode(text, merges):
+    return [i for word in pretokens(text) for i in slow_encode_piece(word.encode(), merges)]
+
+
+def assert_same_ids(tokenizer, text, expected):
+    """encode, encode_array and encode_stream give `expected`, and decode gives the text again."""
+    expected = np.asarray(expected, np.int64)
+    array = tokenizer.encode_array(text)
+    assert array.dtype == tokenizer.dtype
+    assert np.array_equal(array, expected)
+    ids = tokenizer.encode(text)
+    assert isinstance(ids, list) and np.array_equal(np.array(ids, np.int64), expected)
+    thirds = [text[: len(text) // 3], text[len(text) // 3 : len(text) // 2], "", text[len(text) // 2 :]]
+    assert np.array_equal(np.concatenate(list(tokenizer.encode_stream(thirds))), expected)
+    assert tokenizer.decode(array) == text
+
+
+@st.composite
+def random_merges(draw):
+    """A valid list of merges that no training need have made."""
+    ids, merges = list(b"ab \n\xc3\xa9"), []
+    for i, j in draw(st.lists(st.tuples(st.integers(0, 99), st.integers(0, 99)), max_size=15)):
+        pair = ids[i % len(ids)], ids[j % len(ids)]
+        if pair not in merges:
+            ids.append(256 + len(merges))
+            merges.append(pair)
+    return merges
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Ids and bytes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_ids_are_bytes_then_merges_then_special_tokens():
+    tokenizer = BPETokenizer([(104, 101), (256, 108), (257, 108)], ["<|x|>", "<|\u00e9|>"])
+    assert [tokenizer.token_bytes(i) for i in range(256)] == [bytes([i]) for i in range(256)]
+    names = [b"<|x|>", "<|\u00e9|>".encode()]
+    assert [tokenizer.token_bytes(i) for i in range(256, 261)] == [b"he", b"hel", b"hell", *names]
+    assert tokenizer.vocab_size == 261
+    assert tokenizer.encode("hello") == [258, 111]
+    assert tokenizer.encode("hello<|\u00e9|>", allowed_special=["<|\u00e9|>"]) == [258, 111, 260]
+    assert tokenizer.decode_bytes([258, 111, 259]) == b"hello<|x|>"
+    assert tokenizer.decode([258, 111, 260]) == "hello<|\u00e9|>"
+
+
+def test_without_merges_ids_are_utf8():
+    tokenizer = BPETokenizer([])
+    for text in NASTY:
+        assert_same_ids(tokenizer, text, list(text.encode()))
+    assert tokenizer.decode_bytes(range(256)) == bytes(range(256))
+
+
+@pytest.mark.parametrize("id", [-1, 257, 258, 10**30])
+def test_unknown_id_is_a_value_error(id):
+    tokenizer = BPETokenizer([(97, 98)])
+    for use in (tokenizer.token_bytes, lambda id: tokenizer.decode([97, id]), lambda id: tokenizer.decode_bytes([id])):
+        with pytest.raises(ValueError, match=str(id)):
+            use(id)
+
+
+def test_decode_accepts_lists_and_arrays_of_any_integer_type(vocab):
+    ids = vocab.encode("The lighthouse keeper")
+    for same in (ids, tuple(ids), iter(ids), np.array(ids, np.uint16), np.array(ids, np.int64)):
+        assert vocab.decode(same) == "The lighthouse keeper"
+    assert vocab.decode([]) == "" and vocab.decode_bytes([]) == b""
+
+
+def test_decode_of_partial_utf8_gives_replacement_characters():
+    tokenizer = BPETokenizer([(0xE2, 0x82)])
+    assert tokenizer.decode([0xFF]) == "\ufffd"
+    assert tokenizer.decode([97, 256]) == "a\ufffd"
+    assert tokenizer.decode([256, 0xAC]) == "\u20ac"
+    assert tokenizer.decode_bytes([256]) == b"\xe2\x82"
+
+
+@pytest.mark.parametrize("merges", [[(97, 256)], [(257, 97)], [(-1, 97)], [(97, 98), (97, 98)], [(97, 10**30)]])
+def test_impossible_merges_are_value_errors(merges):
+    with pytest.raises(ValueError, match="merge"):
+        BPETokenizer(merges)
+
+
+@pytest.mark.parametrize("names", [["<|a|>", "<|a|>"], [""], ["<|a|>", ""]])
+def test_impossible_special_tokens_are_value_errors(names):
+    with pytest.raises(ValueError, match="special"):
+        BPETokenizer([], names)
+
+
+def test_dtype_is_the_smallest_that_holds_every_id():
+    # Descending, so that the last merge joins bytes that a text can hold: NUL and NUL.
+    pairs = list(product(range(255, -1, -1), repeat=2))
+    largest_small = BPETokenizer(pairs[: 65536 - 256])
+    assert largest_small.vocab_size == 65536 and largest_small.dtype == np.uint16
+    assert BPETokenizer([]).dtype == np.uint16
+    assert BPETokenizer(pairs[: 65536 - 256], [END]).dtype == np.uint32
+    large = BPETokenizer(pairs)
+    assert large.dtype == np.uint32
+    assert_same_ids(large, "\0\0", [65791])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pre-tokenization
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_every_assigned_character_has_its_unicode_class():
+    """Which of the pattern's four classes a character is in shows in what it joins: a letter, a digit, a "!", ..."""
+    everything = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cs", "Cn")]
+    found = bpe_tokenizer._PRETOKEN.findall
+    joins = {probe: {c for c in everything if len(found(probe + c)) == 1} for probe in "a1!\n"}
+    letters = {c for c in everything if unicodedata.category(c)[0] == "L"}
+    numbers = {c for c in everything if unicodedata.category(c)[0] == "N"}
+    assert joins["a"] == letters
+    assert joins["1"] == numbers
+    assert joins["\n"] == set(WHITE_SPACE)
+    assert joins["!"] == set(everything) - letters - numbers - set(WHITE_SPACE)
+    # The same for the `regex` module, whose Unicode is another version's.
+    assert letters == set(regex.findall(r"\p{L}", "".join(everything)))
+    assert numbers == set(regex.findall(r"\p{N}", "".join(everything)))
+    assert set(WHITE_SPACE) == set(regex.findall(r"\s", "".join(everything)))
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_pretokens_of_nasty_strings(text):
+    assert bpe_tokenizer._PRETOKEN.findall(text) == pretokens(text)
+
+
+@checked(400)
+@given(texts)
+def test_pretokens_equal_those_of_the_regex_module(text):
+    assert bpe_tokenizer._PRETOKEN.findall(text) == pretokens(text)
+    assert "".join(bpe_tokenizer._PRETOKEN.findall(text)) == text
+
+
+@checked(600)
+@given(st.one_of(crowded, st.text(st.sampled_from("  \n\t\xa0a1!'s"), max_size=25)))
+def test_a_text_may_be_cut_before_every_space_that_a_non_space_follows(text):
+    cuts = [0, *(i for i in range(len(text) - 1) if text[i] == " " and text[i + 1] not in WHITE_SPACE), len(text)]
+    assert [p for i, j in zip(cuts, cuts[1:]) for p in pretokens(text[i:j])] == pretokens(text)
+
+
+@checked(200)
+@given(texts, st.sampled_from([1, 7, 64]))
+def test_counts_of_pretokens(text, block):
+    """The counts that training starts from, with blocks so small that a text has many."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_tokenizer, "_BLOCK", block)
+        assert bpe_tokenizer._count_pretokens([text, text[:5]]) == Counter(pretokens(text) + pretokens(text[:5]))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Encoding
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_sample_equals_tiktoken_and_hugging_face(references, sample):
+    for tokenizer, theirs, hugging_face in references:
+        expected = theirs(sample)
+        assert hugging_face(sample) == expected
+        assert_same_ids(tokenizer, sample, expected)
+
+
+def test_wikitext_equals_tiktoken_and_hugging_face(references, wiki_valid):
+    tokenizer, theirs, hugging_face = references[0]
+    expected = theirs(wiki_valid)
+    assert hugging_face(wiki_valid) == expected
+    assert_same_ids(tokenizer, wiki_valid, expected)
+
+
+@pytest.mark.parametrize("text", NASTY)
+def test_nasty_strings_equal_tiktoken_and_hugging_face(references, text):
+    for tokenizer, theirs, hugging_face in references:
+        expected = theirs(text)
+        assert hugging_face(text) == expected
+        assert_same_ids(tokenizer, text, expected)
+
+
+@checked(300)
+@given(text=texts)
+def test_any_text_equals_tiktoken_and_hugging_face(references, text):
+    for tokenizer, theirs, hugging_face in references:
+        expected = theirs(text)
+        assert hugging_face(text) == expected
+        assert_same_ids(tokenizer, text, expected)
+
+
+@checked(300)
+@given(random_merges(), st.text(st.sampled_from("aaabb  \n\u00e9"), max_size=100))
+def test_any_merges_equal_textbook_encoding(merges, text):
+    assert_same_ids(BPETokenizer(merges), text, slow_encode(text, merges))
+
+
+@checked(200)
+@given(random_merges(), st.lists(st.sampled_from(list(b"aab\xc3\xa9")), min_size=1, max_size=200))
+def test_long_pieces_equal_textbook_encoding(merges, piece):
+    """Three ways to encode one pre-token: the heap, the rescanning one, and all pieces side by side."""
+    tokenizer, piece = BPETokenizer(merges), bytes(piece)
+    expected = slow_encode_piece(piece, merges)
+    assert tokenizer._encode_long_piece(piece) == expected
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_tokenizer, "_LONG", 10**9)
+        assert tokenizer._encode_piece(piece) == expected
+        ids, lengths = tokenizer._encode_pieces([piece, b"a", piece])
+        assert ids.tolist() == expected + [97] + expected
+        assert lengths.tolist() == [len(expected), 1, len(expected)]
+
+
+def test_long_pieces_of_random_bytes(vocab):
+    draw = random.Random(0)
+    for n in (1, 2, 65, 300):
+        for alphabet in (range(256), b"etaoin", b" t", b"="):
+            piece = bytes(draw.choices(alphabet, k=n))
+            expected = slow_encode_piece(piece, vocab.merges)
+            assert vocab._encode_long_piece(piece) == expected
+            ids, _ = vocab._encode_pieces([piece])
+            assert ids.tolist() == expected
+
+
+@checked(400)
+@given(texts, st.lists(st.integers(0, 200), max_size=8), st.sampled_from([1, 7, 64]))
+@example("a b " + " " * 7 + "\n c", [3, 4], 1)
+def test_stream_cut_anywhere_equals_whole(text, cuts, block):
+    """With blocks so small that a text has many."""
+    tokenizer = BPETokenizer([(32, 97), (256, 97), (10, 32), (32, 32), (258, 259), (115, 39)])
+    expected = slow_encode(text, tokenizer.merges)
+    cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    pieces = [text[i:j] for i, j in zip(cuts, cuts[1:])]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_tokenizer, "_BLOCK", block)
+        arrays = list(tokenizer.encode_stream(iter(pieces)))
+        assert all(array.dtype == tokenizer.dtype for array in arrays)
+        assert np.concatenate(arrays).tolist() == expected
+        assert tokenizer.encode_array(text).tolist() == expected
+        assert "".join(bpe_tokenizer._blocks(pieces)) == text
+
+
+@pytest.mark.parametrize("block", [7, 64, 5000])
+def test_sample_in_small_blocks(monkeypatch, vocab, sample, block):
+    text = sample[:40_000]
+    expected = vocab.encode(text)
+    monkeypatch.setattr(bpe_tokenizer, "_BLOCK", block)
+    arrays = list(vocab.encode_stream(text[i : i + 997] for i in range(0, len(text), 997)))
+    assert len(arrays) > len(text) / block / 3  # it really came in blocks
+    assert np.concatenate(arrays).tolist() == expected
+
+
+def test_nothing_encodes_to_nothing(vocab):
+    assert vocab.encode("") == []
+    for texts in ([], [""], ["", ""], iter([])):
+        arrays = list(vocab.encode_stream(texts))
+        assert sum(len(array) for array in arrays) == 0
+        assert all(array.dtype == vocab.dtype for array in arrays)
+    assert vocab.encode_array("").shape == (0,)
+
+
+@checked(300)
+@given(text=st.text(st.characters(exclude_categories=("Cs",))))
+def test_decoding_gives_the_text_again(vocab, text):
+    """Unassigned characters too."""
+    assert vocab.decode(vocab.encode(text)) == text
+    assert vocab.decode(vocab.encode_array(text)) == text
+
+
+@pytest.mark.parametrize("text", ["\ud800", "abc \udfff", "x" * 99 + "\udc00", "\ud83d\ude00"])
+def test_lone_surrogate_is_a_value_error_that_names_it(vocab, text):
+    name = next(f"U+{ord(c):04X}" for c in text if "\ud800" <= c <= "\udfff")
+    uses = [vocab.encode, vocab.encode_array, lambda text: list(vocab.encode_stream(["ok ", text])),
+            lambda text: BPETokenizer.train(text, 300), lambda text: BPETokenizer([], [text])]
+    for use in uses:
+        with pytest.raises(ValueError) as caught:
+            use(text)
+        assert type(caught.value) is ValueError and name in str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Special tokens
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_special_tokens_appear_only_when_allowed_by_name():
+    tokenizer = BPETokenizer([(97, 98)], ["<|a|>", "<|b|>"])
+    text = "ab<|a|><|b|>ab"
+    assert tokenizer.encode(text) == [256, *b"<|a|><|b|>", 256]
+    assert tokenizer.encode_array(text).tolist() == tokenizer.encode(text)
+    assert tokenizer.encode(text, allowed_special={"<|b|>"}) == [256, *b"<|a|>", 258, 256]
+    assert tokenizer.encode(text, allowed_special=("<|a|>", "<|b|>")) == [256, 257, 258, 256]
+    assert tokenizer.encode("<|a|>", allowed_special=["<|a|>"]) == [257]
+    assert tokenizer.encode("ab", allowed_special=["<|a|>"]) == [256]
+    assert tokenizer.encode("", allowed_special=["<|a|>"]) == []
+
+
+@pytest.mark.parametrize("names", [["<|b|>"], ["<|a|>", "<|b|>"], [""], "<|a|>"])
+def test_unknown_special_token_is_a_value_error(names):
+    """A bare string is no list of names; its characters are unknown names."""
+    with pytest.raises(ValueError, match="no special token"):
+        BPETokenizer([], ["<|a|>"]).encode("x", allowed_special=names)
+    with pytest.raises(ValueError, match="no special token"):
+        BPETokenizer([]).encode("x", allowed_special=names)
+
+
+@pytest.mark.parametrize("names", [["<|a|>", "<|a|>b"], ["<|a|>b", "<|a|>"]])
+def test_longest_of_overlapping_special_tokens_first(names):
+    tokenizer = BPETokenizer([], names)
+    short, long = 256 + names.index("<|a|>"), 256 + names.index("<|a|>b")
+    assert tokenizer.encode("<|a|>b<|a|>c", allowed_special=names) == [long, short, 99]
+    assert tokenizer.encode("<|a|>b", allowed_special=["<|a|>"]) == [short, 98]
+
+
+def test_special_token_of_pattern_characters_is_read_literally():
+    tokenizer = BPETokenizer([], [".*", "a|b", "("])
+    assert tokenizer.encode("x.*a|b(a", allowed_special=[".*", "a|b", "("]) == [120, 256, 257, 258, 97]
+
+
+def test_text_around_special_tokens_is_tokenized_by_itself(vocab):
+    end = vocab.vocab_size - 1
+    for left, right in [("the cat ", " sat"), ("  ", "  x"), ("a\n", "\nb")]:
+        ids = vocab.encode(left + END + right, allowed_special=[END])
+        assert ids == [*vocab.encode(left), end, *vocab.encode(right)]
+        assert vocab.decode(ids) == left + END + right
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+
+
+def rust_tokens(text, vocab_size):
+    """Tokens by rank of rustbpe, which like us merges the smaller of two equally frequent pairs."""
+    theirs = rustbpe.Tokenizer()
+    theirs.train_from_iterator([text], vocab_size, pattern=GPT2_PATTERN)
+    return [token for token, _ in sorted(theirs.get_mergeable_ranks(), key=lambda pair: pair[1])]
+
+
+def test_merges_of_sample_equal_rustbpe(sample):
+    ours = BPETokenizer.train(sample, 2048, special_tokens=())
+    assert [ours.token_bytes(i) for i in range(2048)] == rust_tokens(sample, 2048)
+
+
+def test_merges_of_wikitext_equal_rustbpe(wiki_valid):
+    ours = BPETokenizer.train(wiki_valid, 4096, special_tokens=())
+    assert [ours.token_bytes(i) for i in range(4096)] == rust_tokens(wiki_valid, 4096)
+
+
+@checked(150)
+@given(st.one_of(few_letters, st.lists(texts, min_size=1, max_size=3)))
+def test_training_equals_recounting_every_round(texts):
+    merges = slow_train(texts, 30)
+    tokenizer = BPETokenizer.train(texts, 256 + 30 + 1)
+    assert tokenizer.merges == merges
+    for text in texts:
+        assert_same_ids(tokenizer, text, slow_encode(text, merges))
+
+
+def test_each_text_is_pretokenized_by_itself():
+    joined = BPETokenizer.train("ab" * 9, 300, special_tokens=())
+    apart = BPETokenizer.train(["ab"] * 9, 300, special_tokens=())
+    assert apart.merges == [(97, 98)]
+    assert joined.merges == slow_train(["ab" * 9], 44) != apart.merges
+    assert BPETokenizer.train((text for text in ["ab"] * 9), 300, special_tokens=()).merges == apart.merges
+
+
+@pytest.mark.parametrize(("size", "special"), [(255, ()), (256, (END,)), (0, ()), (-1, ()), (257, ("<|a|>", "<|b|>"))])
+def test_too_small_vocabulary_is_a_value_error(size, special):
+    with pytest.raises(ValueError, match=f"vocab_size={size}"):
+        BPETokenizer.train("some text", size, special_tokens=special)
+
+
+def test_smallest_vocabulary_has_no_merges():
+    tokenizer = BPETokenizer.train("some text", 257)
+    assert tokenizer.merges == [] and tokenizer.vocab_size == 257
+
+
+@pytest.mark.parametrize(("text", "merges"), [("", 0), ("a b c", 2), ("aaaa", 2), ("abc abc", 3), ([], 0)])
+def test_text_that_runs_out_of_pairs_gives_a_smaller_vocabulary(text, merges):
+    tokenizer = BPETokenizer.train(text, 1000)
+    assert tokenizer.merges == slow_train([text] if isinstance(text, str) else text, 1000)
+    assert tokenizer.vocab_size == 256 + merges + 1
+    assert tokenizer.special_tokens == (END,)
+
+
+def test_progress_counts_the_merges():
+    seen = []
+    tokenizer = BPETokenizer.train("the cat and the hat and the rat", 256 + 8, special_tokens=(), progress=seen.append)
+    assert seen == list(range(1, len(tokenizer.merges) + 1)) == list(range(1, 9))
+
+
+def test_merges_of_a_smaller_vocabulary_come_first(sample):
+    large = BPETokenizer.train(sample[:50_000], 600)
+    assert BPETokenizer.train(sample[:50_000], 400).merges == large.merges[:143]
+
+
+def test_training_does_not_depend_on_hash_order():
+    code = ("from bpe_tokenizer import BPETokenizer as T; text = open('data/input.txt', encoding='utf-8').read(60000); "
+            "t = T.train(text, 700); print(t.fingerprint, sum(t.encode(text)))")
+    printed = set()
+    for seed in ("0", "1", "20"):
+        environment = os.environ | {"PYTHONHASHSEED": seed, "PYTHONPATH": str(ROOT)}
+        run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, env=environment, capture_output=True, check=True)
+        printed.add(run.stdout)
+    assert len(printed) == 1
+
+
+def test_training_on_wikitext_gives_the_committed_file(tmp_path):
+    BPETokenizer.train(wikitext("train"), 500).save(tmp_path / "vocab.json")
+    assert (tmp_path / "vocab.json").read_bytes() == (DATA / "bpe_vocab_500.json").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "size"), [("bpe_vocab.json", 4096), ("bpe_vocab_500.json", 500)])
+def test_committed_vocabularies(tmp_path, name, size):
+    tokenizer = BPETokenizer.load(DATA / name)
+    assert tokenizer.vocab_size == size and tokenizer.special_tokens == (END,)
+    tokenizer.save(tmp_path / name)
+    assert (tmp_path / name).read_bytes() == (DATA / name).read_bytes()
+
+
+def test_saving_and_loading(saved, nasty_vocab):
+    tokenizer, path = saved
+    odd = BPETokenizer([(13, 10), (0xE2, 0x80), (257, 0xA8)], ["<\u2028\"\\>"])
+    for each in (tokenizer, nasty_vocab, BPETokenizer([]), odd):
+        each.save(path)
+        first = path.read_bytes()
+        again = BPETokenizer.load(str(path))
+        assert again.merges == each.merges and again.special_tokens == each.special_tokens
+        assert again.fingerprint == each.fingerprint
+        again.save(str(path))
+        assert path.read_bytes() == first
+        assert b"\r" not in first
+    assert [p.name for p in path.parent.iterdir()] == [path.name]  # nothing temporary is left
+
+
+def test_a_failed_save_keeps_the_old_file(saved, monkeypatch):
+    tokenizer, path = saved
+    before = path.read_bytes()
+
+    def fails(self, target):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(Path, "replace", fails)
+    with pytest.raises(OSError, match="disk full"):
+        BPETokenizer([(97, 98)]).save(path)
+    assert path.read_bytes() == before
+    assert [p.name for p in path.parent.iterdir()] == [path.name]
+
+
+def test_fingerprint_changes_with_whatever_decides_the_ids():
+    variants = [([], ()), ([(97, 98)], ()), ([(98, 97)], ()), ([(97, 98), (98, 97)], ()), ([(98, 97), (97, 98)], ()),
+                ([(97, 98)], ["<|a|>"]), ([(97, 98)], ["<|b|>"]), ([(97, 98)], ["<|a|>", "<|b|>"]),
+                ([(97, 98)], ["<|b|>", "<|a|>"])]
+    prints = [BPETokenizer(*variant).fingerprint for variant in variants]
+    assert len(set(prints)) == len(prints)
+    assert [BPETokenizer(*variant).fingerprint for variant in variants] == prints
+    assert all(regex.fullmatch("[0-9a-f]{16}", one) for one in prints)
+
+
+def assert_refused(path):
+    """`path` is refused with a ValueError of one line that names the file."""
+    with pytest.raises(ValueError) as caught:
+        BPETokenizer.load(path)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError
+    assert str(path) in message
+    assert len(message.splitlines()) == 1
+
+
+def test_missing_file_is_an_os_error(tmp_path):
+    with pytest.raises(FileNotFoundError, match="vocab.json"):
+        BPETokenizer.load(tmp_path / "vocab.json")
+    with pytest.raises(OSError):
+        BPETokenizer.load(tmp_path)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"\n", b"{", b"{}", b"[]", b"null", b"3", b'"bpe_tokenizer"', b"NaN", b'{"format": "bpe_tokenizer"}', b"\x80",
+     b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}", b"\0" * 100, b"PK\x03\x04", b"1" * 5000, b"[" * 100_000, b'{"a":' * 100_000,
+     b'{"format": "bpe_tokenizer", "version": ' + b"[" * 300 + b"]" * 300 + b"}", b'{"version": 1, "merges": []}',
+     b'{"model": {"type": "BPE", "vocab": {}, "merges": []}}', b"<html>\n</html>\n"],
+    ids=lambda content: repr(content[:12]),
+)
+def test_file_that_is_no_vocabulary(tmp_path, content):
+    (tmp_path / "vocab.json").write_bytes(content)
+    assert_refused(tmp_path / "vocab.json")
+
+
+def test_truncated_file(saved):
+    _, path = saved
+    content = path.read_bytes().rstrip()
+    for size in range(0, len(content), 7):
+        path.write_bytes(content[:size])
+        assert_refused(path)
+
+
+DAMAGE = {
+    "format": lambda d: d.update(format="another"),
+    "no format": lambda d: d.pop("format"),
+    "newer version": lambda d: d.update(version=2),
+    "version as text": lambda d: d.update(version="1"),
+    "version of two lines": lambda d: d.update(version="1\n\u20282"),
+    "no version": lambda d: d.pop("version"),
+    "pattern": lambda d: d.update(pattern=r"\w+|\s+"),
+    "no pattern": lambda d: d.pop("pattern"),
+    "fingerprint": lambda d: d.update(fingerprint="0" * 16),
+    "no fingerprint": lambda d: d.pop("fingerprint"),
+    "no merges": lambda d: d.pop("merges"),
+    "fewer merges": lambda d: d["merges"].pop(),
+    "merges null": lambda d: d.update(merges=None),
+    "merges as text": lambda d: d.update(merges="[]"),
+    "merges as object": lambda d: d.update(merges={}),
+    "merge names itself": lambda d: d["merges"][0].__setitem__(0, 256),
+    "merge names a later id": lambda d: d["merges"][1].__setitem__(1, 270),
+    "merge names a special token": lambda d: d["merges"][0].__setitem__(1, 280),
+    "merge names a negative id": lambda d: d["merges"][0].__setitem__(0, -1),
+    "merge names a huge id": lambda d: d["merges"][0].__setitem__(0, 10**100),
+    "merge twice": lambda d: d["merges"].append(d["merges"][0]),
+    "merges swapped": lambda d: d["merges"].insert(0, d["merges"].pop(1)),
+    "token text": lambda d: d["merges"][3].__setitem__(2, "another"),
+    "token text with a surrogate": lambda d: d["merges"][3].__setitem__(2, "\ud800"),
+    "token text of two lines": lambda d: d["merges"][3].__setitem__(2, "a\n\u2028\x85b"),
+    "token text null": lambda d: d["merges"][3].__setitem__(2, None),
+    "merge of floats": lambda d: d["merges"].__setitem__(0, [float(d["merges"][0][0]), *d["merges"][0][1:]]),
+    "merge of infinity": lambda d: d["merges"][0].__setitem__(0, float("inf")),
+    "merge of booleans": lambda d: d["merges"].__setitem__(0, [True, False, "\x01\0"]),
+    "merge of a boolean": lambda d: d["merges"][0].__setitem__(1, True),
+    "merge of strings": lambda d: d["merges"].__setitem__(0, [str(d["merges"][0][0]), str(d["merges"][0][1]), "x"]),
+    "merge of lists": lambda d: d["merges"][0].__setitem__(0, [97]),
+    "merge null": lambda d: d["merges"].__setitem__(0, None),
+    "merge of two": lambda d: d["merges"][0].pop(),
+    "merge of four": lambda d: d["merges"][0].append("x"),
+    "merge as text": lambda d: d["merges"].__setitem__(0, "abc"),
+    "no special tokens": lambda d: d.pop("special_tokens"),
+    "another special token": lambda d: d.update(special_tokens=["<|other|>"]),
+    "special tokens null": lambda d: d.update(special_tokens=None),
+    "special tokens as text": lambda d: d.update(special_tokens=END),
+    "special token of a number": lambda d: d.update(special_tokens=[1]),
+    "special token twice": lambda d: d.update(special_tokens=[END, END]),
+    "special token empty": lambda d: d.update(special_tokens=[""]),
+    "special token with a surrogate": lambda d: d.update(special_tokens=["\ud800"]),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+def test_damaged_file(saved, damage):
+    tokenizer, path = saved
+    good = json.loads(path.read_text(encoding="utf-8"))
+    bad = copy.deepcopy(good)
+    DAMAGE[damage](bad)
+    path.write_text(json.dumps(bad), encoding="utf-8")
+    assert_refused(path)
+    path.write_text(json.dumps(good), encoding="utf-8")  # the damage it was, not how the file is laid out
+    assert BPETokenizer.load(path).merges == tokenizer.merges
+
+
+def test_booleans_are_no_ids(tmp_path):
+    """Python holds True and 1 to be equal, so all else in this file fits."""
+    path = tmp_path / "vocab.json"
+    BPETokenizer([(1, 0)]).save(path)
+    content = path.read_text(encoding="utf-8")
+    assert content.count("[1, 0, ") == 1
+    for ids in ("[true, 0, ", "[1, false, ", "[true, false, "):
+        path.write_text(content.replace("[1, 0, ", ids), encoding="utf-8")
+        assert_refused(path)
+
+
+def test_mutated_files_are_refused_or_read_right(saved):
+    tokenizer, path = saved
+    content, draw, refused = path.read_bytes(), random.Random(0), 0
+    for _ in range(300):
+        mutated = bytearray(content)
+        for _ in range(draw.choice([1, 1, 1, 2, 5])):
+            i, kind = draw.randrange(len(mutated)), draw.randrange(6)
+            if kind == 0:
+                mutated[i] = draw.randrange(256)
+            elif kind == 1:
+                mutated[i] = draw.choice(b'0123456789[]{}",:-.eE \n\\')
+            elif kind == 2:
+                mutated[i] ^= 1 << draw.randrange(8)
+            elif kind == 3:
+                del mutated[i : i + draw.randrange(1, 20)]
+            elif kind == 4:
+                mutated.insert(i, draw.randrange(256))
+            else:
+                mutated[i:i] = mutated[i : i + draw.randrange(1, 40)]
+        path.write_bytes(mutated)
+        try:
+            loaded = BPETokenizer.load(path)
+        except ValueError as error:
+            refused += 1
+            assert type(error) is ValueError
+            assert str(path) in str(error) and len(str(error).splitlines()) == 1
+        else:
+            assert loaded.fingerprint == tokenizer.fingerprint
+            assert (loaded.merges, loaded.special_tokens) == (tokenizer.merges, tokenizer.special_tokens)
+    assert refused > 200

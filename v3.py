@@ -1,0 +1,545 @@
+"""v3: the serious run. A deeper model, regularization, evaluation metrics, and the machinery of a long training.
+
+The model is GPT-2's (Radford et al. 2019): LayerNorm before each sub-layer and once more at the end, GELU, and an
+initialization that keeps the sum of all residual branches at one scale. The attention is the same function as in v2,
+computed by one fused kernel.
+
+What is new against v2:
+
+- model: more layers, pre-norm, scaled initialization, dropout, fused attention;
+- optimizer: AdamW with weight decay for matrices only, warm-up and cosine, gradient clipping;
+- speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works;
+- evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
+- checkpoints, RESUME=True, and PROMPT="..." to continue a text.
+
+What it reaches on WikiText-2: @V3@
+
+    python v3.py                                train, evaluate, write a sample: results in runs/v3/
+    python v3.py DROPOUT=0.1 MAX_STEPS=2000     set any of the constants below for one run
+    python v3.py RESUME=True                    go on from the last checkpoint
+    python v3.py PROMPT=" The castle was"       continue a text with the trained model
+"""
+
+import ast
+import functools
+import json
+import math
+import re
+import sys
+import time
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from tqdm import tqdm
+
+from data.prepare import load_tokens
+
+# ----------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------
+
+VOCABULARY = "bpe_vocab.json"  # file in data/ that holds the tokenizer
+BATCH_SIZE = 16  # windows a step
+MICRO_BATCH_SIZE = 8  # windows that are computed together
+BLOCK_SIZE = 256  # tokens in a window: the context that attention reaches
+MAX_STEPS = 1280  # 1.72 times the training text
+EVAL_INTERVAL = 320  # steps between two evaluations and checkpoints; at least one an epoch is made
+PATIENCE = 3  # evaluations without a better one after which training stops early
+LEARNING_RATE = 2e-3  # at its highest; it ends at zero
+WARMUP_STEPS = 60  # steps until the learning rate is at its highest
+WEIGHT_DECAY = 0.1  # of matrices and embeddings
+GRAD_CLIP = 1.0  # largest norm of the gradient
+N_LAYER = 4  # blocks
+N_HEAD = 4  # attention heads of a block
+N_EMBD = 256  # width: numbers that describe a token on its way through the blocks
+DROPOUT = 0.0  # share of numbers set to zero in training; pays where the text is seen many times
+STRIDE = 128  # of the overlapping windows in the last evaluation, in tokens
+SAMPLE_TOKENS = 200  # length of the sample written at the end
+TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier
+SEED = 1337
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+DTYPE = "auto"  # of matrix products: "float32", "bfloat16", or the faster of them
+COMPILE = True  # use torch.compile, if it works here
+OUT_DIR = "runs/v3"  # where the results go
+RESUME = False  # go on from the last checkpoint in OUT_DIR
+PROMPT = None  # a text to continue with the trained model, instead of training
+# For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
+# DROPOUT = 0.1, LEARNING_RATE = 6e-4, and WikiText-103 (python data/prepare.py --dataset wikitext-103-v1).
+
+RUNG = Path(__file__).stem
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def window_starts(n_tokens, batch_size, block_size, seed):
+    """Where the windows of one epoch start: cut at a random offset, in random order, (batches, B)."""
+    n_batches = (n_tokens - block_size) // (batch_size * block_size)
+    if n_batches < 1:
+        raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
+                         f"{block_size}; lower BATCH_SIZE or BLOCK_SIZE, or train on a longer text")
+    random = torch.Generator().manual_seed(seed)
+    offset = torch.randint(block_size, (1,), generator=random)
+    order = torch.randperm(n_batches * batch_size, generator=random)
+    return (offset + block_size * order).view(n_batches, batch_size)
+
+
+def get_batch(ids, step):
+    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
+    epoch, k = divmod(step, max(n_batches, 1))
+    starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED + epoch)[k]
+    windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Attention(nn.Module):
+    """Causal self-attention with N_HEAD heads (Vaswani et al. 2017, equation 1 and section 3.2.2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.qkv = nn.Linear(N_EMBD, 3 * N_EMBD)
+        self.out = nn.Linear(N_EMBD, N_EMBD)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, N_HEAD, C // N_HEAD).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)  # (B, H, T, D)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+
+
+class Block(nn.Module):
+    """Attention, then a small MLP for each token by itself; LayerNorm before each, residual connection around."""
+
+    def __init__(self):
+        super().__init__()
+        self.norm_1 = nn.LayerNorm(N_EMBD)
+        self.attention = Attention()
+        self.norm_2 = nn.LayerNorm(N_EMBD)
+        self.mlp = nn.Sequential(
+            nn.Linear(N_EMBD, 4 * N_EMBD), nn.GELU(approximate="tanh"), nn.Linear(4 * N_EMBD, N_EMBD)
+        )
+
+    def forward(self, x):
+        x = x + F.dropout(self.attention(self.norm_1(x)), DROPOUT, self.training)  # (B, T, C)
+        return x + F.dropout(self.mlp(self.norm_2(x)), DROPOUT, self.training)
+
+
+class LanguageModel(nn.Module):
+    """Token and position embeddings, N_LAYER blocks, and a linear layer to the logits."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        if N_EMBD % N_HEAD:
+            raise ValueError(f"N_EMBD={N_EMBD} must be a multiple of N_HEAD={N_HEAD}, since the heads share the width")
+        self.embedding = nn.Embedding(vocab_size, N_EMBD)
+        self.position = nn.Embedding(BLOCK_SIZE, N_EMBD)
+        self.blocks = nn.Sequential(*(Block() for _ in range(N_LAYER)))
+        self.norm = nn.LayerNorm(N_EMBD)
+        self.head = nn.Linear(N_EMBD, vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if p.dim() == 2:
+                nn.init.normal_(p, std=0.02)
+            elif name.endswith("bias"):
+                nn.init.zeros_(p)
+        for block in self.blocks:  # 2 * N_LAYER branches are summed: keep their sum at the scale of one (section 2.3)
+            for branch_end in (block.attention.out, block.mlp[-1]):
+                nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
+        x = self.embedding(idx) + self.position.weight[: idx.size(1)]  # (B, T, C)
+        x = F.dropout(x, DROPOUT, self.training)
+        x = self.norm(self.blocks(x))
+        logits = self.head(x).float()  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(model, tokens, stride=None):
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does.
+
+    Windows of BLOCK_SIZE start every `stride` tokens; by default they do not overlap. Where they do, only the tokens
+    that no earlier window reached are counted, so each has at least BLOCK_SIZE - stride tokens of context.
+    The calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) is the mean distance between the
+    probability of the likeliest token and how often it is right, in 15 bins of that probability.
+    """
+    model.eval()
+    stride = stride or BLOCK_SIZE
+    n, n_bins = len(tokens) - 1, 15
+    n_windows = max(0, math.ceil((n - BLOCK_SIZE) / stride)) + 1
+    nats, top_1, top_5 = 0.0, 0, 0
+    bins = torch.zeros(3, n_bins, dtype=torch.double)  # of each: tokens, sum of probabilities, tokens guessed right
+    full = n_windows - 1  # the last window of the split may be shorter
+    batches = [torch.arange(i, min(i + BATCH_SIZE, full)) for i in range(0, full, BATCH_SIZE)] + [torch.tensor([full])]
+    for batch in batches:
+        length = min(BLOCK_SIZE, n - stride * int(batch[-1]))
+        windows = tokens.ids[stride * batch[:, None] + torch.arange(length + 1)].long().to(DEVICE)
+        old = torch.where(batch > 0, BLOCK_SIZE - stride, 0)  # tokens that the window before has predicted
+        fresh = (torch.arange(length) >= old[:, None]).to(DEVICE)
+        with autocast():
+            logits = model(windows[:, :-1])[fresh]  # (N, V)
+        targets = windows[:, 1:][fresh]  # (N,)
+        logp = logits.log_softmax(-1)
+        nats -= logp.gather(1, targets[:, None]).double().sum().item()
+        best = logp.topk(5).indices == targets[:, None]
+        top_1 += best[:, 0].sum().item()
+        top_5 += best.sum().item()
+        p = logp.amax(1).exp().cpu().double()
+        place = (p * n_bins).long().clamp(max=n_bins - 1)
+        for row, weights in zip(bins, (torch.ones_like(p), p, best[:, 0].cpu().double())):
+            row += torch.bincount(place, weights, minlength=n_bins)
+    model.train()
+    return {
+        "val_loss": nats / n,
+        "val_bpb": nats / (math.log(2) * tokens.n_bytes),
+        "val_word_ppl": math.exp(nats / tokens.n_words),
+        "val_top_1": top_1 / n,
+        "val_top_5": top_5 / n,
+        "val_calibration_error": (bins[1] - bins[2]).abs().sum().item() / n,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+
+
+def autocast():
+    """Context in which matrix products run in DTYPE."""
+    return torch.autocast(torch.device(DEVICE).type, torch.bfloat16, enabled=pick_dtype() == "bfloat16")
+
+
+@functools.cache
+def bfloat16_is_faster(device):
+    """Whether products of bfloat16 matrices clearly beat float32 on this device."""
+    if device.startswith("cuda"):
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    if device != "cpu":
+        return False
+    seconds = {}
+    for dtype in (torch.float32, torch.bfloat16):
+        a, times = torch.ones(512, 512, dtype=dtype), []
+        for _ in range(10):
+            start = time.perf_counter()
+            a @ a
+            times.append(time.perf_counter() - start)
+        seconds[dtype] = min(times)
+    return seconds[torch.bfloat16] < 0.7 * seconds[torch.float32]
+
+
+def pick_dtype():
+    """Name of the type that matrix products use: DTYPE, or what is faster here."""
+    if DTYPE not in ("auto", "float32", "bfloat16"):
+        raise ValueError(f'DTYPE={DTYPE} must be "auto", "float32" or "bfloat16"')
+    return DTYPE if DTYPE != "auto" else "bfloat16" if bfloat16_is_faster(DEVICE) else "float32"
+
+
+def compile_model(model, x, y):
+    """The compiled model, or the model itself, with a line that says why, where compilation does not work."""
+    if not COMPILE:
+        return model
+    try:
+        compiled = torch.compile(model)
+        with autocast():
+            compiled(x, y).backward()
+        model.zero_grad()
+        return compiled
+    except Exception as error:  # a missing compiler shows in many ways
+        print(f"training without torch.compile: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
+        return model
+
+
+def make_optimizer(model):
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); biases and LayerNorms do not decay."""
+    matrices = [p for p in model.parameters() if p.dim() == 2]
+    vectors = [p for p in model.parameters() if p.dim() != 2]
+    groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.95), fused=True)
+
+
+def lr_factor(step):
+    """Learning rate of a step as a share of the highest: linear warm-up, then half a cosine down to zero."""
+    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP_STEPS) / max(1, MAX_STEPS - WARMUP_STEPS))
+
+
+def train(model, tokens):
+    """Train on tokens["train"], keep the weights that are best on tokens["val"] in OUT_DIR/model.pt.
+
+    Returns the log, a list with one dict for each evaluation.
+    """
+    optimizer = make_optimizer(model)
+    log, best, worse, seconds, losses, first_step = [], math.inf, 0, 0.0, [], 0
+    if RESUME:
+        saved = load_saved("checkpoint.pt")
+        check_same_run(saved["hyperparameters"])
+        model.load_state_dict(saved["model"])
+        optimizer.load_state_dict(saved["optimizer"])
+        log, best, worse, first_step = saved["log"], saved["best"], saved["worse"], saved["step"]
+        seconds = log[-1]["seconds"]
+    compiled = compile_model(model, *(t[:MICRO_BATCH_SIZE] for t in get_batch(tokens["train"].ids, 0)))
+    if RESUME:
+        torch.set_rng_state(saved["random_state"])
+    else:
+        torch.manual_seed(SEED)
+    eval_interval = max(1, min(EVAL_INTERVAL, len(tokens["train"]) // (BATCH_SIZE * BLOCK_SIZE)))
+    bar = tqdm(total=MAX_STEPS, initial=first_step, desc="training", unit="step", disable=None)
+    start = time.perf_counter()
+    for step in range(first_step, MAX_STEPS + 1):
+        if (step % eval_interval == 0 or step == MAX_STEPS) and not (RESUME and step == first_step):
+            train_loss = torch.stack(losses).mean().item() if losses else None
+            seconds += time.perf_counter() - start  # the clock stands still while evaluating
+            metrics = evaluate(model, tokens["val"])
+            seen = step * BATCH_SIZE * BLOCK_SIZE
+            log.append({"step": step, "tokens_seen": seen, "seconds": seconds, "train_loss": train_loss, **metrics})
+            bar.write(f"step {step:5}  {seconds:5.0f} s  training loss {train_loss or math.nan:.4f}  "
+                      f"val loss {metrics['val_loss']:.4f}  val bpb {metrics['val_bpb']:.4f}")
+            if metrics["val_loss"] < best:
+                best, worse = metrics["val_loss"], 0
+                save("model.pt", {"model": model.state_dict(), "hyperparameters": constants()})
+            else:
+                worse += 1
+            save("checkpoint.pt", {
+                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log, "best": best,
+                "worse": worse, "random_state": torch.get_rng_state(), "hyperparameters": constants(),
+            })  # fmt: skip
+            losses, start = [], time.perf_counter()
+        if step == MAX_STEPS or worse == PATIENCE:
+            break
+
+        for group in optimizer.param_groups:
+            group["lr"] = LEARNING_RATE * lr_factor(step)
+        x, y = get_batch(tokens["train"].ids, step)
+        loss = 0.0
+        for micro_x, micro_y in zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE)):
+            with autocast():
+                part = compiled(micro_x, micro_y) * (len(micro_x) / BATCH_SIZE)
+            part.backward()
+            loss += part.detach()
+        nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
+        optimizer.step()
+        optimizer.zero_grad()
+
+        losses.append(loss)
+        bar.update()
+        if step % 10 == 0:
+            rate = (step + 1) * BATCH_SIZE * BLOCK_SIZE / (seconds + time.perf_counter() - start)
+            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
+    bar.close()
+    if worse == PATIENCE:
+        print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
+    return log
+
+
+def save(name, content):
+    """Save `content` with torch as OUT_DIR/`name`, whole or not at all."""
+    write_whole(name, lambda path: torch.save(content, path))
+
+
+def load_saved(name):
+    """Read what `save` wrote. Raises FileNotFoundError if it is not there, ValueError if it is damaged."""
+    path = Path(OUT_DIR) / name
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}: train first with python {RUNG}.py")
+    try:
+        saved = torch.load(path, map_location=DEVICE, weights_only=True)
+        saved["hyperparameters"], saved["model"]
+    except Exception:  # torch and pickle raise many kinds for a damaged file
+        raise ValueError(f"{path} is damaged or no file of this program; delete it and train again") from None
+    return saved
+
+
+def check_same_run(before):
+    """Raises ValueError if constants that decide the losses differ from those of the checkpoint."""
+    may_change = ("EVAL_INTERVAL", "PATIENCE", "MAX_STEPS", "SAMPLE_TOKENS", "TEMPERATURE", "STRIDE", "DEVICE", "COMPILE",
+                  "OUT_DIR", "RESUME", "PROMPT")
+    now = constants()
+    differ = [f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in sorted({*before, *now} - {*may_change})
+              if before.get(k) != now.get(k)]
+    if differ:
+        raise ValueError(f"cannot resume the run in {OUT_DIR} with other constants: {'; '.join(differ)}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def generate(model, ids, n_tokens):
+    """Continue `ids`, a list of tokens, by `n_tokens` drawn at TEMPERATURE. Returns the whole list."""
+    model.eval()
+    idx = torch.tensor([ids], device=DEVICE)  # (1, T)
+    for _ in range(n_tokens):
+        logits = model(idx[:, -BLOCK_SIZE:])[:, -1] / TEMPERATURE  # (1, V)
+        idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
+    return idx[0].tolist()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------
+
+
+def constants():
+    """The hyperparameters: every UPPER_CASE number, string or None of this file."""
+    return {k: v for k, v in globals().items() if k.isupper() and k != "RUNG" and (v is None or type(v) in (bool, int, float, str))}
+
+
+def set_constants(arguments):
+    """Set constants from NAME=value arguments. Raises ValueError for an unknown name or a value of another type."""
+    for argument in arguments:
+        name, _, value = argument.partition("=")
+        if name not in constants():
+            raise ValueError(f"there is no constant {name!r}; known are {', '.join(constants())}")
+        kind = type(globals()[name])
+        try:
+            new = value if kind in (str, type(None)) else ast.literal_eval(value)
+            if kind is float and type(new) is int:
+                new = float(new)
+            if type(new) is not kind and kind is not type(None):
+                raise ValueError
+        except (ValueError, SyntaxError):
+            raise ValueError(f"{name}={value}: {name} must be of type {kind.__name__}") from None
+        globals()[name] = new
+
+
+def peak_memory_mb():
+    """Peak resident memory of this process, or the accelerator's peak allocation, in MB."""
+    if DEVICE.startswith("cuda"):
+        return torch.cuda.max_memory_allocated() / 1e6
+    try:
+        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
+    except OSError:  # not Linux
+        import resource
+
+        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
+
+
+def write_whole(name, write):
+    """Make OUT_DIR/`name` by `write(path)`, whole or not at all."""
+    path = Path(OUT_DIR) / name
+    beside = path.with_name("writing-" + name)
+    try:
+        write(beside)
+        beside.replace(path)
+    except RuntimeError as error:  # torch's word for a full disk
+        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+def plot_loss(log, path):
+    """Draw training and validation loss over the tokens seen."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
+    seen = [line["tokens_seen"] / 1e6 for line in log]
+    axes.plot(seen[1:], [line["train_loss"] for line in log[1:]], "o-", label="training (mean since the last point)")
+    axes.plot(seen, [line["val_loss"] for line in log], "s-", label="validation")
+    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=RUNG)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120, format="png")
+    plt.close(figure)
+
+
+def continue_prompt(model, tokenizer):
+    """Print PROMPT and its continuation by the trained model. Returns the text."""
+    saved = load_saved("model.pt")
+    try:
+        model.load_state_dict(saved["model"])
+    except RuntimeError:
+        then, now = saved["hyperparameters"], constants()
+        names = ("VOCABULARY", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD")
+        differ = [f"{k}={then.get(k)}" for k in names if then.get(k) != now[k]]
+        raise ValueError(f"the model in {OUT_DIR} has another shape; add {' '.join(differ)}") from None
+    torch.manual_seed(SEED)
+    text = tokenizer.decode(generate(model, tokenizer.encode(PROMPT or "\n"), SAMPLE_TOKENS))
+    print(text)
+    return text
+
+
+def main():
+    """Train, evaluate and sample; write the results to OUT_DIR. Returns the summary, a dict."""
+    import_mb = peak_memory_mb()
+    torch.manual_seed(SEED)
+    Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
+    tokenizer, tokens = load_tokens(VOCABULARY)
+    model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
+    if PROMPT is not None:
+        return continue_prompt(model, tokenizer)
+    n_params = sum(p.numel() for p in model.parameters())
+    print(f"{RUNG} on {tokens['train'].dataset}: {n_params:,} parameters, {len(tokens['train']):,} training tokens, {DEVICE}")
+
+    log = train(model, tokens)
+    peak_mb = peak_memory_mb()
+    model.load_state_dict(load_saved("model.pt")["model"])
+    best = min(log, key=lambda line: line["val_loss"])
+    sliding, test = evaluate(model, tokens["val"], STRIDE), evaluate(model, tokens["test"])
+    print(f"validation, windows of {BLOCK_SIZE} tokens: " + ", ".join(f"{k[4:]} {best[k]:.4f}" for k in sliding))
+    print(f"the same, a window every {STRIDE} tokens: " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in sliding.items()))
+
+    sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
+    print(f"--- sample ---\n{sample}\n--------------")
+    summary = {
+        "rung": RUNG,
+        "dataset": tokens["train"].dataset,
+        "tokenizer": VOCABULARY,
+        "seed": SEED,
+        "device": DEVICE,
+        "dtype": pick_dtype(),
+        "n_params": n_params,
+        "steps": log[-1]["step"],
+        "tokens_seen": log[-1]["tokens_seen"],
+        "bytes_seen": round(log[-1]["tokens_seen"] * tokens["train"].n_bytes / len(tokens["train"])),
+        "train_seconds": log[-1]["seconds"],
+        "tokens_per_second": log[-1]["tokens_seen"] / log[-1]["seconds"],
+        "import_memory_mb": import_mb,
+        "peak_memory_mb": peak_mb,
+        "val_loss": best["val_loss"],
+        "val_bpb": best["val_bpb"],
+        "val_word_ppl": best["val_word_ppl"],
+        "val_top_1": best["val_top_1"],
+        "val_top_5": best["val_top_5"],
+        "val_calibration_error": best["val_calibration_error"],
+        **{f"{k}_sliding": v for k, v in sliding.items()},
+        **{k.replace("val_", "test_"): v for k, v in test.items()},
+        "best_step": best["step"],
+        "hyperparameters": constants(),
+    }
+    write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+    write_whole("sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
+    write_whole("loss.png", lambda path: plot_loss(log, path))
+    write_whole("summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
+    print(f"{RUNG} on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, word perplexity {summary['val_word_ppl']:,.1f}, "
+          f"{n_params:,} parameters, {summary['train_seconds']:.0f} s, peak memory {summary['peak_memory_mb']:,.0f} MB")
+    return summary
+
+
+if __name__ == "__main__":
+    try:
+        set_constants(sys.argv[1:])
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"{RUNG}.py: {error}")
