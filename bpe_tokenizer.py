@@ -100,6 +100,7 @@ def _blocks(texts):
     so that tokenizing each by itself equals tokenizing the whole. All but the first start with a space."""
     pending, size = [], 0
     for text in texts:
+        _utf8(text)
         for start in range(0, len(text), _BLOCK):
             piece = text[start : start + _BLOCK]
             pending.append(piece)
@@ -247,10 +248,11 @@ class BPETokenizer:
         allowed_special: names of special tokens to recognize in the text; all others are read as plain text.
         Raises ValueError for a lone surrogate and for a name that is no special token of this vocabulary.
         """
-        unknown = set(allowed_special) - set(self.special_tokens)
-        if unknown:
-            raise ValueError(f"{sorted(unknown)[0]!r} is no special token of this vocabulary: "
+        allowed_special = set(allowed_special)
+        if unknown := allowed_special - set(self.special_tokens):
+            raise ValueError(f"{min(unknown)!r} is no special token of this vocabulary: "
                              f"{', '.join(self.special_tokens) or 'it has none'}")
+        _utf8(text)
         if allowed_special:
             names = sorted(allowed_special, key=len, reverse=True)
             parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
@@ -261,7 +263,6 @@ class BPETokenizer:
             if k % 2:  # re.split puts the separators at the odd places
                 ids.append(self._special_id[part])
                 continue
-            _utf8(part)
             for piece in _PRETOKEN.findall(part):
                 if piece not in known:
                     known[piece] = self._encode_piece(_utf8(piece))
@@ -437,7 +438,7 @@ class BPETokenizer:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
                 raise ValueError("it is no vocabulary of this tokenizer")
-            if stored.get("version") != _VERSION:
+            if stored.get("version") is not _VERSION:
                 raise ValueError(f"it has version {stored.get('version')!r}; this program reads version {_VERSION}")
             if stored.get("pattern") != GPT2_PATTERN:
                 raise ValueError("it was made for another pre-tokenization pattern than GPT-2's")
@@ -462,7 +463,7 @@ class BPETokenizer:
 
 
 def _count_pretokens(texts):
-    """How often each pre-token occurs in `texts`, an iterable of strings: a dict in order of first appearance."""
+    """How often each pre-token occurs in `texts`, an iterable of strings."""
     frequency = Counter()
     for text in texts:
         chunks, times = _Chunks(), np.zeros(0, np.int64)

@@ -34,6 +34,7 @@ import time
 from pathlib import Path
 
 import torch
+import torch._dynamo  # torch.optim loads it when first used: here it counts as a library, not as training memory
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -300,24 +301,24 @@ def evaluate(model, tokens, stride=None, length=None):
     nats, top_1, top_5 = 0.0, 0, 0
     bins = torch.zeros(3, n_bins, dtype=torch.double)  # of each: tokens, sum of probabilities, tokens guessed right
     full = n_windows - 1  # the last window of the split may be shorter
-    size = max(1, BATCH_SIZE * BLOCK_SIZE // length)
-    batches = [torch.arange(i, min(i + size, full)) for i in range(0, full, size)] + [torch.tensor([full])]
-    for batch in batches:
+    batches = list(torch.arange(full).split(max(1, BATCH_SIZE * BLOCK_SIZE // length))) if full else []
+    for batch in [*batches, torch.tensor([full])]:
         T = min(length, n - stride * int(batch[-1]))
         windows = tokens.ids[stride * batch[:, None] + torch.arange(T + 1)].long().to(DEVICE)
         old = torch.where(batch > 0, length - stride, 0)  # tokens that the window before has predicted
         fresh = (torch.arange(T) >= old[:, None]).to(DEVICE)
         with autocast():
-            logits = model(windows[:, :-1])[fresh]  # (N, V)
-        targets = windows[:, 1:][fresh]  # (N,)
-        logp = logits.log_softmax(-1)
-        nats -= logp.gather(1, targets[:, None]).double().sum().item()
-        best = logp.topk(5).indices == targets[:, None]
-        top_1 += best[:, 0].sum().item()
-        top_5 += best.sum().item()
-        p = logp.amax(1).exp().cpu().double()
+            logits = model(windows[:, :-1])  # (b, T, V)
+        target = logits.gather(-1, windows[:, 1:, None]).squeeze(-1)[fresh]  # (N,)
+        total = logits.logsumexp(-1)[fresh]  # (N,)
+        top = logits.topk(5).values[fresh]  # (N, 5)
+        nats += (total - target).double().sum().item()
+        right = (target >= top[:, 0]).cpu().double()
+        top_1 += right.sum().item()
+        top_5 += (target >= top[:, 4]).sum().item()
+        p = (top[:, 0] - total).exp().cpu().double()
         place = (p * n_bins).long().clamp(max=n_bins - 1)
-        for row, weights in zip(bins, (torch.ones_like(p), p, best[:, 0].cpu().double())):
+        for row, weights in zip(bins, (torch.ones_like(p), p, right)):
             row += torch.bincount(place, weights, minlength=n_bins)
     model.train()
     return {
@@ -489,8 +490,9 @@ def train(model, tokens):
             else:
                 worse += 1
             save("checkpoint.pt", {
-                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "log": log,
-                "best": best, "worse": worse, "random_state": torch.get_rng_state(), "hyperparameters": constants(),
+                "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step,
+                "log": log, "best": best, "worse": worse, "random_state": torch.get_rng_state(),
+                "hyperparameters": constants(),
             })  # fmt: skip
             losses, start = [], time.perf_counter()
         if step == MAX_STEPS or worse == PATIENCE:
@@ -541,8 +543,8 @@ def load_saved(name):
 
 def check_same_run(before):
     """Raises ValueError if constants that decide the losses differ from those of the checkpoint."""
-    may_change = ("EVAL_INTERVAL", "PATIENCE", "MAX_STEPS", "SAMPLE_TOKENS", "TEMPERATURE", "STRIDE", "DEVICE", "COMPILE",
-                  "OUT_DIR", "RESUME", "PROMPT")
+    may_change = ("EVAL_INTERVAL", "PATIENCE", "MAX_STEPS", "SAMPLE_TOKENS", "TEMPERATURE", "STRIDE", "DEVICE",
+                  "COMPILE", "OUT_DIR", "RESUME", "PROMPT", "POSITION")
     now = constants()
     differ = [f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in sorted({*before, *now} - {*may_change})
               if before.get(k) != now.get(k)]
@@ -626,17 +628,17 @@ def plot_embeddings(model, tokenizer, path):
     plt.close(figure)
 
 
-def plot_extrapolation(schemes, path):
-    """Draw bits per byte over the length of the window for each scheme."""
+def plot_schemes(curves, path, xlabel, title):
+    """Draw validation bits per byte; `curves` has for each scheme a list of (x, bits per byte)."""
     import matplotlib.pyplot as plt
 
     figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    for scheme, summary in schemes.items():
-        lengths, bpb = zip(*((int(n), b) for n, b in summary["extrapolation_bpb"].items() if b is not None))
-        axes.plot(lengths, bpb, "o-", label=scheme)
-    axes.axvline(BLOCK_SIZE, color="grey", linestyle=":", label="training length")
-    axes.set_xscale("log", base=2)
-    axes.set(xlabel="tokens in a window", ylabel="validation bits per byte", title=f"{RUNG}: length extrapolation")
+    for scheme, points in curves.items():
+        axes.plot(*zip(*points), "o-", label=scheme)
+    if title == "length extrapolation":
+        axes.axvline(BLOCK_SIZE, color="grey", linestyle=":", label="training length")
+        axes.set_xscale("log", base=2)
+    axes.set(xlabel=xlabel, ylabel="validation bits per byte", title=f"{RUNG}: {title}")
     axes.grid(alpha=0.3)
     axes.legend()
     figure.savefig(path, dpi=120, format="png")
@@ -650,7 +652,8 @@ def plot_extrapolation(schemes, path):
 
 def constants():
     """The hyperparameters: every UPPER_CASE number, string or None of this file."""
-    return {k: v for k, v in globals().items() if k.isupper() and k != "RUNG" and (v is None or type(v) in (bool, int, float, str))}
+    return {k: v for k, v in globals().items()
+            if k.isupper() and k != "RUNG" and (v is None or type(v) in (bool, int, float, str))}  # fmt: skip
 
 
 def set_constants(arguments):
@@ -737,7 +740,8 @@ def run(position):
     if PROMPT is not None:
         return continue_prompt(model, tokenizer)
     n_params = sum(p.numel() for p in model.parameters())
-    print(f"{RUNG}, {position}, on {tokens['train'].dataset}: {n_params:,} parameters, {len(tokens['train']):,} training tokens, {DEVICE}")
+    print(f"{RUNG}, {position}, on {tokens['train'].dataset}: {n_params:,} parameters, "
+          f"{len(tokens['train']):,} training tokens, {DEVICE}")
 
     log = train(model, tokens)
     peak_mb = peak_memory_mb()
@@ -789,9 +793,32 @@ def run(position):
     write_whole("loss.png", lambda path: plot_loss(log, path))
     write_whole("embeddings.png", lambda path: plot_embeddings(model, tokenizer, path))
     write_whole("summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
-    print(f"{RUNG}, {position}, on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, word perplexity {summary['val_word_ppl']:,.1f}, "
-          f"{n_params:,} parameters, {summary['train_seconds']:.0f} s, peak memory {summary['peak_memory_mb']:,.0f} MB")
+    print(f"{RUNG}, {position}, on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, word perplexity "
+          f"{summary['val_word_ppl']:,.1f}, {n_params:,} parameters, {summary['train_seconds']:.0f} s, peak memory "
+          f"{summary['peak_memory_mb']:,.0f} MB")
     return summary
+
+
+def compare(schemes):
+    """Print bits per byte of each scheme by the length of the window; write logs, samples and curves side by side."""
+    print(f"\nvalidation bits per byte by length of the window (trained on {BLOCK_SIZE})")
+    print("tokens".ljust(12) + "".join(f"{BLOCK_SIZE * times:9}" for times in EXTRAPOLATION))
+    lines, samples, losses, lengths = [], "", {}, {}
+    for scheme, summary in schemes.items():
+        by_length = summary["extrapolation_bpb"]
+        cells = ("-" if bpb is None else f"{bpb:.4f}" for bpb in by_length.values())
+        print(scheme.ljust(12) + "".join(f"{cell:>9}" for cell in cells))
+        log = [json.loads(line) for line in (Path(OUT_DIR) / scheme / "log.jsonl").read_text().splitlines()]
+        lines += [{"position": scheme, **line} for line in log]
+        losses[scheme] = [(line["tokens_seen"] / 1e6, line["val_bpb"]) for line in log]
+        lengths[scheme] = [(n, bpb) for n, bpb in by_length.items() if bpb is not None]
+        samples += f"--- {scheme} ---\n{(Path(OUT_DIR) / scheme / 'sample.txt').read_text(encoding='utf-8')}\n"
+    write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in lines)))
+    write_whole("sample.txt", lambda path: path.write_text(samples, encoding="utf-8"))
+    write_whole("loss.png", lambda path: plot_schemes(losses, path, "tokens seen (millions)", "training"))
+    write_whole(
+        "extrapolation.png", lambda path: plot_schemes(lengths, path, "tokens in a window", "length extrapolation")
+    )
 
 
 def main():
@@ -813,14 +840,9 @@ def main():
     finally:
         OUT_DIR, RESUME = top, resume
 
-    print(f"\nvalidation bits per byte by length of the window (trained on {BLOCK_SIZE})")
-    print("tokens".ljust(12) + "".join(f"{BLOCK_SIZE * times:9}" for times in EXTRAPOLATION))
-    for position, summary in schemes.items():
-        row = summary["extrapolation_bpb"].values()
-        print(position.ljust(12) + "".join(f"{'-' if bpb is None else format(bpb, '.4f'):>9}" for bpb in row))
     best = min(schemes.values(), key=lambda summary: summary["val_bpb"])
     summary = {**best, "hyperparameters": constants(), "schemes": schemes}
-    write_whole("extrapolation.png", lambda path: plot_extrapolation(schemes, path))
+    compare(schemes)
     write_whole("summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
     return summary
 

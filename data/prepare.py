@@ -32,7 +32,7 @@ from tqdm import tqdm
 DATA_DIR = Path(__file__).resolve().parent
 sys.path.insert(0, str(DATA_DIR.parent))  # so that `python data/prepare.py` finds the tokenizer
 
-from bpe_tokenizer import BPETokenizer
+from bpe_tokenizer import BPETokenizer  # noqa: E402
 
 SPLITS = ("train", "val", "test")
 VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
@@ -172,9 +172,12 @@ def open_source(folder=None, dataset=None, sample=False):
         except (ConnectionError, ImportError) as error:
             if dataset:
                 raise
-            print(f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For "
-                  "the real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
-                  "run python data/prepare.py again with a connection.", file=sys.stderr)
+            print(
+                f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For the "
+                "real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
+                "python data/prepare.py with a connection.",
+                file=sys.stderr,
+            )
     return sample_source(), "sample"
 
 
@@ -232,8 +235,8 @@ def _write_whole(path, content):
 def prepare(source=None, name=None, vocabularies=tuple(VOCABULARIES)):
     """Tokenize all splits of a source with each of `vocabularies` (names of files in data/).
 
-    source: from `open_source`, which is asked if there is none; name: of the data set; the name of a folder gives way to
-    that of the data set if the words of its training split are as many as published.
+    source: from `open_source`, which is asked if there is none; name: of the data set. The name of a folder gives way
+    to that of the data set if the words of its training split are as many as published.
     """
     if source is None:
         source, name = open_source()
@@ -317,6 +320,8 @@ def load_tokens(vocabulary):
     names = {split: some.dataset for split, some in tokens.items()}
     if len(set(names.values())) > 1:
         raise ValueError(f"the token files come from different data sets ({names}); {again}")
+    if names["train"] == "sample":
+        print("The text is the small bundled sample, data/input.txt. For WikiText-2: python data/prepare.py")
     return tokenizer, tokens
 
 

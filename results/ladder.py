@@ -1,0 +1,154 @@
+"""Make the tables of the README, and the "What it reaches" lines of the rungs, from the committed run summaries.
+
+    python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/
+    python results/ladder.py             write the tables from results/runs/
+    python results/ladder.py --check     exit with code 1 if a table is not what results/runs/ says
+"""
+
+import argparse
+import json
+import re
+import shutil
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[1]
+COMMITTED = ROOT / "results" / "runs"
+RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
+KEPT = ("summary.json", "log.jsonl", "sample.txt", "*.png")  # of a run; the weights are not committed
+
+
+def collect():
+    """Copy summaries, logs, samples and pictures of the runs in runs/ to results/runs/."""
+    for rung in RUNGS:
+        if not (ROOT / "runs" / rung / "summary.json").exists():
+            raise FileNotFoundError(f"runs/{rung} has no finished run: python {rung}.py makes it")
+        for pattern in KEPT:
+            for path in (ROOT / "runs" / rung).rglob(pattern):
+                target = COMMITTED / path.relative_to(ROOT / "runs")
+                target.parent.mkdir(parents=True, exist_ok=True)
+                shutil.copyfile(path, target)
+
+
+def read_summaries():
+    summaries = {rung: json.loads((COMMITTED / rung / "summary.json").read_text()) for rung in RUNGS}
+    datasets = {summary["dataset"] for summary in summaries.values()}
+    if len(datasets) > 1:
+        raise ValueError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}")
+    return summaries
+
+
+def table(head, rows, left=1):
+    """A Markdown table; all columns but the first `left` are aligned to the right."""
+    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
+
+
+def what(s):
+    """One line on the model of a summary."""
+    h = s["hyperparameters"]
+    if s["rung"] == "v0":
+        return "bigram table"
+    if s["rung"].startswith("v1"):
+        return f"MLP on {h['CONTEXT_SIZE']} tokens" + (", lean" if s["rung"] == "v1_1" else "")
+    kind = {"v2": "transformer", "v3": "GPT-2 block, dropout, schedule, bf16"}.get(s["rung"])
+    kind = kind or f"modern block, Muon, {s['position']}"
+    return f"{kind}; {h['N_LAYER']} × {h['N_EMBD']}, context {h['BLOCK_SIZE']}"
+
+
+def ladder(summaries):
+    runs = [s for s in summaries.values() if "schemes" not in s] + [*summaries["v4_alibi_rope"]["schemes"].values()]
+    rows = [
+        [
+            s["rung"].replace("_alibi_rope", ""), what(s), f"{s['n_params']:,}", f"{s['bytes_seen'] / 1e6:.1f}",
+            f"**{s['val_bpb']:.4f}**", f"{s['val_word_ppl']:,.1f}", f"{s['train_seconds']:,.0f}",
+            f"{s['tokens_per_second']:,.0f}", f"{s['peak_memory_mb']:,.0f}",
+        ]
+        for s in runs
+    ]  # fmt: skip
+    head = ["rung", "model", "parameters", "MB of text seen", "val bpb", "val word perplexity", "training, s",
+            "tokens/s", "peak memory, MB"]  # fmt: skip
+    return table(head, rows, left=2)
+
+
+def memory(summaries):
+    rows = []
+    for rung in ("v1", "v1_1"):
+        s = summaries[rung]
+        rows.append([rung, f"{s['peak_memory_mb']:,.0f}", f"{s['import_memory_mb']:,.0f}",
+                     f"{s['peak_memory_mb'] - s['import_memory_mb']:,.0f}", f"{s['tokens_per_second']:,.0f}",
+                     f"{s['val_bpb']:.4f}"])  # fmt: skip
+    above = [s["peak_memory_mb"] - s["import_memory_mb"] for s in (summaries["v1"], summaries["v1_1"])]
+    return table(["rung", "peak memory, MB", "of it libraries, MB", "above the libraries, MB", "tokens/s", "val bpb"],
+                 rows) + f"\n\nv1_1 needs {above[1] / above[0]:.2f} of v1's memory above the libraries."  # fmt: skip
+
+
+def metrics(summaries):
+    v4 = summaries["v4_alibi_rope"]["schemes"]
+    runs = {"v3": summaries["v3"], **{f"v4, {scheme}": s for scheme, s in v4.items()}}
+    rows = [
+        [
+            name, f"{s['val_bpb']:.4f}", f"{s['val_bpb_sliding']:.4f}", f"{s['val_word_ppl']:.1f}",
+            f"{s['val_word_ppl_sliding']:.1f}", f"{s['test_bpb']:.4f}", f"{s['test_word_ppl']:.1f}",
+            f"{100 * s['val_top_1']:.1f}%", f"{100 * s['val_top_5']:.1f}%", f"{100 * s['val_calibration_error']:.1f}%",
+        ]
+        for name, s in runs.items()
+    ]  # fmt: skip
+    return table(["run", "val bpb", "val bpb, sliding", "val word ppl", "val word ppl, sliding", "test bpb",
+                  "test word ppl", "top-1", "top-5", "calibration error"], rows)  # fmt: skip
+
+
+def extrapolation(summaries):
+    schemes = summaries["v4_alibi_rope"]["schemes"]
+    lengths = list(next(iter(schemes.values()))["extrapolation_bpb"])
+    rows = [[name, *("–" if b is None else f"{b:.4f}" for b in s["extrapolation_bpb"].values())]
+            for name, s in schemes.items()]  # fmt: skip
+    return table(["scheme", *(f"{n} tokens" for n in lengths)], rows)
+
+
+def reaches(s):
+    return (f"val bpb {s['val_bpb']:.3f}, word perplexity {s['val_word_ppl']:,.0f}, "
+            f"{s['train_seconds'] / 60:.1f} minutes of training on two CPU cores.")  # fmt: skip
+
+
+def write(check):
+    """Write all tables, or with `check` return the names of files that are not up to date."""
+    summaries, stale = read_summaries(), []
+    new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    for name in (ladder, memory, metrics, extrapolation):
+        mark = name.__name__
+        place = re.compile(rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)", re.S)
+        text = new[ROOT / "README.md"]
+        if not place.search(text):
+            raise ValueError(f"README.md has no place for the table: <!-- {mark} --> ... <!-- /{mark} -->")
+        made = name(summaries)
+        new[ROOT / "README.md"] = place.sub(lambda found, made=made: found[1] + made + found[2], text)
+    for rung, s in summaries.items():
+        path = ROOT / f"{rung}.py"
+        new[path] = re.sub(r"(?m)^(What it reaches on WikiText-2: ).*$", lambda found, s=s: found[1] + reaches(s),
+                           path.read_text(encoding="utf-8"), count=1)  # fmt: skip
+    for path, text in new.items():
+        if path.read_text(encoding="utf-8") != text:
+            stale.append(path.name)
+            if not check:
+                path.write_text(text, encoding="utf-8")
+    return stale
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Make the README's tables from the committed run summaries.")
+    parser.add_argument("--collect", action="store_true", help="first copy the finished runs from runs/")
+    parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is not current")
+    args = parser.parse_args(argv)
+    if args.collect:
+        collect()
+    stale = write(args.check)
+    print(f"{'not current' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
+    return 1 if args.check and stale else 0
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except (OSError, ValueError, KeyError) as error:
+        sys.exit(f"ladder.py: {error}")
