@@ -44,6 +44,7 @@ SAMPLE_TOKENS = 200  # length of the sample written at the end
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v0"  # where the results go
+# For one GPU: BATCH_SIZE = 512, MAX_STEPS = 140; the table is too small to gain more.
 
 RUNG = Path(__file__).stem
 
@@ -55,6 +56,9 @@ RUNG = Path(__file__).stem
 
 def get_batch(ids, step):
     """Windows at random places: inputs (B, T) and, one token later, targets (B, T)."""
+    if len(ids) <= BLOCK_SIZE:
+        raise ValueError(f"the training text has {len(ids)} tokens, too few for a window of {BLOCK_SIZE}; lower "
+                         "BLOCK_SIZE")
     random = torch.Generator().manual_seed(SEED + step)
     starts = torch.randint(len(ids) - BLOCK_SIZE, (BATCH_SIZE,), generator=random).tolist()
     x = torch.stack([ids[i : i + BLOCK_SIZE].long() for i in starts])
@@ -105,7 +109,7 @@ def evaluate(model, tokens):
     return {
         "val_loss": nats / n,
         "val_bpb": nats / (math.log(2) * tokens.n_bytes),
-        "val_word_ppl": math.exp(nats / tokens.n_words),
+        "val_word_ppl": math.exp(min(nats / tokens.n_words, 700)),
     }
 
 
@@ -212,9 +216,22 @@ def set_constants(arguments):
                 new = float(new)
             if type(new) is not kind:
                 raise ValueError
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             raise ValueError(f"{name}={value}: {name} must be of type {kind.__name__}") from None
         globals()[name] = new
+
+
+def check_constants():
+    """Raises ValueError if a constant has an impossible value, or DEVICE cannot be used here."""
+    for name, value in constants().items():
+        if type(value) is int and value < 1 and name != "SEED":
+            raise ValueError(f"{name}={value} must be 1 or more")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must not be negative or infinite")
+    try:
+        torch.zeros(1, device=DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def peak_memory_mb():
@@ -259,6 +276,7 @@ def plot_loss(log, path):
 
 def main():
     """Train, evaluate and sample; write the results to OUT_DIR. Returns the summary, a dict."""
+    check_constants()
     import_mb = peak_memory_mb()
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)

@@ -56,6 +56,7 @@ SAMPLE_TOKENS = 200  # length of the sample written at the end
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v1_1"  # where the results go
+# For one GPU: BATCH_SIZE = 256, N_EMBD = 128, N_HIDDEN = 1024, MAX_STEPS = 2000.
 
 RUNG = Path(__file__).stem
 
@@ -150,7 +151,7 @@ def evaluate(model, tokens):
     return {
         "val_loss": nats / n,
         "val_bpb": nats / (math.log(2) * tokens.n_bytes),
-        "val_word_ppl": math.exp(nats / tokens.n_words),
+        "val_word_ppl": math.exp(min(nats / tokens.n_words, 700)),
     }
 
 
@@ -267,9 +268,22 @@ def set_constants(arguments):
                 new = float(new)
             if type(new) is not kind:
                 raise ValueError
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             raise ValueError(f"{name}={value}: {name} must be of type {kind.__name__}") from None
         globals()[name] = new
+
+
+def check_constants():
+    """Raises ValueError if a constant has an impossible value, or DEVICE cannot be used here."""
+    for name, value in constants().items():
+        if type(value) is int and value < 1 and name != "SEED":
+            raise ValueError(f"{name}={value} must be 1 or more")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must not be negative or infinite")
+    try:
+        torch.zeros(1, device=DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def peak_memory_mb():
@@ -314,6 +328,7 @@ def plot_loss(log, path):
 
 def main():
     """Train, evaluate and sample; write the results to OUT_DIR. Returns the summary, a dict."""
+    check_constants()
     import_mb = peak_memory_mb()
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)

@@ -67,7 +67,8 @@ OUT_DIR = "runs/v3"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR
 PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
-# DROPOUT = 0.1, LEARNING_RATE = 6e-4, and WikiText-103 (python data/prepare.py --dataset wikitext-103-v1).
+# DROPOUT = 0.1, MAX_STEPS = 20_000, LEARNING_RATE = 6e-4, and WikiText-103 (python
+# data/prepare.py --dataset wikitext-103-v1).
 
 RUNG = Path(__file__).stem
 
@@ -184,7 +185,7 @@ def evaluate(model, tokens, stride=None):
     probability of the likeliest token and how often it is right, in 15 bins of that probability.
     """
     model.eval()
-    stride = stride or BLOCK_SIZE
+    stride = min(stride or BLOCK_SIZE, BLOCK_SIZE)
     n, n_bins = len(tokens) - 1, 15
     n_windows = max(0, math.ceil((n - BLOCK_SIZE) / stride)) + 1
     nats, top_1, top_5 = 0.0, 0, 0
@@ -200,20 +201,20 @@ def evaluate(model, tokens, stride=None):
             logits = model(windows[:, :-1])  # (b, T, V)
         target = logits.gather(-1, windows[:, 1:, None]).squeeze(-1)[fresh]  # (N,)
         total = logits.logsumexp(-1)[fresh]  # (N,)
-        top = logits.topk(5).values[fresh]  # (N, 5)
+        top = logits.topk(5)
+        hits = (top.indices == windows[:, 1:, None])[fresh].cpu()  # (N, 5)
         nats += (total - target).double().sum().item()
-        right = (target >= top[:, 0]).cpu().double()
-        top_1 += right.sum().item()
-        top_5 += (target >= top[:, 4]).sum().item()
-        p = (top[:, 0] - total).exp().cpu().double()
-        place = (p * n_bins).long().clamp(max=n_bins - 1)
-        for row, weights in zip(bins, (torch.ones_like(p), p, right)):
+        top_1 += hits[:, 0].sum().item()
+        top_5 += hits.sum().item()
+        p = (top.values[..., 0][fresh] - total).exp().cpu().double()
+        place = (p * n_bins).long().clamp(0, n_bins - 1)
+        for row, weights in zip(bins, (torch.ones_like(p), p, hits[:, 0].double())):
             row += torch.bincount(place, weights, minlength=n_bins)
     model.train()
     return {
         "val_loss": nats / n,
         "val_bpb": nats / (math.log(2) * tokens.n_bytes),
-        "val_word_ppl": math.exp(nats / tokens.n_words),
+        "val_word_ppl": math.exp(min(nats / tokens.n_words, 700)),
         "val_top_1": top_1 / n,
         "val_top_5": top_5 / n,
         "val_calibration_error": (bins[1] - bins[2]).abs().sum().item() / n,
@@ -422,9 +423,24 @@ def set_constants(arguments):
                 new = float(new)
             if type(new) is not kind and kind is not type(None):
                 raise ValueError
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             raise ValueError(f"{name}={value}: {name} must be of type {kind.__name__}") from None
         globals()[name] = new
+
+
+def check_constants():
+    """Raises ValueError if a constant has an impossible value, or DEVICE cannot be used here."""
+    for name, value in constants().items():
+        if type(value) is int and value < 1 and name != "SEED":
+            raise ValueError(f"{name}={value} must be 1 or more")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must not be negative or infinite")
+    if DROPOUT >= 1:
+        raise ValueError(f"DROPOUT={DROPOUT} must be less than 1")
+    try:
+        torch.zeros(1, device=DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def peak_memory_mb():
@@ -470,13 +486,11 @@ def plot_loss(log, path):
 def continue_prompt(model, tokenizer):
     """Print PROMPT and its continuation by the trained model. Returns the text."""
     saved = load_saved("model.pt")
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        then, now = saved["hyperparameters"], constants()
-        names = ("VOCABULARY", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD")
-        differ = [f"{k}={then.get(k)}" for k in names if then.get(k) != now[k]]
-        raise ValueError(f"the model in {OUT_DIR} has another shape; add {' '.join(differ)}") from None
+    then, now = saved["hyperparameters"], constants()
+    names = ("VOCABULARY", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD")
+    if differ := [f"{k}={then.get(k)}" for k in names if then.get(k) != now[k]]:
+        raise ValueError(f"the model in {OUT_DIR} has another shape; add {' '.join(differ)}")
+    model.load_state_dict(saved["model"])
     torch.manual_seed(SEED)
     text = tokenizer.decode(generate(model, tokenizer.encode(PROMPT or "\n"), SAMPLE_TOKENS))
     print(text)
@@ -485,6 +499,7 @@ def continue_prompt(model, tokenizer):
 
 def main():
     """Train, evaluate and sample; write the results to OUT_DIR. Returns the summary, a dict."""
+    check_constants()
     import_mb = peak_memory_mb()
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
@@ -501,8 +516,9 @@ def main():
     model.load_state_dict(load_saved("model.pt")["model"])
     best = min(log, key=lambda line: line["val_loss"])
     sliding, test = evaluate(model, tokens["val"], STRIDE), evaluate(model, tokens["test"])
-    print(f"validation, windows of {BLOCK_SIZE} tokens: " + ", ".join(f"{k[4:]} {best[k]:.4f}" for k in sliding))
-    print(f"the same, a window every {STRIDE} tokens: " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in sliding.items()))
+    for name, metrics in [(f"windows of {BLOCK_SIZE} tokens", {k: best[k] for k in sliding}),
+                          (f"a window every {min(STRIDE, BLOCK_SIZE)} tokens", sliding)]:  # fmt: skip
+        print(f"validation, {name}: " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()))
 
     sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
     print(f"--- sample ---\n{sample}\n--------------")

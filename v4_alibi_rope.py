@@ -75,7 +75,8 @@ OUT_DIR = "runs/v4_alibi_rope"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR
 PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
-# DROPOUT = 0.1, LEARNING_RATE = 6e-4, and WikiText-103 (python data/prepare.py --dataset wikitext-103-v1).
+# DROPOUT = 0.1, MAX_STEPS = 20_000, and WikiText-103 (python
+# data/prepare.py --dataset wikitext-103-v1).
 
 RUNG = Path(__file__).stem
 SCHEMES = ("alibi", "rope", "learned", "sinusoidal", "none")
@@ -295,7 +296,7 @@ def evaluate(model, tokens, stride=None, length=None):
     """
     model.eval()
     length = length or BLOCK_SIZE
-    stride = stride or length
+    stride = min(stride or length, length)
     n, n_bins = len(tokens) - 1, 15
     n_windows = max(0, math.ceil((n - length) / stride)) + 1
     nats, top_1, top_5 = 0.0, 0, 0
@@ -311,20 +312,20 @@ def evaluate(model, tokens, stride=None, length=None):
             logits = model(windows[:, :-1])  # (b, T, V)
         target = logits.gather(-1, windows[:, 1:, None]).squeeze(-1)[fresh]  # (N,)
         total = logits.logsumexp(-1)[fresh]  # (N,)
-        top = logits.topk(5).values[fresh]  # (N, 5)
+        top = logits.topk(5)
+        hits = (top.indices == windows[:, 1:, None])[fresh].cpu()  # (N, 5)
         nats += (total - target).double().sum().item()
-        right = (target >= top[:, 0]).cpu().double()
-        top_1 += right.sum().item()
-        top_5 += (target >= top[:, 4]).sum().item()
-        p = (top[:, 0] - total).exp().cpu().double()
-        place = (p * n_bins).long().clamp(max=n_bins - 1)
-        for row, weights in zip(bins, (torch.ones_like(p), p, right)):
+        top_1 += hits[:, 0].sum().item()
+        top_5 += hits.sum().item()
+        p = (top.values[..., 0][fresh] - total).exp().cpu().double()
+        place = (p * n_bins).long().clamp(0, n_bins - 1)
+        for row, weights in zip(bins, (torch.ones_like(p), p, hits[:, 0].double())):
             row += torch.bincount(place, weights, minlength=n_bins)
     model.train()
     return {
         "val_loss": nats / n,
         "val_bpb": nats / (math.log(2) * tokens.n_bytes),
-        "val_word_ppl": math.exp(nats / tokens.n_words),
+        "val_word_ppl": math.exp(min(nats / tokens.n_words, 700)),
         "val_top_1": top_1 / n,
         "val_top_5": top_5 / n,
         "val_calibration_error": (bins[1] - bins[2]).abs().sum().item() / n,
@@ -564,7 +565,7 @@ def generate(model, ids, n_tokens):
     ids, cache, new = list(ids), None, None
     for _ in range(n_tokens):
         if cache is None or cache.length == BLOCK_SIZE:  # read the text, or its last half window, anew
-            cache, new = KVCache(), ids[-BLOCK_SIZE if cache is None else -(BLOCK_SIZE // 2) :]
+            cache, new = KVCache(), ids[-BLOCK_SIZE if cache is None else -max(1, BLOCK_SIZE // 2) :]
         logits = model(torch.tensor([new], device=DEVICE), cache=cache)[:, -1] / TEMPERATURE  # (1, V)
         new = torch.multinomial(logits.softmax(-1), 1)[0].tolist()
         ids += new
@@ -669,9 +670,24 @@ def set_constants(arguments):
                 new = float(new)
             if type(new) is not kind and kind is not type(None):
                 raise ValueError
-        except (ValueError, SyntaxError):
+        except (ValueError, SyntaxError, TypeError):
             raise ValueError(f"{name}={value}: {name} must be of type {kind.__name__}") from None
         globals()[name] = new
+
+
+def check_constants():
+    """Raises ValueError if a constant has an impossible value, or DEVICE cannot be used here."""
+    for name, value in constants().items():
+        if type(value) is int and value < 1 and name != "SEED":
+            raise ValueError(f"{name}={value} must be 1 or more")
+        if type(value) is float and not 0 <= value < math.inf:
+            raise ValueError(f"{name}={value} must not be negative or infinite")
+    if DROPOUT >= 1:
+        raise ValueError(f"DROPOUT={DROPOUT} must be less than 1")
+    try:
+        torch.zeros(1, device=DEVICE)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
 
 
 def peak_memory_mb():
@@ -717,13 +733,11 @@ def plot_loss(log, path):
 def continue_prompt(model, tokenizer):
     """Print PROMPT and its continuation by the trained model. Returns the text."""
     saved = load_saved("model.pt")
-    try:
-        model.load_state_dict(saved["model"])
-    except RuntimeError:
-        then, now = saved["hyperparameters"], constants()
-        names = ("VOCABULARY", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD")
-        differ = [f"{k}={then.get(k)}" for k in names if then.get(k) != now[k]]
-        raise ValueError(f"the model in {OUT_DIR} has another shape; add {' '.join(differ)}") from None
+    then, now = saved["hyperparameters"], constants()
+    names = ("VOCABULARY", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "ROPE_BASE")
+    if differ := [f"{k}={then.get(k)}" for k in names if then.get(k) != now[k]]:
+        raise ValueError(f"the model in {OUT_DIR} has another shape; add {' '.join(differ)}")
+    model.load_state_dict(saved["model"])
     torch.manual_seed(SEED)
     text = tokenizer.decode(generate(model, tokenizer.encode(PROMPT or "\n"), SAMPLE_TOKENS))
     print(text)
@@ -748,8 +762,9 @@ def run(position):
     model.load_state_dict(load_saved("model.pt")["model"])
     best = min(log, key=lambda line: line["val_loss"])
     sliding, test = evaluate(model, tokens["val"], STRIDE), evaluate(model, tokens["test"])
-    print(f"validation, windows of {BLOCK_SIZE} tokens: " + ", ".join(f"{k[4:]} {best[k]:.4f}" for k in sliding))
-    print(f"the same, a window every {STRIDE} tokens: " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in sliding.items()))
+    for name, metrics in [(f"windows of {BLOCK_SIZE} tokens", {k: best[k] for k in sliding}),
+                          (f"a window every {min(STRIDE, BLOCK_SIZE)} tokens", sliding)]:  # fmt: skip
+        print(f"validation, {name}: " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()))
 
     lengths = extrapolate(model, tokens["val"])
     neighbours = nearest_neighbours(model, tokenizer)
@@ -825,6 +840,7 @@ def main():
     """Train every scheme of POSITION in OUT_DIR/<scheme>/ and compare them. Returns the summary of the best of them,
     with those of all under "schemes"; with PROMPT the text."""
     global OUT_DIR, RESUME
+    check_constants()
     positions, top, resume = POSITION.split(","), OUT_DIR, RESUME
     for position in positions:
         if position not in SCHEMES:

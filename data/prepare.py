@@ -159,7 +159,10 @@ def sample_source():
     parts = {split: [] for split in SPLITS}
     for i, article in enumerate(articles):
         parts["test" if i % 12 == 5 else "val" if i % 12 == 11 else "train"].append(article)
-    return {split: (sum(len(a.encode()) for a in part), lambda part=part: iter(part)) for split, part in parts.items()}
+    return {
+        split: (sum(len(article.encode()) for article in part), lambda part=part: iter(part))
+        for split, part in parts.items()
+    }
 
 
 def open_source(folder=None, dataset=None, sample=False):
@@ -173,8 +176,8 @@ def open_source(folder=None, dataset=None, sample=False):
             if dataset:
                 raise
             print(
-                f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For the "
-                "real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
+                f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For "
+                "the real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
                 "python data/prepare.py with a connection.",
                 file=sys.stderr,
             )
