@@ -1,6 +1,7 @@
 """Make the tables of the README, and the "What it reaches" lines of the rungs, from the committed run summaries.
 
-    python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/
+    python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/, and those in
+                                         runs/experiments/ to results/experiments/
     python results/ladder.py             write the tables from results/runs/
     python results/ladder.py --check     exit with code 1 if a table is not what results/runs/ says
 """
@@ -14,6 +15,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "results" / "runs"
+EXPERIMENTS = ROOT / "results" / "experiments"
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
 KEPT = ("summary.json", "log.jsonl", "sample.txt", "*.png")  # of a run; the weights are not committed
 
@@ -28,6 +30,10 @@ def collect():
                 target = COMMITTED / path.relative_to(ROOT / "runs")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
+    for path in (ROOT / "runs" / "experiments").glob("*/summary.json"):
+        target = EXPERIMENTS / path.parent.name / path.name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(path, target)
 
 
 def read_summaries():
@@ -106,6 +112,30 @@ def extrapolation(summaries):
     return table(["scheme", *(f"{n} tokens" for n in lengths)], rows)
 
 
+def closed_form(summaries):
+    s = summaries["v0"]
+    trained, best = s["train_text_loss"], s["closed_form_loss"]
+    return (f"Trained by gradient descent, v0's table reaches {trained:.4f} nats per token on the training text; the "
+            f"counts give {best:.4f}, so it comes within {100 * (trained / best - 1):.2f}%.")  # fmt: skip
+
+
+def experiments(summaries):
+    """Runs in results/experiments/, each beside the default run of its rung."""
+    rows = []
+    for path in sorted(EXPERIMENTS.glob("*/summary.json")):
+        s = json.loads(path.read_text())
+        default = summaries[s["rung"]]
+        if not rows:
+            rows.append([s["rung"], "default", f"{default['bytes_seen'] / 1e6:.1f}", f"{default['val_bpb']:.4f}",
+                         f"{default['train_seconds']:,.0f}", f"{default['tokens_per_second']:,.0f}"])  # fmt: skip
+        ignored = {"OUT_DIR", "MAX_STEPS", "EVAL_INTERVAL", "DEVICE"}  # of them the columns tell what matters
+        changed = [f"{k} = {v}" for k, v in s["hyperparameters"].items()
+                   if k not in ignored and v != default["hyperparameters"].get(k)]  # fmt: skip
+        rows.append([s["rung"], ", ".join(changed), f"{s['bytes_seen'] / 1e6:.1f}", f"{s['val_bpb']:.4f}",
+                     f"{s['train_seconds']:,.0f}", f"{s['tokens_per_second']:,.0f}"])  # fmt: skip
+    return table(["rung", "changed", "MB of text seen", "val bpb", "training, s", "tokens/s"], rows, left=2)
+
+
 def reaches(s):
     return (f"val bpb {s['val_bpb']:.3f}, word perplexity {s['val_word_ppl']:,.0f}, "
             f"{s['train_seconds'] / 60:.1f} minutes of training on two CPU cores.")  # fmt: skip
@@ -115,7 +145,7 @@ def write(check):
     """Write all tables, or with `check` return the names of files that are not up to date."""
     summaries, stale = read_summaries(), []
     new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-    for name in (ladder, memory, metrics, extrapolation):
+    for name in (ladder, closed_form, memory, metrics, extrapolation, experiments):
         mark = name.__name__
         place = re.compile(rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)", re.S)
         text = new[ROOT / "README.md"]
