@@ -223,49 +223,55 @@ def tokenize(stream, tokenizer, bar):
     return ids, counts["bytes"], counts["words"]
 
 
-def _write_whole(path, content):
-    """Save `content` under `path`, whole or not at all."""
-    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+def _save(content, path):
+    """torch.save, with one kind of error. Raises OSError."""
     try:
-        torch.save(content, beside)
-        beside.replace(path)
+        torch.save(content, path)
     except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
         raise OSError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from None
-    finally:
-        beside.unlink(missing_ok=True)
 
 
 def prepare(source=None, name=None, vocabularies=tuple(VOCABULARIES)):
     """Tokenize all splits of a source with each of `vocabularies` (names of files in data/).
 
     source: from `open_source`, which is asked if there is none; name: of the data set. The name of a folder gives way
-    to that of the data set if the words of its training split are as many as published.
+    to that of the data set if the words of its training split are as many as published. Token files that were there
+    are replaced once all new ones are complete.
     """
     if source is None:
         source, name = open_source()
     tokenizers = {vocabulary: BPETokenizer.load(DATA_DIR / vocabulary) for vocabulary in vocabularies}
     sizes = [size for size, _ in source.values()]
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
-    files = []
-    with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
-        for vocabulary, tokenizer in tokenizers.items():
-            for split in SPLITS:
-                ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar)
-                if len(ids) < 2:
-                    raise ValueError(f"the {split} split of this source is empty; give the WikiText files as published")
-                if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
-                    words_removed = any("<unk>" in text for text in source[split][1]())
-                    name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
-                files.append((token_file(split, vocabulary), {
-                    "format": FORMAT, "version": VERSION, "dataset": name, "split": split,
-                    "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes, "n_words": n_words,
-                    "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
-                }))  # fmt: skip
-    for path, content in files:
-        _write_whole(path, content)
-        n_tokens, n_bytes = content["n_tokens"], content["n_bytes"]
-        print(f"{path.parent.name}/{path.name}: {name}, {n_tokens:,} tokens, {n_bytes:,} bytes, "
-              f"{content['n_words']:,} words, {n_bytes / n_tokens:.2f} bytes per token")
+    written = {}  # temporary file -> (token file, what to say of it)
+    try:
+        with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
+            for vocabulary, tokenizer in tokenizers.items():
+                for split in SPLITS:
+                    ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar)
+                    if len(ids) < 2:
+                        raise ValueError(f"the {split} split of this source is empty; give the files as published")
+                    if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
+                        words_removed = any("<unk>" in text for text in source[split][1]())
+                        name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
+                    path = token_file(split, vocabulary)
+                    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+                    written[beside] = path, (
+                        f"{path.parent.name}/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, "
+                        f"{n_words:,} words, {n_bytes / len(ids):.2f} bytes per token"
+                    )
+                    content = {
+                        "format": FORMAT, "version": VERSION, "dataset": name, "split": split,
+                        "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes, "n_words": n_words,
+                        "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
+                    }  # fmt: skip
+                    _save(content, beside)
+        for beside, (path, line) in written.items():
+            beside.replace(path)
+            print(line)
+    finally:
+        for beside in written:
+            beside.unlink(missing_ok=True)
 
 
 def _is_whole(content):
