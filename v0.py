@@ -5,7 +5,7 @@ gradient descent on the cross-entropy. For this model the best table is known wi
 the counts of pairs in the training text. The script prints both losses, so that the training loop, which all later
 rungs share, is seen to find what it should.
 
-What is new: everything. The vocabulary has only 500 tokens, so that the table is small and every pair is seen often.
+What is new: everything. The vocabulary has only 500 tokens, so that the table stays small.
 
 What it reaches on WikiText-2: @V0@
 
@@ -27,7 +27,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.prepare import load_tokens
+from bpe_tokenizer import BPETokenizer
+from data.prepare import load_tokens, vocabulary_file
 
 # ----------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -280,7 +281,8 @@ def main():
     import_mb = peak_memory_mb()
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
-    tokenizer, tokens = load_tokens(VOCABULARY)
+    tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
+    tokens = load_tokens(VOCABULARY)
     model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{RUNG} on {tokens['train'].dataset}: {n_params:,} parameters, {len(tokens['train']):,} training tokens, "

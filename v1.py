@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
 
-from data.prepare import load_tokens
+from bpe_tokenizer import BPETokenizer
+from data.prepare import load_tokens, vocabulary_file
 
 # ----------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -287,7 +288,8 @@ def main():
     import_mb = peak_memory_mb()
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
-    tokenizer, tokens = load_tokens(VOCABULARY)
+    tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
+    tokens = load_tokens(VOCABULARY)
     for split in tokens.values():
         split.ids = split.ids.long()
     model = LanguageModel(tokenizer.vocab_size).to(DEVICE)

@@ -31,7 +31,8 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from tqdm import tqdm
 
-from data.prepare import load_tokens
+from bpe_tokenizer import BPETokenizer
+from data.prepare import load_tokens, vocabulary_file
 
 # ----------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -344,7 +345,8 @@ def main():
     import_mb = peak_memory_mb()
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
-    tokenizer, tokens = load_tokens(VOCABULARY)
+    tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
+    tokens = load_tokens(VOCABULARY)
     model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
     n_params = sum(p.numel() for p in model.parameters())
     print(f"{RUNG} on {tokens['train'].dataset}: {n_params:,} parameters, {len(tokens['train']):,} training tokens, "

@@ -166,7 +166,7 @@ def sample_source():
 
 
 def open_source(folder=None, dataset=None, sample=False):
-    """(source, name of the data set or of its folder). Falls back to the sample, saying so, where the hub is out of reach."""
+    """(source, name of the data set or of its folder). Where the hub is out of reach it is the sample, and said so."""
     if folder:
         return folder_source(folder, dataset), dataset or Path(folder).resolve().name
     if not sample:
@@ -200,6 +200,14 @@ class Tokens:
 
     def __len__(self):
         return len(self.ids)
+
+
+def vocabulary_file(name):
+    """Path of the vocabulary `name` in data/. Raises FileNotFoundError, listing those that are there."""
+    if not (DATA_DIR / name).is_file():
+        known = ", ".join(sorted(path.name for path in DATA_DIR.glob("bpe_vocab*.json")))
+        raise FileNotFoundError(f"there is no vocabulary data/{name}; known are {known}")
+    return DATA_DIR / name
 
 
 def token_file(split, vocabulary):
@@ -240,7 +248,7 @@ def prepare(source=None, name=None, vocabularies=tuple(VOCABULARIES)):
     """
     if source is None:
         source, name = open_source()
-    tokenizers = {vocabulary: BPETokenizer.load(DATA_DIR / vocabulary) for vocabulary in vocabularies}
+    tokenizers = {vocabulary: BPETokenizer.load(vocabulary_file(vocabulary)) for vocabulary in vocabularies}
     sizes = [size for size, _ in source.values()]
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
     written = {}  # temporary file -> (token file, what to say of it)
@@ -284,15 +292,12 @@ def _is_whole(content):
 
 
 def load_tokens(vocabulary):
-    """(tokenizer, {"train": Tokens, "val": Tokens, "test": Tokens}) for a vocabulary file in data/.
+    """{"train": Tokens, "val": Tokens, "test": Tokens} for the vocabulary file `vocabulary` in data/.
 
     Makes the token files first if there are none. Raises OSError if a file cannot be read or written and ValueError
     if one is damaged, or was made by another tokenizer, or from another text than its neighbours.
     """
-    if not (DATA_DIR / vocabulary).is_file():
-        raise FileNotFoundError(f"there is no vocabulary data/{vocabulary}; known are "
-                                f"{', '.join(sorted(path.name for path in DATA_DIR.glob('bpe_vocab*.json')))}")
-    tokenizer = BPETokenizer.load(DATA_DIR / vocabulary)
+    tokenizer = BPETokenizer.load(vocabulary_file(vocabulary))
     missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary)).exists()]
     again = "make the token files again with python data/prepare.py"
     if vocabulary not in VOCABULARIES:
@@ -331,7 +336,7 @@ def load_tokens(vocabulary):
         raise ValueError(f"the token files come from different data sets ({names}); {again}")
     if names["train"] == "sample":
         print("The text is the small bundled sample, data/input.txt. For WikiText-2: python data/prepare.py")
-    return tokenizer, tokens
+    return tokens
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -43,7 +43,6 @@ def make(folder=None, dataset=None, vocabularies=tuple(prepare.VOCABULARIES)):
     prepare.prepare(*prepare.open_source(folder, dataset), vocabularies)
 
 
-
 @pytest.fixture(autouse=True)
 def no_network(monkeypatch, tmp_path):
     """Names of other machines are not looked up, the Hugging Face packages are offline and their caches empty."""
@@ -215,19 +214,19 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_local_files_give_the_tokens_of_the_text(data_dir, tmp_path, expected, layout):
     make(folder=LAYOUTS[layout](tmp_path / "wikitext"), vocabularies=(SMALL,))
-    assert as_expected(prepare.load_tokens(SMALL)[1], expected)
+    assert as_expected(prepare.load_tokens(SMALL), expected)
 
 
 def test_small_blocks_do_not_change_the_tokens(data_dir, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 100)
     make(folder=write_text(tmp_path / "wikitext"), vocabularies=(SMALL,))
-    assert as_expected(prepare.load_tokens(SMALL)[1], expected)
+    assert as_expected(prepare.load_tokens(SMALL), expected)
 
 
 def test_the_datasets_package_gives_the_tokens_of_the_text(data_dir, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(prepare, "HUB_DATASET", str(write_hub(tmp_path / "hub")))
     make(vocabularies=(SMALL,))
-    tokens = prepare.load_tokens(SMALL)[1]
+    tokens = prepare.load_tokens(SMALL)
     assert as_expected(tokens, expected)
     assert {some.dataset for some in tokens.values()} == {"wikitext-2-v1"}
 
@@ -240,14 +239,14 @@ def test_dataset_names_the_subfolder_and_the_data_set(data_dir, tmp_path, expect
     write_parquet(tmp_path / "wikitext" / "wikitext-103-v1")
     write_parquet(tmp_path / "wikitext" / "wikitext-2-v1", dict.fromkeys(TEXTS, " another text \n"))
     make(tmp_path / "wikitext", "wikitext-103-v1", vocabularies=(SMALL,))
-    tokens = prepare.load_tokens(SMALL)[1]
+    tokens = prepare.load_tokens(SMALL)
     assert as_expected(tokens, expected)
     assert tokens["train"].dataset == "wikitext-103-v1"
 
 
 def test_local_files_of_another_text_are_named_after_their_folder(data_dir, tmp_path):
     make(write_text(tmp_path / "my text"), vocabularies=(SMALL,))
-    assert prepare.load_tokens(SMALL)[1]["val"].dataset == "my text"
+    assert prepare.load_tokens(SMALL)["val"].dataset == "my text"
 
 
 @pytest.mark.parametrize("ending, name", [("tokens", "wikitext-2-v1"), ("raw", "wikitext-2-raw-v1")])
@@ -258,7 +257,7 @@ def test_published_text_is_recognized_by_its_words(data_dir, tmp_path, expected,
     if ending == "raw":
         texts = {split: text.replace("<unk>", "kerosene") for split, text in TEXTS.items()}
     make(write_text(tmp_path / "here", texts, ending), vocabularies=(SMALL,))
-    assert prepare.load_tokens(SMALL)[1]["train"].dataset == name
+    assert prepare.load_tokens(SMALL)["train"].dataset == name
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -291,7 +290,7 @@ def test_wikitext_has_the_published_counts_and_decodes_exactly(tokenizer, split)
 @needs_wikitext
 def test_wikitext_is_recognized(data_dir):
     make(WIKITEXT, vocabularies=(SMALL,))
-    tokens = prepare.load_tokens(SMALL)[1]
+    tokens = prepare.load_tokens(SMALL)
     assert {some.dataset for some in tokens.values()} == {"wikitext-2-v1"}
     assert tokens["train"].n_words == 2_088_628
     assert {split: (tokens[split].n_bytes, tokens[split].n_words) for split in PUBLISHED} == PUBLISHED
@@ -423,7 +422,7 @@ def test_without_the_hub_the_sample_is_taken_and_said_so_in_one_line(data_dir, c
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert "sample" in said[0] and "--from" in said[0]
-    assert prepare.load_tokens(SMALL)[1]["train"].dataset == "sample"
+    assert prepare.load_tokens(SMALL)["train"].dataset == "sample"
 
 
 def test_without_the_hub_an_own_vocabulary_says_so_only_once(data_dir, capfd):
@@ -487,7 +486,8 @@ def test_token_files_hold_what_they_say(files, tokenizer, expected):
 
 
 def test_token_files_are_16_bit(files):
-    tokenizer, tokens = prepare.load_tokens(SMALL)
+    tokenizer = BPETokenizer.load(prepare.vocabulary_file(SMALL))
+    tokens = prepare.load_tokens(SMALL)
     assert tokenizer.vocab_size == 500
     for split, some in tokens.items():
         assert some.ids.dtype == torch.uint16
@@ -496,12 +496,12 @@ def test_token_files_are_16_bit(files):
 
 
 def test_load_tokens_prepares_once(data_dir, monkeypatch, capfd):
-    _, first = prepare.load_tokens("bpe_vocab.json")
+    first = prepare.load_tokens("bpe_vocab.json")
     assert first["train"].dataset == "sample"
     assert len(list(data_dir.glob("*_ids*.pt"))) == 6
     assert "no token files yet" in capfd.readouterr().err
     monkeypatch.setattr(prepare, "prepare", None)
-    _, second = prepare.load_tokens("bpe_vocab.json")
+    second = prepare.load_tokens("bpe_vocab.json")
     assert all(torch.equal(first[split].ids, second[split].ids) for split in prepare.SPLITS)
     assert capfd.readouterr().err == ""
 

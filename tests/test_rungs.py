@@ -116,7 +116,8 @@ def tiny_tokens(n, vocab_size, seed=0):
 def train(module, position="alibi", n_val=600):
     """What a rung's main() does until the training is over, with a short validation text: (log, model, tokens)."""
     Path(module.OUT_DIR).mkdir(parents=True, exist_ok=True)
-    tokenizer, tokens = module.load_tokens(module.VOCABULARY)
+    tokenizer = module.BPETokenizer.load(module.vocabulary_file(module.VOCABULARY))
+    tokens = module.load_tokens(module.VOCABULARY)
     val = tokens["val"]
     tokens["val"] = Tokens(val.ids[:n_val], val.n_bytes * n_val // len(val), val.n_words * n_val // len(val), "sample")
     torch.manual_seed(module.SEED)
@@ -204,7 +205,7 @@ def test_a_short_run_learns_and_writes_its_results(name, load, data_dir):
     assert summary["hyperparameters"] == module.constants()
 
     val, seen = ("".join(prepare.sample_source()[split][1]()) for split in ("val", "train"))
-    tokens = module.load_tokens(module.VOCABULARY)[1]
+    tokens = module.load_tokens(module.VOCABULARY)
     nats = summary["val_loss"] * (len(tokens["val"]) - 1)
     assert summary["val_loss"] == min(line["val_loss"] for line in log)
     assert summary["val_bpb"] == pytest.approx(nats / math.log(2) / len(val.encode()), rel=1e-9)
@@ -1186,7 +1187,7 @@ def test_an_unknown_scheme_is_refused(position, load):
 
 def test_nearest_neighbours_are_sorted_by_cosine(load):
     module = load(V4, VOCABULARY="bpe_vocab.json")
-    tokenizer, _ = module.load_tokens("bpe_vocab.json")
+    tokenizer = module.BPETokenizer.load(module.vocabulary_file("bpe_vocab.json"))
     model = random_model(module, tokenizer.vocab_size)
     vectors = model.embedding.weight.detach().double().numpy()
     vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
@@ -1233,6 +1234,6 @@ def test_two_schemes_are_compared_and_resumed(load, monkeypatch, tmp_path):
 def test_embeddings_are_drawn_with_any_vocabulary(vocabulary, load, tmp_path):
     """In a small vocabulary few of the words are single tokens."""
     module = load(V4)
-    tokenizer, _ = module.load_tokens(vocabulary)
+    tokenizer = module.BPETokenizer.load(module.vocabulary_file(vocabulary))
     module.plot_embeddings(random_model(module, tokenizer.vocab_size), tokenizer, tmp_path / "a.png")
     assert (tmp_path / "a.png").read_bytes().startswith(b"\x89PNG")
