@@ -1,4 +1,4 @@
-"""Make the tables of the README, and the "What it reaches" lines of the rungs, from the committed run summaries.
+"""Make the tables of the README, the "What it reaches" lines of the rungs and ladder.png from the committed runs.
 
     python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/, and those in
                                          runs/experiments/ to results/experiments/
@@ -120,20 +120,39 @@ def closed_form(summaries):
 
 
 def experiments(summaries):
-    """Runs in results/experiments/, each beside the default run of its rung."""
+    """Runs in results/experiments/, below the default run of their rung."""
+    runs = [json.loads(path.read_text()) for path in sorted(EXPERIMENTS.glob("*/summary.json"))]
+    defaults = [summaries[rung] for rung in RUNGS if rung in {run["rung"] for run in runs}]
     rows = []
-    for path in sorted(EXPERIMENTS.glob("*/summary.json")):
-        s = json.loads(path.read_text())
-        default = summaries[s["rung"]]
-        if not rows:
-            rows.append([s["rung"], "default", f"{default['bytes_seen'] / 1e6:.1f}", f"{default['val_bpb']:.4f}",
-                         f"{default['train_seconds']:,.0f}", f"{default['tokens_per_second']:,.0f}"])  # fmt: skip
+    for s in sorted([*defaults, *runs], key=lambda s: (s["rung"], s["dataset"] == "sample")):  # a stable sort
+        default = summaries[s["rung"]]["hyperparameters"]
         ignored = {"OUT_DIR", "MAX_STEPS", "EVAL_INTERVAL", "DEVICE"}  # of them the columns tell what matters
-        changed = [f"{k} = {v}" for k, v in s["hyperparameters"].items()
-                   if k not in ignored and v != default["hyperparameters"].get(k)]  # fmt: skip
-        rows.append([s["rung"], ", ".join(changed), f"{s['bytes_seen'] / 1e6:.1f}", f"{s['val_bpb']:.4f}",
+        changed = [f"{k} = {v}" for k, v in s["hyperparameters"].items() if k not in ignored and v != default.get(k)]
+        best = s["bytes_seen"] * s["best_step"] / s["steps"]
+        rows.append([s["rung"], s["dataset"], ", ".join(changed) or "default", f"{s['val_bpb']:.4f}",
+                     f"{s['val_word_ppl']:,.1f}", f"{best / 1e6:.1f}", f"{s['bytes_seen'] / 1e6:.1f}",
                      f"{s['train_seconds']:,.0f}", f"{s['tokens_per_second']:,.0f}"])  # fmt: skip
-    return table(["rung", "changed", "MB of text seen", "val bpb", "training, s", "tokens/s"], rows, left=2)
+    return table(["rung", "text", "changed", "best val bpb", "val word perplexity", "best after, MB", "trained on, MB",
+                  "training, s", "tokens/s"], rows, left=3)  # fmt: skip
+
+
+def plot(path):
+    """Draw the validation bits per byte of all rungs over the text that they have seen."""
+    import matplotlib.pyplot as plt
+
+    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
+    for folder in (*RUNGS[:-1], *sorted(p.parent.relative_to(COMMITTED) for p in COMMITTED.glob("v4*/*/summary.json"))):
+        s = json.loads((COMMITTED / folder / "summary.json").read_text())
+        log = [json.loads(line) for line in (COMMITTED / folder / "log.jsonl").read_text().splitlines()]
+        seen = [line["tokens_seen"] * s["bytes_seen"] / s["tokens_seen"] / 1e6 for line in log]
+        label = str(folder).replace("_alibi_rope/", ", ")
+        axes.plot(seen[1:], [line["val_bpb"] for line in log[1:]], "o--" if label == "v1_1" else "o-", label=label)
+    axes.set(xlabel="text seen (MB)", ylabel="validation bits per byte", title="The ladder")
+    axes.set_xlim(left=0)
+    axes.grid(alpha=0.3)
+    axes.legend()
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
 
 
 def reaches(s):
@@ -173,6 +192,8 @@ def main(argv=None):
     if args.collect:
         collect()
     stale = write(args.check)
+    if not args.check:
+        plot(ROOT / "results" / "ladder.png")
     print(f"{'not current' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
     return 1 if args.check and stale else 0
 
