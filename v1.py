@@ -341,3 +341,6 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         sys.exit(f"{RUNG}.py: {error}")
+    except KeyboardInterrupt:
+        print(f"{RUNG}.py: stopped", file=sys.stderr)
+        sys.exit(130)

@@ -204,7 +204,7 @@ def evaluate(model, tokens, stride=None):
         total = logits.logsumexp(-1)[fresh]  # (N,)
         top = logits.topk(5)
         hits = (top.indices == windows[:, 1:, None])[fresh].cpu()  # (N, 5)
-        nats += (total - target).double().sum().item()
+        nats += (total - target).cpu().double().sum().item()
         top_1 += hits[:, 0].sum().item()
         top_5 += hits.sum().item()
         p = (top.values[..., 0][fresh] - total).exp().cpu().double()
@@ -303,7 +303,7 @@ def train(model, tokens):
         seconds = log[-1]["seconds"]
     compiled = compile_model(model, *(t[:MICRO_BATCH_SIZE] for t in get_batch(tokens["train"].ids, 0)))
     if RESUME:
-        torch.set_rng_state(saved["random_state"])
+        torch.set_rng_state(saved["random_state"].cpu())
     else:
         torch.manual_seed(SEED)
     eval_interval = max(1, min(EVAL_INTERVAL, len(tokens["train"]) // (BATCH_SIZE * BLOCK_SIZE)))
@@ -566,3 +566,6 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         sys.exit(f"{RUNG}.py: {error}")
+    except KeyboardInterrupt:
+        print(f"{RUNG}.py: stopped; RESUME=True goes on from the last checkpoint", file=sys.stderr)
+        sys.exit(130)
