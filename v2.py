@@ -41,7 +41,7 @@ from data.prepare import load_tokens, vocabulary_file
 VOCABULARY = "bpe_vocab.json"  # file in data/ that holds the tokenizer
 BATCH_SIZE = 16  # windows a step
 MICRO_BATCH_SIZE = 8  # windows that are computed together
-CHUNK_SIZE = 1024  # tokens whose logits exist at the same time
+CHUNK_SIZE = 256  # tokens whose logits exist at the same time
 BLOCK_SIZE = 128  # tokens in a window: the context that attention reaches
 MAX_STEPS = 2560  # 1.72 times the training text
 EVAL_INTERVAL = 640  # steps between two evaluations

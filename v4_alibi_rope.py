@@ -616,16 +616,24 @@ def plot_embeddings(model, tokenizer, path):
     vectors = F.normalize(model.embedding.weight.detach().float().cpu()[ids], dim=1)
     vectors = vectors - vectors.mean(0)
     flat = vectors @ torch.linalg.svd(vectors, full_matrices=False).Vh[:2].T  # (n, 2)
-    figure, axes = plt.subplots(figsize=(9, 7), layout="constrained")
-    axes.scatter(*flat.T, s=0)  # sets the limits
-    start = 0
-    for k, (kind, words) in enumerate(kinds.items()):
-        for i, word in enumerate(words):
-            axes.text(*flat[start + i], word, color=f"C{k}", ha="center", va="center", fontsize=10)
-        axes.plot([], [], "s", color=f"C{k}", label=kind)
-        start += len(words)
+    figure, axes = plt.subplots(figsize=(10, 8), layout="constrained")
+    colors = [f"C{k}" for k, words in enumerate(kinds.values()) for _ in words]
+    axes.scatter(*flat.T, s=8, color=colors)
+    for k, kind in enumerate(kinds):
+        axes.plot([], [], "o", color=f"C{k}", label=kind)
     axes.set(title=f"{RUNG}, {model.scheme}: token embeddings", xlabel="1st principal component", ylabel="2nd")
     axes.legend()
+    figure.canvas.draw()  # only now it is known where things stand
+    placed = []
+    words = [word for words in kinds.values() for word in words]
+    for word, color, (x, y) in sorted(zip(words, colors, flat.tolist()), key=lambda label: label[2][1]):
+        for rise in range(3, 303, 3):  # points above its dot, as many as keep it clear of the labels before
+            text = axes.annotate(word, (x, y), (0, rise), textcoords="offset points", color=color, ha="center")
+            box = text.get_window_extent()
+            if not any(box.overlaps(other) for other in placed):
+                break
+            text.remove()
+        placed.append(box)
     figure.savefig(path, dpi=120, format="png")
     plt.close(figure)
 
