@@ -57,7 +57,7 @@ def what(s):
         return "bigram table"
     if s["rung"].startswith("v1"):
         return f"MLP on {h['CONTEXT_SIZE']} tokens" + (", lean" if s["rung"] == "v1_1" else "")
-    kind = {"v2": "transformer", "v3": "GPT-2 block, dropout, schedule, bf16"}.get(s["rung"])
+    kind = {"v2": "transformer", "v3": "GPT-2 block, schedule, bf16"}.get(s["rung"])
     kind = kind or f"modern block, Muon, {s['position']}"
     return f"{kind}; {h['N_LAYER']} × {h['N_EMBD']}, context {h['BLOCK_SIZE']}"
 
@@ -166,12 +166,12 @@ def write(check):
     new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
     for name in (ladder, closed_form, memory, metrics, extrapolation, experiments):
         mark = name.__name__
-        place = re.compile(rf"(<!-- {mark} -->\n).*?(\n<!-- /{mark} -->)", re.S)
+        place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
         text = new[ROOT / "README.md"]
         if not place.search(text):
             raise ValueError(f"README.md has no place for the table: <!-- {mark} --> ... <!-- /{mark} -->")
         made = name(summaries)
-        new[ROOT / "README.md"] = place.sub(lambda found, made=made: found[1] + made + found[2], text)
+        new[ROOT / "README.md"] = place.sub(lambda found, made=made: found[1] + made + "\n" + found[2], text)
     for rung, s in summaries.items():
         path = ROOT / f"{rung}.py"
         new[path] = re.sub(r"(?m)^(What it reaches on WikiText-2: ).*$", lambda found, s=s: found[1] + reaches(s),
