@@ -332,7 +332,8 @@ class BPETokenizer:
 
     def _encode_chunks(self, chunks):
         """(ids of all `chunks` end to end, number of ids of each chunk)"""
-        found = [_PRETOKEN.findall(chunk) for chunk in chunks]
+        # A space and letters are one pre-token: no need to ask the pattern.
+        found = [[chunk] if chunk[1:].isalpha() and chunk[0] == " " else _PRETOKEN.findall(chunk) for chunk in chunks]
         pieces = [piece for some in found for piece in some]
         number = defaultdict(count().__next__)
         index = np.fromiter(map(number.__getitem__, pieces), np.int64, len(pieces))
@@ -351,10 +352,9 @@ class BPETokenizer:
         owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in short])
         done = [(np.array(self._encode_long_piece(pieces[i])), i) for i in np.flatnonzero(long).tolist()]
         done = [(new, np.full(len(new), i)) for new, i in done]
+        new_id = self._pair_ids(ids, owner, np.arange(len(ids)))  # what each id and the next one are merged to
         while len(ids):
-            new_id = np.append(self._pair_ids(ids[:-1], ids[1:]), _NONE)
             first = np.flatnonzero(np.diff(owner, prepend=-1))  # where each piece starts
-            new_id[first[1:] - 1] = _NONE  # no pair across two pieces
             best = np.minimum.reduceat(new_id, first)
             best = np.repeat(best, np.diff(first, append=len(ids)))
             finished = best == _NONE
@@ -367,16 +367,22 @@ class BPETokenizer:
             done.append((ids[finished], owner[finished]))
             keep = ~finished
             keep[place + 1] = False
-            ids, owner = ids[keep], owner[keep]
+            place = (np.cumsum(keep) - 1)[place]  # where the merged ids are among those that are kept
+            ids, owner, new_id = ids[keep], owner[keep], new_id[keep]
+            for changed in (place, place[place > 0] - 1):
+                new_id[changed] = self._pair_ids(ids, owner, changed)
         ids = np.concatenate([some for some, _ in done] or [ids])
         owner = np.concatenate([some for _, some in done] or [owner])
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(pieces))
 
-    def _pair_ids(self, left, right):
-        """The id that each pair (left[i], right[i]) is merged to, `_NONE` where there is none."""
-        keys = left * self.vocab_size + right
-        place = np.searchsorted(self._sorted_keys, keys)
-        return np.where(self._sorted_keys[place] == keys, self._sorted_ids[place], _NONE)
+    def _pair_ids(self, ids, owner, places):
+        """The id that ids[i] and ids[i + 1] are merged to, for each i of `places`; `_NONE` where no merge joins them
+        or they belong to different pieces."""
+        after = np.minimum(places + 1, len(ids) - 1)
+        keys = ids[places] * self.vocab_size + ids[after]
+        found = np.searchsorted(self._sorted_keys, keys)
+        joined = (self._sorted_keys[found] == keys) & (owner[places] == owner[after]) & (after > places)
+        return np.where(joined, self._sorted_ids[found], _NONE)
 
     # -- Decoding ------------------------------------------------------------------------------------------
 
