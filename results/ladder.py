@@ -130,10 +130,9 @@ def experiments(summaries):
         changed = [f"{k} = {v}" for k, v in s["hyperparameters"].items() if k not in ignored and v != default.get(k)]
         best = s["bytes_seen"] * s["best_step"] / s["steps"]
         rows.append([s["rung"], s["dataset"], ", ".join(changed) or "default", f"{s['val_bpb']:.4f}",
-                     f"{s['val_word_ppl']:,.1f}", f"{best / 1e6:.1f}", f"{s['bytes_seen'] / 1e6:.1f}",
-                     f"{s['train_seconds']:,.0f}", f"{s['tokens_per_second']:,.0f}"])  # fmt: skip
-    return table(["rung", "text", "changed", "best val bpb", "val word perplexity", "best after, MB", "trained on, MB",
-                  "training, s", "tokens/s"], rows, left=3)  # fmt: skip
+                     f"{s['val_word_ppl']:,.1f}", f"{best / 1e6:.1f}", f"{s['bytes_seen'] / 1e6:.1f}"])  # fmt: skip
+    return table(["rung", "text", "changed", "best val bpb", "val word perplexity", "best after, MB", "trained on, MB"],
+                 rows, left=3)  # fmt: skip
 
 
 def plot(path):
