@@ -38,7 +38,7 @@ VOCABULARY = "bpe_vocab_500.json"  # file in data/ that holds the tokenizer
 BATCH_SIZE = 32  # windows a step
 BLOCK_SIZE = 128  # tokens in a window; a bigram looks at one of them at a time
 MAX_STEPS = 2199  # 1.72 times the training text
-EVAL_INTERVAL = 550  # steps between two evaluations
+EVAL_INTERVAL = 550  # steps between two evaluations; at least one an epoch is made
 PATIENCE = 3  # evaluations without a better one after which training stops early
 LEARNING_RATE = 0.03
 SAMPLE_TOKENS = 200  # length of the sample written at the end
@@ -140,10 +140,11 @@ def train(model, tokens):
     """
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
     log, best, worse, seconds, losses = [], math.inf, 0, 0.0, []
+    eval_interval = max(1, min(EVAL_INTERVAL, len(tokens["train"]) // (BATCH_SIZE * BLOCK_SIZE)))
     bar = tqdm(total=MAX_STEPS, desc="training", unit="step", disable=None)
     start = time.perf_counter()
     for step in range(MAX_STEPS + 1):
-        if step % EVAL_INTERVAL == 0 or step == MAX_STEPS:
+        if step % eval_interval == 0 or step == MAX_STEPS:
             train_loss = torch.stack(losses).mean().item() if losses else None
             seconds += time.perf_counter() - start  # the clock stands still while evaluating
             metrics = evaluate(model, tokens["val"])
