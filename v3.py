@@ -8,7 +8,8 @@ What is new against v2:
 
 - model: more layers, pre-norm, scaled initialization, dropout, fused attention;
 - optimizer: AdamW with weight decay for matrices only, warm-up and cosine, gradient clipping;
-- speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works;
+- speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works; the logits of a micro-batch are
+  computed at once again, without `loss_in_chunks`;
 - evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
 - checkpoints, RESUME=True, and PROMPT="..." to continue a text.
 
