@@ -27,7 +27,7 @@ import re
 import sys
 import unicodedata
 from collections import Counter, defaultdict
-from itertools import count
+from itertools import count, islice
 from pathlib import Path
 
 import numpy as np
@@ -51,8 +51,12 @@ _PRETOKEN = re.compile(
     .replace(r"\s", rf"[{_SPACES}]")
     .replace(r"\S", rf"[^{_SPACES}]")
 )
-_SAFE_CUT = re.compile(rf" [^{_SPACES}]")  # where a text may be cut, see _Chunks
-_BLOCK = 1 << 20  # characters that the bulk path looks at together
+# Bytes that a white-space character may start with.
+_MAY_BE_SPACE = np.isin(np.arange(256), list(b"\t\n\v\f\r \xc2\xe1\xe2\xe3"))
+_BLOCK = 1 << 18  # bytes that the bulk path looks at together: they stay in the processor's cache
+_FEW = 4096  # characters of a text that are too few for the bulk path to pay
+_SHORT = 15  # bytes of a chunk that two 64-bit numbers hold, beside its length
+_MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # selects the first n of 8 bytes
 
 
 def _utf8(text):
@@ -65,71 +69,281 @@ def _utf8(text):
                          "cannot hold; replace it, e.g. text.encode('utf-8', 'replace').decode()") from None
 
 
-class _Chunks:
-    """Numbers the distinct chunks of a text, so that costly work is done once a chunk and not once a word.
+def _cuts(data):
+    """Where a text (uint8 array) may be cut so that tokenizing the parts equals tokenizing the whole.
 
-    A text may be cut before every space that a non-space follows. GPT-2's pattern has a boundary there whatever
-    comes before: no token holds a space after a non-space, and a run of white space gives up its last character.
-    A cut at any other space is glued again where it splits a run of white space.
+    That is before every space that a non-space follows. GPT-2's pattern has a boundary there whatever comes before: no
+    token holds a space after a non-space, and a run of white space gives up its last character.
     """
-
-    def __init__(self):
-        self.number = defaultdict(count().__next__)  # chunk without its leading space -> its number
-        self.white = bytearray()  # per chunk: 1 if it starts with white space, plus 2 if it ends with it
-
-    def index(self, block):
-        """Numbers of the chunks of `block` in order, int64 array. `block` starts with a space and a non-space."""
-        parts = block.split(" ")[1:]
-        index = np.fromiter(map(self.number.__getitem__, parts), np.int64, len(parts))
-        for part in list(self.number)[len(self.white):]:
-            self.white.append((not part or part[0].isspace()) + 2 * (not part or part[-1].isspace()))
-        white = np.frombuffer(self.white, np.uint8)[index]
-        glue = (white[1:] & 1).astype(bool) & (white[:-1] > 1)  # part i + 1 goes on with the white space of part i
-        if glue.any():
-            inside = np.concatenate([[False], glue])
-            edge = np.flatnonzero(np.diff(np.concatenate([glue, [False]]), prepend=False))
-            for i, j in edge.reshape(-1, 2).tolist():
-                index[i] = self.number[" ".join(parts[i : j + 1])]
-            self.white.extend(bytes(len(self.number) - len(self.white)))
-            index = index[~inside]
-        return index
+    spaces = np.flatnonzero(data[:-1] == ord(" "))
+    return spaces[~_MAY_BE_SPACE.take(data.take(spaces + 1))]
 
 
 def _blocks(texts):
-    """Cut the concatenation of `texts`, an iterable of strings, into strings of about `_BLOCK` characters or more,
-    so that tokenizing each by itself equals tokenizing the whole. All but the first start with a space."""
+    """Cut the concatenation of `texts`, an iterable of strings, at `_cuts` into UTF-8 strings of about `_BLOCK` bytes,
+    or more where there is no place to cut."""
     pending, size = [], 0
     for text in texts:
-        _utf8(text)
-        for start in range(0, len(text), _BLOCK):
-            piece = text[start : start + _BLOCK]
+        data = _utf8(text)
+        for start in range(0, len(data), _BLOCK):
+            piece = data[start : start + _BLOCK]
             pending.append(piece)
             size += len(piece)
-            if size < _BLOCK:
-                continue
-            cut = piece.rfind(" ", 0, len(piece) - 1)
-            while cut >= 0 and piece[cut + 1].isspace():
-                cut = piece.rfind(" ", 0, cut)
-            if cut >= 0:
+            if size >= _BLOCK and len(cuts := _cuts(np.frombuffer(piece, np.uint8))):
+                cut = int(cuts[-1])
                 pending[-1] = piece[:cut]
-                yield "".join(pending)
+                yield b"".join(pending)
                 pending, size = [piece[cut:]], len(piece) - cut
-    yield "".join(pending)
+    yield b"".join(pending)
 
 
-def _split_head(block):
-    """(head, rest) of a block, where rest starts at the first safe cut."""
-    found = _SAFE_CUT.search(block)
-    cut = found.start() if found else len(block)
-    return block[:cut], block[cut:]
+class _Chunks:
+    """Numbers the distinct chunks, from cut to cut, of a text, so that costly work is done once a chunk, not once a word.
+
+    The bytes and the length of a short chunk make two 64-bit numbers. All chunks of a block are looked up side by side in
+    a hash table with linear probing (Knuth, The Art of Computer Programming 3, section 6.4), made of numpy arrays. A table
+    that is half full gives way to an empty, larger one, so that a chunk may have more than one number.
+    """
+
+    def __init__(self):
+        self.chunks = []  # the bytes of each chunk, by number
+        self.long = {}  # number of each chunk of more than _SHORT bytes
+        self._make_table(1 << 17)
+
+    def _make_table(self, size):
+        self.used, self.shift = 0, np.uint64(65 - size.bit_length())
+        self.low, self.high = np.zeros(size, np.uint64), np.zeros(size, np.uint64)  # free where high is 0
+        self.number = np.zeros(size, np.int64)
+
+    def index(self, block):
+        """Numbers of the chunks of `block` (bytes, at least one) in order, int64 array."""
+        n = len(block)
+        data = np.frombuffer(block + bytes(16), np.uint8)
+        start = _cuts(data[:n])
+        if not len(start) or start[0] > 0:
+            start = np.concatenate([[0], start])
+        length = np.diff(start, append=n)
+        eight = np.ndarray(n + 8, "<u8", data, strides=(1,))  # the eight bytes from each place on, as a number
+        low = eight.take(start) & _MASK.take(length, mode="clip")
+        rest = np.clip(length - 8, 0, _SHORT - 8)
+        high = eight.take(start + 8, mode="clip") & _MASK.take(rest) | length.astype(np.uint64) << np.uint64(56)
+        long = np.flatnonzero(length > _SHORT)
+        if len(long):
+            low[long] = high[long] = 1 << 56  # a chunk of one byte, for now
+        index, first = self._look_up(low, high)
+        self.chunks += [block[i : i + m] for i, m in zip(start[first].tolist(), length[first].tolist())]
+        for k, i, m in zip(long.tolist(), start[long].tolist(), length[long].tolist()):
+            chunk = block[i : i + m]
+            if chunk not in self.long:
+                self.long[chunk] = len(self.chunks)
+                self.chunks.append(chunk)
+            index[k] = self.long[chunk]
+        return index
+
+    def _look_up(self, low, high):
+        """(number of each key, which keys got a new number, in the order of their numbers)"""
+        if max(2 * self.used, self.used + len(low)) > len(self.number):
+            self._make_table(4 * max(len(self.number), 1 << len(low).bit_length()))
+        slot = ((low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15) >> self.shift).view(np.int64)
+        index, new = self.number.take(slot), [np.empty(0, np.int64)]
+        todo = np.flatnonzero((self.low.take(slot) != low) | (self.high.take(slot) != high))
+        while len(todo):
+            place = slot[todo]
+            free = np.flatnonzero(self.high.take(place) == 0)
+            claimed, winner = np.unique(place[free], return_index=True)  # one of those that meet a free slot gets it
+            winner = todo[free[winner]]
+            self.low[claimed], self.high[claimed] = low[winner], high[winner]
+            self.number[claimed] = np.arange(len(winner)) + len(self.chunks) + sum(map(len, new))
+            new.append(winner)
+            same = (self.low.take(place) == low[todo]) & (self.high.take(place) == high[todo])
+            index[todo[same]] = self.number.take(place[same])
+            todo = todo[~same]
+            slot[todo] = (slot[todo] + 1) % len(self.number)
+        new = np.concatenate(new)
+        self.used += len(new)
+        return index, new
+
+
+def _pretokens(chunk):
+    """Pre-tokens of a chunk, as bytes."""
+    if chunk[:1] == b" " and chunk[1:].isalpha():  # a space and ASCII letters are one: no need to ask the pattern
+        return [chunk]
+    return [piece.encode() for piece in _PRETOKEN.findall(chunk.decode())]
+
+
+def _count_pretokens(texts):
+    """How often each pre-token, as bytes, occurs in `texts`, an iterable of strings."""
+    frequency, chunks, times = Counter(), _Chunks(), np.zeros(0, np.int64)
+    for text in texts:
+        if len(text) < _FEW:
+            _utf8(text)
+            frequency.update(piece.encode() for piece in _PRETOKEN.findall(text))
+            continue
+        for block in _blocks([text]):
+            index = chunks.index(block)
+            times = np.pad(times, (0, len(chunks.chunks) - len(times)))
+            times += np.bincount(index, minlength=len(times))
+    for chunk, n in zip(chunks.chunks, times.tolist()):
+        if n:
+            for piece in _pretokens(chunk):
+                frequency[piece] += n
+    return frequency
 
 
 def _gather(values, lengths, index):
     """Concatenation of the variable-length rows number `index` of a table that is stored end to end in `values`."""
     starts = np.cumsum(lengths) - lengths
-    n = lengths[index]
-    shift = starts[index] - (np.cumsum(n) - n)  # from the place in the result to the place in the table
-    return values[np.repeat(shift, n) + np.arange(n.sum())]
+    n = lengths.take(index)
+    shift = starts.take(index) - (np.cumsum(n) - n)  # from the place in the result to the place in the table
+    return values.take(np.repeat(shift, n) + np.arange(n.sum()))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Learning merges
+# ----------------------------------------------------------------------------------------------------------
+
+_PAIR = 1 << 32  # the pair of tokens a and b is the number a * _PAIR + b, so pairs compare as numbers do
+
+
+def _totals(keys, weights):
+    """(the distinct `keys` ascending, the sum of the `weights` of each)"""
+    order = np.argsort(keys)
+    keys = keys[order]
+    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else order
+    return keys[first], np.add.reduceat(weights[order], first) if len(keys) else weights
+
+
+class _Corpus:
+    """The distinct words of a text in one array of tokens, which merges shorten in place.
+
+    words: their bytes; frequency: how often each occurs in the text. Separators, -1, stand around the words. A merge puts
+    its token where the left one was; `left` and `right` link each place to its neighbours that are still in use.
+    """
+
+    def __init__(self, words, frequency):
+        ends = np.cumsum([len(word) + 1 for word in words], dtype=np.int64)
+        inside = np.ones(1 + sum(map(len, words)) + len(words), bool)
+        inside[0] = inside[ends] = False
+        places = np.flatnonzero(inside)
+        self.ids, self.weight = np.full(len(inside), -1), np.zeros(len(inside), np.int64)
+        self.ids[places] = text = np.frombuffer(b"".join(words), np.uint8)
+        self.weight[places] = np.repeat(np.array(frequency, np.int64), [len(word) for word in words])
+        self.left, self.right = np.arange(len(inside)) - 1, np.arange(len(inside)) + 1
+        order = places[np.argsort(text, kind="stable")]
+        self.places = np.split(order, np.cumsum(np.bincount(text, minlength=256))[:-1])  # of each token, ascending
+
+    def pairs(self, i):
+        """(the pairs that start at places `i`, how often each occurs in the text: never if it holds a separator)"""
+        j = self.right.take(i)
+        return self.ids.take(i) * _PAIR + self.ids.take(j), np.minimum(self.weight.take(i), self.weight.take(j))
+
+    def frequent_pairs(self, floor):
+        """{pair: how often it occurs} of all pairs that occur `floor` times or more."""
+        pairs, total = _totals(*self.pairs(np.flatnonzero(self.weight)))
+        often = total >= floor
+        return dict(zip(pairs[often].tolist(), total[often].tolist()))
+
+    def find(self, a, b):
+        """Places where token a is followed by token b, ascending; of overlapping ones, as in aaa, every second."""
+        newer = max(a, b)
+        at = self.places[newer]
+        self.places[newer] = at = at[self.ids.take(at) == newer]  # some have been merged away
+        if a == newer:
+            i = at[self.ids.take(self.right.take(at)) == b]
+        else:
+            i = self.left.take(at)
+            i = i[self.ids.take(i) == a]
+        if a == b:
+            number = np.arange(len(i))
+            run = np.maximum.accumulate(np.where(self.left[i] != np.concatenate([[-1], i])[:-1], number, 0))
+            i = i[(number - run) % 2 == 0]
+        return i
+
+    def new_pairs(self, places):
+        """For each of several merges, found at `places` (a list of arrays), a bound on how often a pair that it makes
+        occurs: the most frequent neighbour, on either side, of the merged pair."""
+        i, merge = np.concatenate(places), np.repeat(np.arange(len(places)), [len(some) for some in places])
+        before, after = self.left[i], self.right[self.right[i]]
+        sides = [2 * merge * _PAIR + self.ids[before] + 1, (2 * merge + 1) * _PAIR + self.ids[after] + 1]
+        weights = [np.minimum(self.weight[i], self.weight[before]), np.minimum(self.weight[i], self.weight[after])]
+        keys, total = _totals(np.concatenate(sides), np.concatenate(weights))
+        bound = np.zeros(len(places), np.int64)
+        np.maximum.at(bound, keys // (2 * _PAIR), total)
+        return bound
+
+    def merge(self, places):
+        """Merge the pairs at `places`, a list of arrays, into one new token for each array, numbered as they come.
+
+        Returns (pairs whose number changes, by how much).
+        """
+        new = np.repeat(len(self.places) + np.arange(len(places)), [len(some) for some in places])
+        i = np.concatenate(places)
+        j = self.right[i]
+        before, after = self.left[i], self.right[j]
+        touched = np.sort(np.concatenate([before, i, j]))
+        touched = touched[np.diff(touched, prepend=-1) > 0]
+        old_pairs, old_weights = self.pairs(touched)
+        self.ids[i], self.ids[j], self.weight[j] = new, -1, 0
+        self.right[i], self.left[after] = after, i
+        self.places += places
+        pairs, weights = self.pairs(touched)
+        return _totals(np.concatenate([old_pairs, pairs]), np.concatenate([-old_weights, weights]))
+
+
+def _learn_merges(words, frequency, n_merges, progress):
+    """The first `n_merges` merges, (left id, right id): each the most frequent pair, of equals the smallest.
+
+    Those that come next are merged together, as long as no two of them overlap in a word (no left token of one is the
+    right token of another) and no pair that they make is as frequent as one that still waits: then the order does not
+    matter. Only pairs that occur `floor` times or more are kept count of; when all of them are merged, it is lowered.
+    """
+    corpus = _Corpus(words, frequency)
+    merges, counts, heap, floor = [], {}, [], None
+    while len(merges) < n_merges:
+        batch, lefts, rights = [], set(), set()
+        while heap and len(batch) < min(256, n_merges - len(merges)):
+            count, pair = -heap[0][0], heap[0][1]
+            if count != counts[pair]:  # it has fallen since this entry was pushed
+                heapq.heapreplace(heap, (-counts[pair], pair))
+                continue
+            a, b = divmod(pair, _PAIR)
+            if count < floor or a in rights or b in lefts:
+                break
+            heapq.heappop(heap)
+            batch.append((count, a, b))
+            lefts.add(a)
+            rights.add(b)
+        if not batch:
+            if floor == 1:
+                break  # every word is one token
+            if floor is None:
+                floor = max(corpus.frequent_pairs(1).values(), default=1)
+            floor = max(1, floor // 8)
+            counts = corpus.frequent_pairs(floor)
+            heap = [(-count, pair) for pair, count in counts.items()]
+            heapq.heapify(heap)
+            continue
+
+        places = [corpus.find(a, b) for _, a, b in batch]
+        bounds = np.maximum.accumulate(corpus.new_pairs(places)).tolist()
+        n = 1
+        while n < len(batch) and batch[n][0] > bounds[n - 1]:
+            n += 1
+        for count, a, b in batch[n:]:
+            heapq.heappush(heap, (-count, a * _PAIR + b))
+        pairs, changes = corpus.merge(places[:n])
+        for _, a, b in batch[:n]:
+            merges.append((a, b))
+            if progress:
+                progress(len(merges))
+        changed = changes != 0
+        for pair, change in zip(pairs[changed].tolist(), changes[changed].tolist()):
+            if pair in counts:
+                counts[pair] += change
+            elif change >= floor:
+                counts[pair] = change
+                heapq.heappush(heap, (-change, pair))
+    return merges
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -184,6 +398,7 @@ class BPETokenizer:
         order = np.argsort(keys)
         self._sorted_keys = np.append(keys[order], _NONE)
         self._sorted_ids = np.append(order + 256, _NONE)
+        self._byte_pairs = self._find_pairs(np.arange(256).repeat(256), np.tile(np.arange(256), 256))
 
     # -- Training ------------------------------------------------------------------------------------------
 
@@ -202,42 +417,7 @@ class BPETokenizer:
             raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
                              "tokens must fit")
         frequency = _count_pretokens([texts] if isinstance(texts, str) else texts)
-        words = [list(_utf8(word)) for word in frequency]
-        frequency = list(frequency.values())
-
-        counts, where = Counter(), defaultdict(set)  # pair -> occurrences in the text; pair -> words that hold it
-        for w, word in enumerate(words):
-            for pair in zip(word, word[1:]):
-                counts[pair] += frequency[w]
-                where[pair].add(w)
-        heap = [(-n, pair) for pair, n in counts.items()]
-        heapq.heapify(heap)
-
-        merges = []
-        while len(merges) < n_merges and heap:
-            n, pair = heapq.heappop(heap)
-            if -n != counts[pair]:  # the count has fallen since this entry was pushed
-                if counts[pair] > 0:
-                    heapq.heappush(heap, (-counts[pair], pair))
-                continue
-            new_id = 256 + len(merges)
-            merges.append(pair)
-            change = Counter()
-            for w in where.pop(pair):
-                word, n = words[w], frequency[w]
-                merged = _merge(word, pair, new_id)
-                for old in zip(word, word[1:]):
-                    change[old] -= n
-                for new in zip(merged, merged[1:]):
-                    change[new] += n
-                    where[new].add(w)
-                words[w] = merged
-            for p, n in change.items():
-                counts[p] += n
-                if n > 0:
-                    heapq.heappush(heap, (-counts[p], p))
-            if progress:
-                progress(len(merges))
+        merges = _learn_merges(list(frequency), list(frequency.values()), n_merges, progress)
         return cls(merges, special_tokens)
 
     # -- Encoding ------------------------------------------------------------------------------------------
@@ -316,29 +496,26 @@ class BPETokenizer:
         """
         chunks = _Chunks()
         ids, lengths = np.empty(0, self.dtype), np.empty(0, np.int64)  # of all chunks so far, end to end
-        for block in _blocks(texts):
-            head, rest = _split_head(block)
-            if head:
-                yield self._encode_chunks([head])[0]
-            if rest:
-                index = chunks.index(rest)
-                new = [" " + chunk for chunk in list(chunks.number)[len(lengths):]]
-                if new:
-                    new_ids, new_lengths = self._encode_chunks(new)
-                    ids, lengths = np.append(ids, new_ids), np.append(lengths, new_lengths)
+        blocks = _blocks(texts)
+        while group := list(islice(blocks, 32)):  # the new chunks of many blocks are encoded together
+            indices = [chunks.index(block) if block else np.empty(0, np.int64) for block in group]
+            if new := chunks.chunks[len(lengths) :]:
+                new_ids, new_lengths = self._encode_chunks(new)
+                ids, lengths = np.append(ids, new_ids), np.append(lengths, new_lengths)
+            for index in indices:
                 yield _gather(ids, lengths, index)
-            if not block:
-                yield ids
 
     def _encode_chunks(self, chunks):
         """(ids of all `chunks` end to end, number of ids of each chunk)"""
-        # A space and letters are one pre-token: no need to ask the pattern.
-        found = [[chunk] if chunk[1:].isalpha() and chunk[0] == " " else _PRETOKEN.findall(chunk) for chunk in chunks]
-        pieces = [piece for some in found for piece in some]
+        pieces, sizes = [], []  # pre-tokens of all chunks, how many of each
+        for chunk in chunks:
+            some = _pretokens(chunk)
+            pieces += some
+            sizes.append(len(some))
         number = defaultdict(count().__next__)
         index = np.fromiter(map(number.__getitem__, pieces), np.int64, len(pieces))
-        ids, lengths = self._encode_pieces([_utf8(piece) for piece in number])
-        ends = np.cumsum(lengths[index])[np.cumsum([len(some) for some in found]) - 1]
+        ids, lengths = self._encode_pieces(list(number))
+        ends = np.cumsum(lengths[index])[np.cumsum(sizes) - 1]
         return _gather(ids, lengths, index).astype(self.dtype), np.diff(ends, prepend=0)
 
     def _encode_pieces(self, pieces):
@@ -352,7 +529,8 @@ class BPETokenizer:
         owner = np.repeat(np.arange(len(pieces)), [len(piece) for piece in short])
         done = [(np.array(self._encode_long_piece(pieces[i])), i) for i in np.flatnonzero(long).tolist()]
         done = [(new, np.full(len(new), i)) for new, i in done]
-        new_id = self._pair_ids(ids, owner, np.arange(len(ids)))  # what each id and the next one are merged to
+        new_id = self._byte_pairs.take(ids * 256 + np.roll(ids, -1))  # what each id and the next one are merged to
+        new_id[np.diff(owner, append=-1) != 0] = _NONE  # the next one belongs to another piece
         while len(ids):
             first = np.flatnonzero(np.diff(owner, prepend=-1))  # where each piece starts
             best = np.minimum.reduceat(new_id, first)
@@ -369,20 +547,19 @@ class BPETokenizer:
             keep[place + 1] = False
             place = (np.cumsum(keep) - 1)[place]  # where the merged ids are among those that are kept
             ids, owner, new_id = ids[keep], owner[keep], new_id[keep]
-            for changed in (place, place[place > 0] - 1):
-                new_id[changed] = self._pair_ids(ids, owner, changed)
+            changed = np.concatenate([place, place[place > 0] - 1])
+            after = np.minimum(changed + 1, len(ids) - 1)
+            joined = (owner[changed] == owner[after]) & (after > changed)
+            new_id[changed] = np.where(joined, self._find_pairs(ids[changed], ids[after]), _NONE)
         ids = np.concatenate([some for some, _ in done] or [ids])
         owner = np.concatenate([some for _, some in done] or [owner])
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(pieces))
 
-    def _pair_ids(self, ids, owner, places):
-        """The id that ids[i] and ids[i + 1] are merged to, for each i of `places`; `_NONE` where no merge joins them
-        or they belong to different pieces."""
-        after = np.minimum(places + 1, len(ids) - 1)
-        keys = ids[places] * self.vocab_size + ids[after]
+    def _find_pairs(self, left, right):
+        """The id that each left[i] and right[i] are merged to; `_NONE` where no merge joins them."""
+        keys = left * self.vocab_size + right
         found = np.searchsorted(self._sorted_keys, keys)
-        joined = (self._sorted_keys[found] == keys) & (owner[places] == owner[after]) & (after > places)
-        return np.where(joined, self._sorted_ids[found], _NONE)
+        return np.where(self._sorted_keys[found] == keys, self._sorted_ids[found], _NONE)
 
     # -- Decoding ------------------------------------------------------------------------------------------
 
@@ -466,25 +643,6 @@ class BPETokenizer:
             raise ValueError(f"cannot use the vocabulary {path}: {reason}; make it again or take the committed one "
                              "(git checkout)") from None
         return tokenizer
-
-
-def _count_pretokens(texts):
-    """How often each pre-token occurs in `texts`, an iterable of strings."""
-    frequency = Counter()
-    for text in texts:
-        chunks, times = _Chunks(), np.zeros(0, np.int64)
-        for block in _blocks([text]):
-            head, rest = _split_head(block)
-            frequency.update(_PRETOKEN.findall(head))
-            if rest:
-                index = chunks.index(rest)
-                times = np.pad(times, (0, len(chunks.number) - len(times)))
-                times += np.bincount(index, minlength=len(times))
-        for chunk, n in zip(chunks.number, times.tolist()):
-            if n:
-                for piece in _PRETOKEN.findall(" " + chunk):
-                    frequency[piece] += n
-    return frequency
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -25,6 +25,7 @@ What it reaches on WikiText-2: val bpb 1.485, word perplexity 201, 6.3 minutes o
 """
 
 import ast
+import ctypes
 import functools
 import json
 import math
@@ -48,7 +49,7 @@ from data.prepare import load_tokens, vocabulary_file
 
 VOCABULARY = "bpe_vocab.json"  # file in data/ that holds the tokenizer
 BATCH_SIZE = 16  # windows a step
-MICRO_BATCH_SIZE = 8  # windows that are computed together
+MICRO_BATCH_SIZE = 16  # windows that are computed together
 BLOCK_SIZE = 256  # tokens in a window: the context that attention reaches
 MAX_STEPS = 1280  # 1.72 times the training text
 EVAL_INTERVAL = 320  # steps between two evaluations and checkpoints; at least one an epoch is made
@@ -184,6 +185,35 @@ class KVCache:
         return tuple(memory[:, :, :T] for memory in self.layers[layer])
 
 
+def dropout(x, training):
+    """In training, set a share DROPOUT of `x` to zero and scale the rest so that the mean stays (Srivastava et al. 2014,
+    "Dropout: A Simple Way to Prevent Neural Networks from Overfitting"). On a CPU the share is rounded to n / 256."""
+    if x.device.type != "cpu" or not training or DROPOUT == 0:
+        return F.dropout(x, DROPOUT, training)
+    # There, a random number for each element costs more than a layer: one of 64 bits serves eight, a byte each.
+    random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
+    dropped = min(255, round(256 * DROPOUT))
+    keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
+    return torch.where(keep, x * (256 / (256 - dropped)), 0.0)
+
+
+def attend(q, k, v, scale):
+    """softmax(scale q k') v for queries, keys and values (B, H, T, D): a token sees itself and those before it."""
+    T = q.size(2)
+    if T > 512 or q.device.type != "cpu" or not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale)  # one fused kernel
+    # On a CPU its backward pass is slow in short windows. Compiled products of matrices are faster, 128 queries at a
+    # time with the keys up to the last of them.
+    blocks = []
+    for start in range(0, T, 128):
+        stop = min(start + 128, T)
+        scores = (q[:, :, start:stop] * scale) @ k[:, :, :stop].mT  # (B, H, stop - start, stop)
+        future = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)
+        weights = scores.float().masked_fill(future, -math.inf).softmax(-1)
+        blocks.append(weights.type_as(v) @ v[:, :, :stop])
+    return torch.cat(blocks, 2)
+
+
 class Attention(nn.Module):
     """Causal self-attention with N_HEAD heads (Vaswani et al. 2017, equation 1 and section 3.2.2)."""
 
@@ -205,7 +235,7 @@ class Attention(nn.Module):
         if cache:
             k, v = cache.extend(self.layer, k, v)
         # A single new token sees all keys; a whole text is masked; a cache is filled by one of the two.
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=D**-0.5)[..., :D]  # (B, H, T, D)
+        y = attend(q, k, v, D**-0.5)[..., :D]  # (B, H, T, D)
         return self.out(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
 
 
@@ -230,8 +260,8 @@ class Block(nn.Module):
         self.mlp = MLP()
 
     def forward(self, x, rope, cache):
-        x = x + F.dropout(self.attention(norm(x), rope, cache), DROPOUT, self.training)  # (B, T, C)
-        return x + F.dropout(self.mlp(norm(x)), DROPOUT, self.training)
+        x = x + dropout(self.attention(norm(x), rope, cache), self.training)  # (B, T, C)
+        return x + dropout(self.mlp(norm(x)), self.training)
 
 
 class LanguageModel(nn.Module):
@@ -269,7 +299,7 @@ class LanguageModel(nn.Module):
             angles = positions[:, None] * ROPE_BASE ** (-torch.arange(0, N_EMBD, 2, device=idx.device) / N_EMBD)
             x = x + torch.cat([angles.sin(), angles.cos()], -1)
         rope = rope_table(positions) if self.scheme == "rope" else None
-        x = F.dropout(x, DROPOUT, self.training)
+        x = dropout(x, self.training)
         for block in self.blocks:
             x = block(x, rope, cache)
         if cache:
@@ -523,6 +553,17 @@ def train(model, tokens):
     if worse == PATIENCE:
         print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
     return log
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for the next step: fresh pages cost more than computing on them (glibc,
+    mallopt(3)). The opposite of v1_1, which trades speed for memory."""
+    try:
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large arrays, which would be returned at once
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, TypeError, AttributeError):  # another C library: it goes without
+        pass
 
 
 def save(name, content):
@@ -851,6 +892,7 @@ def main():
     with those of all under "schemes"; with PROMPT the text."""
     global OUT_DIR, RESUME
     check_constants()
+    keep_freed_memory()
     positions, top, resume = POSITION.split(","), OUT_DIR, RESUME
     for position in positions:
         if position not in SCHEMES:

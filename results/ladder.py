@@ -2,8 +2,8 @@
 
     python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/, and those in
                                          runs/experiments/ to results/experiments/
-    python results/ladder.py             write the tables from results/runs/
-    python results/ladder.py --check     exit with code 1 if a table is not what results/runs/ says
+    python results/ladder.py             write the tables from results/runs/ and results/benchmarks/
+    python results/ladder.py --check     exit with code 1 if a table is not what they say
 """
 
 import argparse
@@ -16,7 +16,9 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 COMMITTED = ROOT / "results" / "runs"
 EXPERIMENTS = ROOT / "results" / "experiments"
+BENCHMARKS = ROOT / "results" / "benchmarks"
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
+MEASURED = ("tokenizer", "training", "generation")  # by the scripts in benchmarks/, which write their tables themselves
 KEPT = ("summary.json", "log.jsonl", "sample.txt", "*.png")  # of a run; the weights are not committed
 
 
@@ -163,14 +165,18 @@ def write(check):
     """Write all tables, or with `check` return the names of files that are not up to date."""
     summaries, stale = read_summaries(), []
     new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-    for name in (ladder, closed_form, memory, metrics, extrapolation, experiments):
-        mark = name.__name__
+    tables = (ladder, closed_form, memory, metrics, extrapolation, experiments)
+    made = {make.__name__: make(summaries) for make in tables}
+    for name in MEASURED:
+        path, mark = BENCHMARKS / f"{name}.md", f"benchmark_{name}"
+        if path.exists() and f"<!-- {mark} -->" in new[ROOT / "README.md"]:
+            made[mark] = path.read_text(encoding="utf-8").strip()
+    for mark, text in made.items():
         place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-        text = new[ROOT / "README.md"]
-        if not place.search(text):
+        readme = new[ROOT / "README.md"]
+        if not place.search(readme):
             raise ValueError(f"README.md has no place for the table: <!-- {mark} --> ... <!-- /{mark} -->")
-        made = name(summaries)
-        new[ROOT / "README.md"] = place.sub(lambda found, made=made: found[1] + made + "\n" + found[2], text)
+        new[ROOT / "README.md"] = place.sub(lambda found, text=text: found[1] + text + "\n" + found[2], readme)
     for rung, s in summaries.items():
         path = ROOT / f"{rung}.py"
         new[path] = re.sub(r"(?m)^(What it reaches on WikiText-2: ).*$", lambda found, s=s: found[1] + reaches(s),

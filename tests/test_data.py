@@ -22,6 +22,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
+import bpe_tokenizer
 from bpe_tokenizer import BPETokenizer
 from data import prepare
 
@@ -308,8 +309,9 @@ def test_a_stream_gives_what_the_whole_text_gives(tokenizer, expected):
     assert (ids.tolist(), n_bytes, n_words) == expected["train"]
 
 
-def test_a_stream_is_read_bit_by_bit(tokenizer):
+def test_a_stream_is_read_bit_by_bit(tokenizer, monkeypatch):
     """The first tokens come before the text has been read to its end."""
+    monkeypatch.setattr(bpe_tokenizer, "_BLOCK", 1 << 10)
     piece, n_pieces = TEXTS["train"], 40
     read, read_at_yield = [], []
 

@@ -328,7 +328,39 @@ def test_counts_of_pretokens(text, block):
     """The counts that training starts from, with blocks so small that a text has many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe_tokenizer, "_BLOCK", block)
-        assert bpe_tokenizer._count_pretokens([text, text[:5]]) == Counter(pretokens(text) + pretokens(text[:5]))
+        expected = Counter(piece.encode() for piece in pretokens(text) + pretokens(text[:5]))
+        assert bpe_tokenizer._count_pretokens([text, text[:5]]) == expected
+        patch.setattr(bpe_tokenizer, "_FEW", 1)
+        assert bpe_tokenizer._count_pretokens([text, text[:5]]) == expected
+
+
+@checked(400)
+@given(st.one_of(crowded, texts))
+def test_cuts_are_at_spaces_that_a_non_space_follows(text):
+    """By bytes, as the bulk path sees the text; it may miss places where the next character is not ASCII."""
+    data = text.encode()
+    cuts = bpe_tokenizer._cuts(np.frombuffer(data, np.uint8)).tolist()
+    follows = {cut: data[cut + 1 :].decode()[0] for cut in cuts}
+    assert all(data[cut] == 32 and after not in WHITE_SPACE for cut, after in follows.items())
+    ascii_places = [i for i in range(len(data) - 1) if data[i] == 32 and 33 <= data[i + 1] < 127]
+    assert set(ascii_places) <= set(cuts)
+
+
+def test_chunks_are_numbered_as_a_dict_would(monkeypatch):
+    """Chunks of 1 to 20 bytes, some of them zero bytes; more of them than the first hash table holds."""
+    draw = random.Random(0)
+    words = [bytes(draw.choices(b"\0\1ab\xc3", k=draw.randrange(20))).replace(b"\xc3", b"\xc3\xa9") for _ in range(2000)]
+    words += [b"%d" % i for i in range(150_000)]
+    chunks, seen = bpe_tokenizer._Chunks(), {}
+    for _ in range(40):
+        block = b"".join(b" x" + word for word in draw.choices(words, k=draw.choice([1, 10, 20_000])))
+        numbers = chunks.index(block).tolist()
+        assert b"".join(chunks.chunks[k] for k in numbers) == block
+        for k in numbers:
+            seen.setdefault(k, chunks.chunks[k])
+            assert seen[k] == chunks.chunks[k]
+    assert len(chunks.number) > 1 << 17  # the table has grown
+    assert len(chunks.chunks) < 2 * len(set(chunks.chunks))  # and few chunks were numbered again
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -414,7 +446,7 @@ def test_stream_cut_anywhere_equals_whole(text, cuts, block):
         assert all(array.dtype == tokenizer.dtype for array in arrays)
         assert np.concatenate(arrays).tolist() == expected
         assert tokenizer.encode_array(text).tolist() == expected
-        assert "".join(bpe_tokenizer._blocks(pieces)) == text
+        assert b"".join(bpe_tokenizer._blocks(pieces)) == text.encode()
 
 
 @pytest.mark.parametrize("block", [7, 64, 5000])

@@ -1,0 +1,453 @@
+"""The tokenizer side by side with compiled ones: training, bulk encoding, worst cases, streams, preparing a corpus.
+
+    python benchmarks/tokenizer.py               WikiText-2 from ../shared/wikitext-2 where it is there, else the sample
+    python benchmarks/tokenizer.py --from DIR    from a folder that holds wiki.{train,valid,test}.tokens
+    python benchmarks/tokenizer.py --quick       small texts and few repeats: a minute, and no file is written
+
+The peers are rustbpe, Hugging Face tokenizers, sentencepiece and tiktoken: pip install -r benchmarks/requirements.txt.
+Ours and theirs take turns. Each run is a process of its own, so nothing is cached; its clock starts when packages, text
+and vocabulary are loaded. A peer that computes what we compute must give our result before its time counts.
+
+Prints Markdown tables, and writes them and all timings to results/benchmarks/tokenizer.{md,json}. Needs Linux, where
+/proc tells the peak memory, and 3 GB for temporary files (in TMPDIR, if that is set).
+"""
+
+import argparse
+import gc
+import hashlib
+import importlib.metadata
+import io
+import json
+import math
+import os
+import pickle
+import platform
+import random
+import re
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from datetime import date
+from importlib.util import find_spec
+from pathlib import Path
+from statistics import median
+from types import SimpleNamespace
+
+import numpy as np
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))  # so that `python benchmarks/tokenizer.py` finds the tokenizer
+
+from bpe_tokenizer import GPT2_PATTERN, BPETokenizer  # noqa: E402
+
+VOCABULARY = ROOT / "data" / "bpe_vocab.json"
+RESULTS = ROOT / "results" / "benchmarks"
+WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
+OURS, PEERS = "bpe_tokenizer", ("rustbpe", "tokenizers", "sentencepiece", "tiktoken")
+MB = 1_000_000
+
+# MB of the training text to use; vocabularies to learn from it; MB of the streams, of the long text to prepare and of
+# the worst cases; seconds until a worst case is given up; runs of each measurement, and of those on long texts
+FULL = SimpleNamespace(text_mb=math.inf, vocab_sizes=(500, 4096, 8192, 32768), stream_mb=(10, 100, 500), long_mb=540,
+                       worst_mb=(1, 2), limit=60, repeats=5, long_repeats=3)  # fmt: skip
+QUICK = SimpleNamespace(text_mb=1, vocab_sizes=(500, 4096), stream_mb=(1, 4, 16), long_mb=20,
+                        worst_mb=(0.1, 0.2), limit=5, repeats=2, long_repeats=1)  # fmt: skip
+PRINTED, MEASURED = [], []  # the report: pieces of Markdown, and the numbers of every run
+
+# ----------------------------------------------------------------------------------------------------------
+# Measuring: a job is a function of a clock and of what it works on, and runs in a process of its own
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Clock:
+    """Measures a `with` block: `seconds`, and `memory`, the bytes that the process's peak rises above its start."""
+
+    def __enter__(self):
+        gc.collect()
+        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use now
+        self.memory, self.start = -self._peak(), time.perf_counter()
+
+    def __exit__(self, *_):
+        self.seconds = time.perf_counter() - self.start
+        self.memory += self._peak()
+
+    @staticmethod
+    def _peak():
+        return 1024 * int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1])
+
+
+def run_job():
+    """What the child process does: job and arguments come on standard input, the answer goes to standard output."""
+    job, arguments = pickle.load(sys.stdin.buffer)
+    clock = Clock()
+    result = job(clock, *arguments)
+    sys.stdout.buffer.write(pickle.dumps((clock.seconds, clock.memory, result)))
+
+
+def measure(job, arguments, limit):
+    """Run job(clock, *arguments) in a child process: (seconds, memory, result), or a word why there are none."""
+    try:
+        child = subprocess.run([sys.executable, __file__, "--job"], input=pickle.dumps((job, arguments)),
+                               capture_output=True, timeout=limit)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return f"over {limit} s"
+    if child.returncode:
+        return f"fails:\n{child.stderr.decode()}"
+    return pickle.loads(child.stdout)
+
+
+def compare(labels, size, jobs, *arguments, repeats, same=(), limit=None):
+    """Run `jobs`, {tool: job}, in turns. Returns a row of a table, {column: value}, for each, ours first.
+
+    labels: the first columns; size: bytes of the text; same: tools whose result must be ours. Exits with code 1 if one
+    is not, or if ours fails. A tool that is not installed is left out.
+    """
+    runs, rows = {tool: [] for tool in jobs if find_spec(tool)}, []
+    for tool in [*runs] * repeats:
+        if not (runs[tool] and isinstance(runs[tool][-1], str)):  # it has not failed before
+            runs[tool].append(measure(jobs[tool], arguments, limit))
+    for tool, some in runs.items():
+        row, failed = {**labels, "tool": tool}, some.pop().strip() if isinstance(some[-1], str) else ""
+        if failed and tool == OURS:
+            sys.exit(f"error: {jobs[tool].__name__} {failed}")
+        if tool in same and any(run[2] != runs[OURS][0][2] for run in some):
+            sys.exit(f"error: {jobs[tool].__name__} and {jobs[OURS].__name__} do not give the same result")
+        MEASURED.append({**row, "job": jobs[tool].__name__, "text, bytes": size, "failed": failed.split("\n")[-1],
+                         "seconds": [run[0] for run in some], "memory, bytes": [run[1] for run in some]})  # fmt: skip
+        if failed:
+            rows.append({**row, "seconds": failed.partition(":")[0]})
+        else:
+            seconds, memory = median(run[0] for run in some), max(run[1] for run in some)
+            ours = rows[0]["seconds"] if rows else seconds
+            rows.append({**row, "seconds": seconds, "our speed / its speed": seconds / ours,
+                         "MB/s": size / MB / seconds, "memory, MB": memory / MB,
+                         "memory per byte of text": memory / size, "result": some[0][2]})  # fmt: skip
+    return rows
+
+
+def say(text):
+    print(text + "\n", flush=True)
+    PRINTED.append(text)
+
+
+def show(value):
+    """Fractions to three digits."""
+    if isinstance(value, float):
+        return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
+    return f"{value:,}" if isinstance(value, int) else value
+
+
+def table(rows, *columns):
+    """Say a Markdown table of the rows' `columns`; those of numbers are aligned to the right."""
+    ruler = ["---" if isinstance(rows[0][column], str) else "---:" for column in columns]
+    lines = [columns, ruler, *([show(row.get(column, "–")) for column in columns] for row in rows)]
+    say("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Texts
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read(path):
+    return path.read_bytes().decode("utf-8")
+
+
+def stream(path, size):
+    """The first `size` bytes of a text file, up to the end of a line, in pieces of about a megabyte."""
+    with open(path, "rb") as file:
+        while size > 0 and (lines := file.readlines(min(size, MB))):
+            piece = b"".join(lines)
+            size -= len(piece)
+            yield piece.decode("utf-8")
+
+
+def lines_of(text):
+    """`text` cut where a line starts with a space and a non-space: tokenizing the parts equals tokenizing the whole."""
+    return re.split(r"(?<=\n)(?= \S)", text)
+
+
+def gather(folder, target, settings):
+    """Put wiki.{train,valid,test}.tokens into `target`: those of `folder`, or else the bundled sample, repeated."""
+    target.mkdir()
+    for split, copies in {"train": 29, "valid": 3, "test": 3}.items():
+        name = f"wiki.{split}.tokens"
+        text = read(folder / name) if folder else read(ROOT / "data" / "input.txt") * copies
+        (target / name).write_bytes(text[: int(min(settings.text_mb * MB, len(text)))].encode("utf-8"))
+
+
+def write_long_text(path, source, size):
+    """Repeat the text `source` up to `size` bytes. In each copy another 1 in 500 words gives way to an invented one,
+    since a longer text has more distinct words."""
+    draw = random.Random(0)
+    words = sorted(word for word in set(read(source).split()) if word.isalpha())
+    with open(path, "wb") as file:
+        while file.tell() < size:
+            for piece in stream(source, min(source.stat().st_size, size - file.tell())):
+                parts = piece.split(" ")
+                for i in draw.sample(range(len(parts)), len(parts) // 500):
+                    if parts[i].isalpha():
+                        start, end = draw.choice(words), draw.choice(words)
+                        parts[i] = start[: len(start) // 2 + 1] + end[len(end) // 2 :]
+                file.write(" ".join(parts).encode("utf-8"))
+
+
+def hard_texts(size):
+    """{name: text of about `size` bytes that is hard to tokenize}"""
+    draw = random.Random(0)
+    common = [bytes([row, cell]).decode("gb2312") for row in range(0xB0, 0xD7) for cell in range(0xA1, 0xFF)]
+    return {
+        "one letter": "a" * size,
+        "random letters, no space": "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size)),
+        "only spaces": " " * size,
+        "random bytes, read as Latin-1": draw.randbytes(size * 2 // 3).decode("latin-1"),
+        "random common Chinese characters": "".join(draw.choices(common, k=size // 3)),
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Jobs
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train_ours(clock, path, vocab_size):
+    text = read(path)
+    with clock:
+        tokenizer = BPETokenizer.train(text, vocab_size, special_tokens=())
+    return [tokenizer.token_bytes(i) for i in range(tokenizer.vocab_size)]
+
+
+def train_rustbpe(clock, path, vocab_size):
+    """The same algorithm: of two equally frequent pairs it too merges the one of smaller ids."""
+    import rustbpe
+
+    text, theirs = read(path), rustbpe.Tokenizer()
+    with clock:
+        theirs.train_from_iterator([text], vocab_size, pattern=GPT2_PATTERN)
+    return [token for token, _ in sorted(theirs.get_mergeable_ranks(), key=lambda ranked: ranked[1])]
+
+
+def byte_alphabet():
+    """GPT-2's character for each byte, in which Hugging Face writes tokens: U+0100 and up for what is not printable."""
+    printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    others = [byte for byte in range(256) if byte not in printable]
+    return dict(zip(printable + others, map(chr, printable + [256 + k for k in range(len(others))])))
+
+
+def train_tokenizers(clock, path, vocab_size):
+    """The same algorithm, but bytes have other ids, and so ties are broken otherwise. Lines let it use all threads."""
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    lines, theirs, alphabet = lines_of(read(path)), Tokenizer(models.BPE()), byte_alphabet()
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    trainer = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=[*alphabet.values()], show_progress=False)
+    with clock:
+        theirs.train_from_iterator(lines, trainer)
+    byte = {character: byte for byte, character in alphabet.items()}
+    return [bytes(map(byte.get, token)) for token in theirs.get_vocab()]
+
+
+def train_sentencepiece(clock, path, vocab_size):
+    """Another algorithm: it merges characters, inside words that are cut at spaces only."""
+    from sentencepiece import SentencePieceTrainer
+
+    lines = lines_of(read(path))
+    with clock:
+        SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=io.BytesIO(), model_type="bpe", vocab_size=vocab_size,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            max_sentence_length=MB, minloglevel=2,
+        )  # fmt: skip
+    return []
+
+
+def train_stream(clock, path, size):
+    """Learns 8,192 tokens. Returns the merges' share of the time; before the first one the text is read and counted."""
+    learned = []
+    with clock:
+        BPETokenizer.train(stream(path, size), 8192, progress=lambda _: learned.append(time.perf_counter()))
+    return 1 - (learned[0] - clock.start) / clock.seconds
+
+
+def digest(ids):
+    return hashlib.sha256(np.asarray(ids, np.uint32).tobytes()).digest()
+
+
+def encode_ours(clock, path):
+    text, tokenizer = read(path), BPETokenizer.load(VOCABULARY)
+    with clock:
+        ids = tokenizer.encode_array(text)
+    return digest(ids)
+
+
+def encode_tiktoken(clock, path):
+    import tiktoken
+
+    text, ours = read(path), BPETokenizer.load(VOCABULARY)
+    ranks = {ours.token_bytes(i): i for i in range(256 + len(ours.merges))}
+    theirs = tiktoken.Encoding(name="ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
+    with clock:
+        ids = theirs.encode_ordinary(text)
+    return digest(ids)
+
+
+def encode_tokenizers(clock, path):
+    from tokenizers import Tokenizer, models, pre_tokenizers
+
+    lines, ours, alphabet = lines_of(read(path)), BPETokenizer.load(VOCABULARY), byte_alphabet()
+    token = ["".join(map(alphabet.get, ours.token_bytes(i))) for i in range(256 + len(ours.merges))]
+    merges = [(token[a], token[b]) for a, b in ours.merges]
+    theirs = Tokenizer(models.BPE({text: i for i, text in enumerate(token)}, merges))
+    theirs.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    with clock:
+        encodings = theirs.encode_batch_fast(lines)
+    return digest([i for encoding in encodings for i in encoding.ids])
+
+
+def encode_stream(clock, path, size):
+    tokenizer = BPETokenizer.load(VOCABULARY)
+    with clock:
+        return sum(len(ids) for ids in tokenizer.encode_stream(stream(path, size)))
+
+
+def run_python(clock, folder, *arguments):
+    """A whole command; its memory is the peak of its process."""
+    with clock:
+        subprocess.run([sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL, check=True)
+    clock.memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------
+
+
+def training(settings, path):
+    jobs = {OURS: train_ours, "rustbpe": train_rustbpe, "tokenizers": train_tokenizers,
+            "sentencepiece": train_sentencepiece}  # fmt: skip
+    rows, size = [], path.stat().st_size
+    for n in settings.vocab_sizes:
+        some = compare({"vocabulary": n}, size, jobs, path, n, repeats=settings.repeats, same=("rustbpe",))
+        for row in some:
+            row["tokens that are ours"] = len(set(row.get("result", ())).intersection(some[0]["result"])) or "–"
+        rows += some
+    say(f"## Training on {size / MB:.1f} MB")
+    table(rows, "vocabulary", "tool", "seconds", "our speed / its speed", "memory, MB", "tokens that are ours")
+    say("rustbpe's tokens must be ours, in order. tokenizers, which gets the lines and uses all threads, breaks ties\n"
+        "otherwise. sentencepiece merges characters, not bytes: another algorithm and another vocabulary.")
+
+
+def encoding(settings, path):
+    jobs, size = {OURS: encode_ours, "tiktoken": encode_tiktoken, "tokenizers": encode_tokenizers}, path.stat().st_size
+    rows = compare({}, size, jobs, path, repeats=settings.repeats, same=PEERS)
+    say(f"## Encoding {size / MB:.1f} MB")
+    table(rows, "tool", "seconds", "MB/s", "our speed / its speed", "memory, MB", "memory per byte of text")
+    say("With the committed vocabulary of 4,096 tokens; the ids must be ours. encode_array and tiktoken's\n"
+        "encode_ordinary use one thread; tokenizers gets the lines as a batch and uses all.")
+
+
+def worst_cases(settings, path):
+    columns, rows = [f"{size} MB, s" for size in settings.worst_mb], []
+    for name in hard_texts(0):
+        both = []
+        for size in (int(megabytes * MB) for megabytes in settings.worst_mb):
+            path.write_bytes(hard_texts(size)[name].encode("utf-8"))
+            both.append(compare({"text": name}, size, {OURS: encode_ours, "tiktoken": encode_tiktoken}, path,
+                                repeats=settings.repeats, same=PEERS, limit=settings.limit))  # fmt: skip
+        for few, many in zip(*both):
+            times = few["seconds"], many["seconds"]
+            growth = "–" if any(isinstance(time, str) for time in times) else times[1] / times[0]
+            rows.append({**many, **dict(zip(columns, times)), "growth": growth})
+    say("## Worst cases")
+    table(rows, "text", "tool", *columns, "growth", "our speed / its speed", "memory per byte of text")
+    say(f"As above. Growth is the larger text's time over the smaller's. A run is given up after {settings.limit} s;\n"
+        "why one fails is in `tokenizer.json`.")
+
+
+def streams(settings, path):
+    learned, encoded = [], []
+    for megabytes in settings.stream_mb:
+        size = megabytes * MB
+        some = {"MB": megabytes, "distinct words": len({word for text in stream(path, size) for word in text.split()})}
+        for rows, task, job in (learned, "train", train_stream), (encoded, "encode_stream", encode_stream):
+            rows += compare({"task": task, **some}, size, {OURS: job}, path, size, repeats=settings.long_repeats)
+        learned[-1]["of it merging"] = learned[-1]["seconds"] * learned[-1]["result"]
+    say("## Streams")
+    table(learned + encoded, "task", "MB", "distinct words", "seconds", "of it merging", "MB/s", "memory, MB")
+    say("Training, of 8,192 tokens, reads and counts first; the merges then see only the distinct words. The text is\n"
+        "the training text over and over; in each copy another 1 in 500 words is replaced by an invented one.")
+
+
+def preparing(settings, text, long, copy):
+    """Runs data/prepare.py in a copy of what it needs, so that the token files of this checkout stay as they are."""
+    (copy / "data").mkdir(parents=True)
+    for path in (ROOT / "bpe_tokenizer.py", *ROOT.glob("data/*.py"), VOCABULARY, ROOT / "data" / "bpe_vocab_500.json"):
+        shutil.copy(path, copy / path.relative_to(ROOT))
+    one = f"from data.prepare import *; prepare(*open_source({str(long)!r}), ['bpe_vocab.json'])"
+    rows = []
+    for what, source, repeats, arguments in [
+        ("the vocabulary of 4,096 tokens", long, settings.long_repeats, ["-c", one]),
+        ("both vocabularies", long, settings.long_repeats, ["data/prepare.py", "--from", long]),
+        ("both, learned again (--train-vocab)", text, settings.repeats,
+         ["data/prepare.py", "--from", text, "--train-vocab"]),
+        ("nothing but the start of the program", text, settings.repeats, ["-c", "import data.prepare"]),
+    ]:  # fmt: skip
+        size = sum(path.stat().st_size for path in source.iterdir())
+        labels = {"prepares": what, "MB": size / MB}
+        rows += compare(labels, size, {OURS: run_python}, copy, *arguments, repeats=repeats)
+    say("## Preparing token files")
+    table(rows, "prepares", "MB", "seconds", "memory, MB")
+    say("data/prepare.py tokenizes and writes all splits. Seconds and memory are those of the whole process.")
+
+
+def machine():
+    cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())
+    packages = {name: importlib.metadata.version(name) for name in ("numpy", "torch", *PEERS) if find_spec(name)}
+    return {"CPU": cpu[1] if cpu else platform.machine(), "cores": os.cpu_count(), "Python": platform.python_version(),
+            "threads of rustbpe and tokenizers": int(os.environ.get("RAYON_NUM_THREADS") or os.cpu_count()), **packages}
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="The tokenizer side by side with compiled ones.")
+    parser.add_argument("--from", dest="folder", metavar="DIR", type=Path, help="WikiText-2: wiki.*.tokens")
+    parser.add_argument("--quick", action="store_true", help="small texts, few repeats, no file written")
+    args = parser.parse_args(argv)
+    settings, folder = QUICK if args.quick else FULL, args.folder or (WIKITEXT if WIKITEXT.is_dir() else None)
+    for name in PEERS:
+        if not find_spec(name):
+            print(f"{name} is not installed and is left out: pip install {name}", file=sys.stderr)
+    facts = machine()
+    say("# The tokenizer beside compiled ones")
+    say("; ".join(f"{key}: {value}" for key, value in facts.items()) + ".")
+    say(f"Medians of {settings.repeats} runs ({settings.long_repeats} on long texts), ours and theirs in turns, each\n"
+        "in a process of its own. Memory is what the peak rises above what packages, text and vocabulary take.")
+    if not folder:
+        say("**The text is the bundled sample, repeated**: the figures are not those of WikiText-2 (`--from DIR`).")
+    with tempfile.TemporaryDirectory() as temporary:
+        text, long = Path(temporary, "text"), Path(temporary, "long")
+        gather(folder, text, settings)
+        gather(folder, long, settings)
+        train = text / "wiki.train.tokens"
+        training(settings, train)
+        encoding(settings, train)
+        worst_cases(settings, Path(temporary, "hard.txt"))
+        write_long_text(long / train.name, train, settings.long_mb * MB)
+        streams(settings, long / train.name)
+        preparing(settings, text, long, Path(temporary, "copy"))
+    if not args.quick:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        (RESULTS / "tokenizer.md").write_text("\n\n".join(PRINTED) + "\n", encoding="utf-8")
+        content = {"date": str(date.today()), "sample": not folder, "machine": facts, "measured": MEASURED}
+        (RESULTS / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        run_job() if sys.argv[1:] == ["--job"] else main()
+    except KeyboardInterrupt:
+        sys.exit("tokenizer.py: stopped")
+    except (OSError, ValueError) as error:
+        sys.exit(f"tokenizer.py: {error}")

@@ -1,0 +1,363 @@
+"""How fast v3 trains beside plain implementations of the same model, and v4's ALiBi beside its RoPE.
+
+    python benchmarks/training.py           all of it, about 20 minutes; the results go to results/benchmarks/
+    python benchmarks/training.py --quick   a first look at the small shape in about a minute; writes nothing
+    python benchmarks/training.py --gpu     v3 and GPT-2, both compiled, at GPT-2's size on a GPU
+
+The plain implementations are GPT-2 of Hugging Face's transformers and torch.nn.TransformerEncoder, trained with
+torch.optim.AdamW in float32 without compilation. All take the same batch of random tokens, clip gradients and step.
+
+Every contestant lives in a process of its own. In each round each of them works for some seconds while the others
+wait, so what slows the machine down for a while hits all of them. What counts is the median of the rounds.
+
+The model's work is counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), with the half of
+attention that a causal model needs:
+
+    FLOPs per token = 6 * (parameters in matrix products) + 12 * N_LAYER * BLOCK_SIZE * N_EMBD / 2
+
+Parameters in matrix products are those of the blocks and the head, not the looked up embeddings of tokens and
+positions. The peak is the fastest of some products of square matrices, which take their turns in the same rounds.
+"""
+
+import argparse
+import importlib
+import importlib.util
+import json
+import multiprocessing
+import os
+import platform
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "benchmarks"
+sys.path.insert(0, str(ROOT))
+
+GPT2 = "GPT-2's size"
+SHAPES = {  # constants of v3, and the vocabulary
+    "small": {"N_LAYER": 4, "N_HEAD": 4, "N_EMBD": 192, "BLOCK_SIZE": 128, "BATCH_SIZE": 16, "vocabulary": 4096},
+    "large": {"N_LAYER": 6, "N_HEAD": 4, "N_EMBD": 256, "BLOCK_SIZE": 256, "BATCH_SIZE": 16, "vocabulary": 4096},
+    GPT2: {"N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768, "BLOCK_SIZE": 1024, "vocabulary": 50304},
+}
+BATCHES = [4 << i for i in range(9)]  # tried on a GPU, until one does not fit
+WINDOWS, TOKENS = (128, 256, 512, 1024), 4096  # ALiBi against RoPE: values of BLOCK_SIZE, tokens a step
+SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sizes of the products that show the peak
+ROUNDS, SECONDS = 7, 1.5  # of work in a turn
+QUICK_ROUNDS, QUICK_SECONDS = 4, 0.5
+WARM_UP = 2  # rounds before, which do not count: a fresh process is slower until its memory is all in use
+QUICK_LEAVES_OUT = ("COMPILE=False", "everywhere", "product 1024", "product 4096")
+HF, ENCODER, DROPPED = "GPT-2 of transformers", "nn.TransformerEncoder", ", dropout 0.1"
+
+
+def random_batch(shape, device):
+    """Inputs (B, T) and, one token later, targets (B, T)."""
+    torch.manual_seed(1337)
+    windows = torch.randint(shape["vocabulary"], (shape["BATCH_SIZE"], shape["BLOCK_SIZE"] + 1)).to(device)
+    return windows[:, :-1], windows[:, 1:]
+
+
+def own_step(rung, shape, *position):
+    """A step as in `train` of v3, or with a position scheme as in v4's, which does not clip gradients."""
+    rung = importlib.import_module(rung)
+    rung.set_constants([f"{name}={value}" for name, value in shape.items() if name.isupper()])
+    x, y = random_batch(shape, rung.DEVICE)
+    model = rung.LanguageModel(shape["vocabulary"], *position).to(rung.DEVICE)
+    optimizers = rung.make_optimizers(model) if position else [rung.make_optimizer(model)]
+    compiled = rung.compile_model(model, x[: rung.MICRO_BATCH_SIZE], y[: rung.MICRO_BATCH_SIZE])
+
+    def step():
+        for micro_x, micro_y in zip(x.split(rung.MICRO_BATCH_SIZE), y.split(rung.MICRO_BATCH_SIZE)):
+            with rung.autocast():
+                loss = compiled(micro_x, micro_y) * (len(micro_x) / rung.BATCH_SIZE)
+            loss.backward()
+        if not position:
+            nn.utils.clip_grad_norm_(model.parameters(), rung.GRAD_CLIP)
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+
+    return step, x.numel()
+
+
+def hugging_face(shape, dropout, everywhere):
+    """GPT-2 of transformers; by its own default dropout is `everywhere`, so on attention weights too."""
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    return GPT2LMHeadModel(GPT2Config(
+        vocab_size=shape["vocabulary"], n_positions=shape["BLOCK_SIZE"], n_embd=shape["N_EMBD"],
+        n_layer=shape["N_LAYER"], n_head=shape["N_HEAD"], embd_pdrop=dropout, resid_pdrop=dropout,
+        attn_pdrop=dropout * everywhere, use_cache=False, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0,
+    ))  # fmt: skip
+
+
+class Encoder(nn.Module):
+    """torch.nn.TransformerEncoder as a language model; `everywhere`: with dropout inside of attention and MLP too."""
+
+    def __init__(self, shape, dropout, everywhere):
+        super().__init__()
+        C, T = shape["N_EMBD"], shape["BLOCK_SIZE"]
+        self.embedding, self.position = nn.Embedding(shape["vocabulary"], C), nn.Embedding(T, C)
+        self.dropout = nn.Dropout(dropout)
+        how = {"activation": "gelu", "batch_first": True, "norm_first": True}
+        block = nn.TransformerEncoderLayer(C, shape["N_HEAD"], 4 * C, dropout, **how)
+        if not everywhere:
+            block.self_attn.dropout = block.dropout.p = 0.0
+        self.blocks = nn.TransformerEncoder(block, shape["N_LAYER"], nn.LayerNorm(C), enable_nested_tensor=False)
+        self.head = nn.Linear(C, shape["vocabulary"], bias=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(T))
+
+    def forward(self, idx):
+        x = self.dropout(self.embedding(idx) + self.position.weight)
+        return self.head(self.blocks(x, self.mask, is_causal=True))
+
+
+def peer_step(make, shape, dropout=0.0, everywhere=False, device="cpu", fast=False):
+    """A step of the model that `make` makes: float32 and eager, or `fast`, with torch.compile and bf16."""
+    x, y = random_batch(shape, device)
+    model = make(shape, dropout, everywhere).to(device).train()
+    optimizer = torch.optim.AdamW(model.parameters())
+
+    def loss_of(x, y):
+        out = model(x)
+        return F.cross_entropy(getattr(out, "logits", out).flatten(0, 1), y.flatten())
+
+    if fast:
+        loss_of = torch.compile(loss_of)
+
+    def step():
+        with torch.autocast(device, torch.bfloat16, enabled=fast):
+            loss = loss_of(x, y)
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+
+    return step, x.numel()
+
+
+def product_step(n, dtype, device):
+    """A product of square matrices, which shows what the machine can do at most; counted in FLOPs."""
+    a, b, c = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(3))
+    return lambda: torch.mm(a, b, out=c), 2 * n**3
+
+
+def serve(connection, make_step, arguments):
+    """What a contestant's process does: make the step, then take a turn of as many seconds as each message says.
+
+    The answers are whether the step fits into memory, then for each turn its tokens (or FLOPs) per second.
+    """
+    on_gpu = torch.cuda.is_available()
+    wait, give_back = (torch.cuda.synchronize, torch.cuda.empty_cache) if on_gpu else (lambda: None, lambda: None)
+    try:
+        step, amount = make_step(*arguments)
+        step(), step(), wait(), give_back()
+        connection.send(True)
+        while True:
+            seconds = connection.recv()
+            step(), wait()  # not timed: the caches, or the memory of the GPU, were in other hands
+            start, n = time.perf_counter(), 0
+            while time.perf_counter() - start < seconds:
+                step()
+                n += 1
+            wait()
+            connection.send(n * amount / (time.perf_counter() - start))
+            give_back()
+    except torch.OutOfMemoryError:
+        connection.send(False)
+    except (EOFError, ConnectionError):  # no more turns
+        pass
+
+
+def start(make_step, *arguments):
+    """Start a contestant in a process of its own; returns the connection to it, over which its first answer comes."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would tell of what a stopped process left behind
+    context = multiprocessing.get_context("spawn")
+    connection, theirs = context.Pipe()
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C is for this one alone
+    context.Process(target=serve, args=(theirs, make_step, arguments), daemon=True).start()
+    signal.signal(signal.SIGINT, usual)
+    theirs.close()
+    return connection
+
+
+def compete(title, makers, rounds, seconds, started=()):
+    """Prepare contestants, functions with arguments, let them and those that are `started` take turns: their rates."""
+    print(f"{title}: preparing {', '.join(makers)}", file=sys.stderr, flush=True)
+    contestants = {name: start(*maker) for name, maker in makers.items()}
+    for contestant in contestants.values():
+        contestant.recv()
+    contestants = {**dict(started), **contestants}
+    rates = {name: [] for name in contestants}
+    for i in range(WARM_UP + rounds):
+        print(f"{title}: round {i + 1} of {WARM_UP + rounds}", file=sys.stderr, flush=True)
+        for name, contestant in contestants.items():
+            contestant.send(seconds)
+            rates[name].append(contestant.recv())
+    for contestant in contestants.values():
+        contestant.close()
+    return {name: values[WARM_UP:] for name, values in rates.items()}
+
+
+def measure_shape(name, dtype, peers, quick, *duration):
+    """v3 and its peers with and without dropout, and products of matrices."""
+    shape = SHAPES[name]
+    own = {**shape, "DEVICE": "cpu", "DTYPE": dtype, "DROPOUT": 0.0}
+    plain = {**own, "DTYPE": "float32", "COMPILE": False}
+    makers = {"v3": (own_step, "v3", own), "v3, DTYPE=float32 COMPILE=False": (own_step, "v3", plain)}
+    makers |= {peer: (peer_step, make, shape) for peer, make in peers.items()}
+    makers["v3" + DROPPED] = (own_step, "v3", {**own, "DROPOUT": 0.1})
+    for peer, make in peers.items():
+        makers[peer + DROPPED] = (peer_step, make, shape, 0.1)
+        makers[peer + DROPPED + " everywhere"] = (peer_step, make, shape, 0.1, True)
+    makers |= {f"product {n}": (product_step, n, dtype, "cpu") for n in SQUARES["cpu"]}
+    if quick:
+        makers = {who: maker for who, maker in makers.items() if not any(out in who for out in QUICK_LEAVES_OUT)}
+    return compete(f"{name} shape", makers, *duration)
+
+
+def measure_gpu(shape, batches, device, dtype, peers, *duration):
+    """v3 and the peers, compiled and in bf16, each with the largest of `batches` that fits; the peak."""
+    largest, contestants = {}, {}
+    for name in ("v3", *peers):
+        for batch in batches:
+            own = {**shape, "BATCH_SIZE": batch, "MICRO_BATCH_SIZE": batch, "DEVICE": device, "DROPOUT": 0.0}
+            maker = (peer_step, peers[name], own, 0.0, False, device, True) if name in peers else (own_step, "v3", own)
+            contestant = start(*maker)
+            if not contestant.recv():
+                break
+            print(f"{name}: a batch of {batch} fits", file=sys.stderr, flush=True)
+            if name in contestants:
+                contestants[name].close()
+            largest[name], contestants[name] = batch, contestant
+        if name not in largest:
+            raise ValueError(f"{name} does not fit into the memory with a batch of {batches[0]}")
+    products = {f"product {n}": (product_step, n, dtype, device) for n in SQUARES[device]}
+    rates = compete(GPT2, products, *duration, contestants)
+    return ", ".join(f"{name} {batch}" for name, batch in largest.items()), rates
+
+
+def flops_per_token(shape):
+    L, C = shape["N_LAYER"], shape["N_EMBD"]
+    return 6 * (12 * L * C**2 + C * shape["vocabulary"]) + 12 * L * shape["BLOCK_SIZE"] * C / 2
+
+
+def table(head, rows):
+    """A Markdown table; all columns but the first are aligned to the right."""
+    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
+    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+
+
+def speed_table(training):
+    """Tokens per second, and how many times as many v3 reaches with the same dropout."""
+    names = [name for name in next(iter(training.values())) if not name.startswith("product")]
+    head, rows = ["training step"], {name: [name] for name in names}
+    for shape, rates in training.items():
+        head += [f"{shape}: tokens/s", "v3 is faster by"]
+        for name, row in rows.items():
+            rate, v3 = median(rates[name]), median(rates["v3" + DROPPED * (DROPPED in name)])
+            row += [f"{rate:,.0f} ({min(rates[name]):,.0f} to {max(rates[name]):,.0f})", f"{v3 / rate:.2f}"]
+    return table(head, rows.values())
+
+
+def share_table(training, dtype):
+    rows = []
+    for name, rates in training.items():
+        v3, flops = median(rates["v3"]), flops_per_token(SHAPES[name])
+        peak = max(median(values) for product, values in rates.items() if product.startswith("product"))
+        cost = f"{v3 / median(rates['v3' + DROPPED]) - 1:.1%}" if "v3" + DROPPED in rates else "–"
+        rows.append([name, f"{flops / 1e6:.1f}", f"{v3 * flops / 1e12:.3f}", f"{peak / 1e12:.3f}",
+                     f"{v3 * flops / peak:.1%}", cost])  # fmt: skip
+    return table(["v3", "MFLOPs per token", "TFLOP/s", f"{dtype} peak, TFLOP/s", "share of the peak",
+                  "longer step with dropout 0.1"], rows)  # fmt: skip
+
+
+def position_table(positions):
+    rows = []
+    for window, rates in positions.items():
+        alibi, rope = (1000 * TOKENS / median(rates[scheme]) for scheme in ("alibi", "rope"))
+        rows.append([window, f"{alibi:.0f}", f"{rope:.0f}", f"{alibi / rope:.2f}"])
+    return table(["v4, tokens in a window", "ALiBi, ms per step", "RoPE, ms per step", "ALiBi / RoPE"], rows)
+
+
+def report(results):
+    """The results as Markdown."""
+    training, positions, batches = results["training"], results["positions"], results.get("batches")
+    tables = [speed_table(training), share_table(training, results["dtype"])]
+    tables += [position_table(positions)] if positions else []
+    shapes = "; ".join(f"{name}: {s['N_LAYER']} × {s['N_EMBD']}, context {s['BLOCK_SIZE']}, vocabulary "
+                       f"{s['vocabulary']:,}" for name, s in SHAPES.items() if name in training)  # fmt: skip
+    if batches:
+        peers = f"Compiled, in bf16, with the largest batch that fits: {batches}."
+    else:
+        peers = ("Batch 16. The peers are eager and in float32; they drop what v3 drops, or \"everywhere\" what they "
+                 "drop by default: attention weights and, in nn.TransformerEncoder, numbers inside of the MLP as well.")
+    method = (f"Median (slowest to fastest) of {results['rounds']} rounds after a warm-up, in each of which all take a "
+              f"turn of {results['seconds']} s.")  # fmt: skip
+    return "\n".join([*tables, f"{shapes}. {peers} {method}\nMachine: {results['machine']}.\n"])
+
+
+def machine():
+    try:
+        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+    except (OSError, TypeError):  # not Linux, or a processor without a name
+        cpu = platform.processor() or platform.machine()
+    return f"{cpu}, {torch.get_num_threads()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Training speed of v3 and v4 beside plain implementations.")
+    parser.add_argument("--quick", action="store_true", help="the small shape only, few rounds; write nothing")
+    parser.add_argument("--gpu", action="store_true", help="v3 and GPT-2 at GPT-2's size on a GPU")
+    args = parser.parse_args(argv)
+    if args.gpu and not torch.cuda.is_available():
+        raise ValueError("--gpu needs a GPU that torch can use, and there is none")
+    peers = {HF: hugging_face} if args.gpu else {HF: hugging_face, ENCODER: Encoder}
+    if importlib.util.find_spec("transformers") is None:
+        print("GPT-2 of transformers is left out; to have it: pip install -r benchmarks/requirements.txt")
+        del peers[HF]
+    import v3
+
+    v3.DEVICE = "cuda" if args.gpu else "cpu"
+    dtype = v3.pick_dtype()  # found out here and now, while nothing else runs
+    duration = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
+    results = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "dtype": dtype, "rounds": duration[0],
+               "seconds": duration[1], "training": {}, "positions": {}}  # fmt: skip
+    if args.gpu:
+        results["machine"] = f"{torch.cuda.get_device_name()}, {results['machine']}"
+        measured = measure_gpu(SHAPES[GPT2], BATCHES, v3.DEVICE, dtype, peers, *duration)
+        results["batches"], results["training"][GPT2] = measured
+    else:
+        for name in ("small",) if args.quick else ("small", "large"):
+            results["training"][name] = measure_shape(name, dtype, peers, args.quick, *duration)
+        for window in () if args.quick else WINDOWS:
+            shape = {"BLOCK_SIZE": window, "BATCH_SIZE": TOKENS // window, "MICRO_BATCH_SIZE": TOKENS // window // 2,
+                     "DEVICE": "cpu", "DTYPE": dtype, "vocabulary": 4096}  # fmt: skip
+            makers = {scheme: (own_step, "v4_alibi_rope", shape, scheme) for scheme in ("alibi", "rope")}
+            results["positions"][window] = compete(f"v4, windows of {window}", makers, *duration)
+    text = report(results)
+    print(text, end="")
+    if not args.quick:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        path = RESULTS / ("training_gpu" if args.gpu else "training")
+        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
+        path.with_suffix(".md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        print("training.py: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except (EOFError, ConnectionError):
+        sys.exit("training.py: a contestant failed; its error stands above")
+    except (OSError, ValueError) as error:
+        sys.exit(f"training.py: {error}")
