@@ -2,14 +2,15 @@
 
 The model is GPT-2's (Radford et al. 2019): LayerNorm before each sub-layer and once more at the end, GELU, and an
 initialization that keeps the sum of all residual branches at one scale. The attention is the same function as in v2,
-computed by one fused kernel.
+computed by one fused kernel or, in short windows on a CPU, block by block.
 
 What is new against v2:
 
 - model: more layers, pre-norm, scaled initialization, dropout, fused attention;
 - optimizer: AdamW with weight decay for matrices only, warm-up and cosine, gradient clipping;
-- speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works; the logits of a micro-batch are
-  computed at once again, without `loss_in_chunks`;
+- speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works; attention, GELU and dropout in a
+  form that a CPU is fast with, freed memory kept for the next step; the logits of a micro-batch are computed at once
+  again, without `loss_in_chunks`;
 - evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
 - checkpoints, RESUME=True, and PROMPT="..." to continue a text.
 

@@ -55,8 +55,7 @@ MAX_STEPS = 1280  # 1.72 times the training text
 EVAL_INTERVAL = 320  # steps between two evaluations and checkpoints; at least one an epoch is made
 PATIENCE = 3  # evaluations without a better one after which training stops early
 LEARNING_RATE = 0.02  # of Muon, for the matrices of the blocks, at its highest; it ends at zero
-LEARNING_RATE_EMBEDDING = 5e-3  # of AdamW, for the embeddings
-LEARNING_RATE_HEAD = 1e-3  # of AdamW, for the layer that makes the logits
+LEARNING_RATE_ADAMW = 0.01  # of AdamW, for the embeddings and the layer that makes the logits
 WARMUP_STEPS = 50  # steps until the learning rate is at its highest
 COOLDOWN = 0.5  # share of the steps, at the end, in which the learning rate falls
 MOMENTUM = 0.95  # of Muon
@@ -283,7 +282,7 @@ class LanguageModel(nn.Module):
             if name.endswith("out.weight") or name == "head.weight":
                 nn.init.zeros_(p)  # at the start every branch is silent and every token equally likely
             else:
-                nn.init.normal_(p, std=0.5 if "embedding" in name else N_EMBD**-0.5)
+                nn.init.normal_(p, std=0.1 if "embedding" in name else N_EMBD**-0.5)
 
     def forward(self, idx, targets=None, cache=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats.
@@ -468,12 +467,8 @@ def make_optimizers(model):
         lr=LEARNING_RATE,
         momentum=MOMENTUM,
     )
-    embeddings = [p for name, p in model.named_parameters() if name.startswith(("embedding", "position"))]
-    groups = [
-        {"params": embeddings, "lr": LEARNING_RATE_EMBEDDING},
-        {"params": [model.head.weight], "lr": LEARNING_RATE_HEAD},
-    ]
-    adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
+    adamw = torch.optim.AdamW(others, lr=LEARNING_RATE_ADAMW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
     for group in muon.param_groups + adamw.param_groups:
         group["highest_lr"] = group["lr"]
     return muon, adamw

@@ -52,7 +52,7 @@ MB = 1_000_000
 # MB of the training text to use; vocabularies to learn from it; MB of the streams, of the long text to prepare and of
 # the worst cases; seconds until a worst case is given up; runs of each measurement, and of those on long texts
 FULL = SimpleNamespace(text_mb=math.inf, vocab_sizes=(500, 4096, 8192, 32768), stream_mb=(10, 100, 500), long_mb=540,
-                       worst_mb=(1, 2), limit=60, repeats=5, long_repeats=3)  # fmt: skip
+                       worst_mb=(1, 2), limit=60, repeats=5, long_repeats=1)  # fmt: skip
 QUICK = SimpleNamespace(text_mb=1, vocab_sizes=(500, 4096), stream_mb=(1, 4, 16), long_mb=20,
                         worst_mb=(0.1, 0.2), limit=5, repeats=2, long_repeats=1)  # fmt: skip
 PRINTED, MEASURED = [], []  # the report: pieces of Markdown, and the numbers of every run

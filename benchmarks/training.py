@@ -50,7 +50,7 @@ SHAPES = {  # constants of v3, and the vocabulary
 BATCHES = [4 << i for i in range(9)]  # tried on a GPU, until one does not fit
 WINDOWS, TOKENS = (128, 256, 512, 1024), 4096  # ALiBi against RoPE: values of BLOCK_SIZE, tokens a step
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sizes of the products that show the peak
-ROUNDS, SECONDS = 7, 1.5  # of work in a turn
+ROUNDS, SECONDS = 5, 1.2  # of work in a turn
 QUICK_ROUNDS, QUICK_SECONDS = 4, 0.5
 WARM_UP = 2  # rounds before, which do not count: a fresh process is slower until its memory is all in use
 QUICK_LEAVES_OUT = ("COMPILE=False", "everywhere", "product 1024", "product 4096")
@@ -68,6 +68,7 @@ def own_step(rung, shape, *position):
     """A step as in `train` of v3, or with a position scheme as in v4's, which does not clip gradients."""
     rung = importlib.import_module(rung)
     rung.set_constants([f"{name}={value}" for name, value in shape.items() if name.isupper()])
+    rung.keep_freed_memory()
     x, y = random_batch(shape, rung.DEVICE)
     model = rung.LanguageModel(shape["vocabulary"], *position).to(rung.DEVICE)
     optimizers = rung.make_optimizers(model) if position else [rung.make_optimizer(model)]

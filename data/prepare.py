@@ -215,15 +215,19 @@ def token_file(split, vocabulary):
     return DATA_DIR / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
 
 
-def tokenize(stream, tokenizer, bar):
-    """Tokenize a stream of strings. Returns (ids array, bytes, words)."""
-    counts = {"bytes": 0, "words": 0}
+def tokenize(stream, tokenizer, bar, n_words=None):
+    """Tokenize a stream of strings, whose words are counted unless `n_words` says how many there are.
+
+    Returns (ids array, bytes, words).
+    """
+    counts = {"bytes": 0, "words": n_words or 0}
 
     def counted():
         for text in stream:
             n_bytes = len(text.encode("utf-8"))
             counts["bytes"] += n_bytes
-            counts["words"] += len(text.split()) + text.count("\n")
+            if n_words is None:
+                counts["words"] += len(text.split()) + text.count("\n")
             bar.update(n_bytes)
             yield text
 
@@ -252,11 +256,13 @@ def prepare(source=None, name=None, vocabularies=tuple(VOCABULARIES)):
     sizes = [size for size, _ in source.values()]
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
     written = {}  # temporary file -> (token file, what to say of it)
+    words = {}  # of each split
     try:
         with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
             for vocabulary, tokenizer in tokenizers.items():
                 for split in SPLITS:
-                    ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar)
+                    ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar, words.get(split))
+                    words[split] = n_words
                     if len(ids) < 2:
                         raise ValueError(f"the {split} split of this source is empty; give the files as published")
                     if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:

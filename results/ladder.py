@@ -18,7 +18,7 @@ COMMITTED = ROOT / "results" / "runs"
 EXPERIMENTS = ROOT / "results" / "experiments"
 BENCHMARKS = ROOT / "results" / "benchmarks"
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
-MEASURED = ("tokenizer", "training", "generation")  # by the scripts in benchmarks/, which write their tables themselves
+MEASURED = ("tokenizer", "training", "generation", "ablation")  # by the scripts in benchmarks/, which write their tables themselves
 KEPT = ("summary.json", "log.jsonl", "sample.txt", "*.png")  # of a run; the weights are not committed
 
 
@@ -170,7 +170,7 @@ def write(check):
     for name in MEASURED:
         path, mark = BENCHMARKS / f"{name}.md", f"benchmark_{name}"
         if path.exists() and f"<!-- {mark} -->" in new[ROOT / "README.md"]:
-            made[mark] = path.read_text(encoding="utf-8").strip()
+            made[mark] = re.sub("(?m)^#+ ", "#### ", path.read_text(encoding="utf-8").strip())
     for mark, text in made.items():
         place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
         readme = new[ROOT / "README.md"]

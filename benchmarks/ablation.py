@@ -1,0 +1,206 @@
+"""What each part of v4 is worth: the loss after equal time with the part, and without it.
+
+    python benchmarks/ablation.py           7 variants, 3 seeds, 45 s of training each, about 25 minutes
+    python benchmarks/ablation.py --quick   one seed, 5 s each: a test of the program, not a measurement
+
+Every variant is v4 with RoPE and one change. It trains for the same number of seconds (evaluation, compilation and
+start-up not counted), its learning rates falling with the share of the time instead of the share of the steps, and is
+evaluated over the whole validation split. Each run is a process of its own, nothing runs beside it, and the seeds take
+turns with the variants. Finished runs are kept in results/benchmarks/ablation.json; a run that is started again goes on
+from there, unless v4 has changed.
+"""
+
+import argparse
+import hashlib
+import json
+import math
+import platform
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import mean
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+ROOT = Path(__file__).resolve().parents[1]
+RESULTS = ROOT / "results" / "benchmarks"
+sys.path.insert(0, str(ROOT))
+
+import v4_alibi_rope as v4  # noqa: E402
+from bpe_tokenizer import BPETokenizer  # noqa: E402
+from data.prepare import load_tokens, vocabulary_file  # noqa: E402
+
+SEEDS, SECONDS = (1337, 1338, 1339), 45
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Variants: each changes the module v4 before a model is made
+# ----------------------------------------------------------------------------------------------------------
+
+
+def as_it_is():
+    pass
+
+
+def adamw_for_all():
+    """AdamW at v3's learning rate for the matrices, instead of Muon."""
+
+    def make_optimizers(model):
+        blocks = [p for p in model.blocks.parameters()]
+        others = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
+        groups = [{"params": blocks, "lr": 2e-3}, {"params": others, "lr": v4.LEARNING_RATE_ADAMW}]
+        adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+        for group in adamw.param_groups:
+            group["highest_lr"] = group["lr"]
+        return (adamw,)
+
+    v4.make_optimizers = make_optimizers
+
+
+def no_zeros():
+    """Branches and head start at random instead of at zero."""
+    zeros = nn.init.zeros_
+    nn.init.zeros_ = lambda p: nn.init.normal_(p, std=v4.N_EMBD**-0.5) if p.dim() == 2 else zeros(p)
+
+
+def no_query_key_norm():
+    def forward(self, x, rope, cache):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, v4.N_HEAD, C // v4.N_HEAD).permute(2, 0, 3, 1, 4)
+        y = v4.attend(v4.apply_rope(q, rope), v4.apply_rope(k, rope), v, (C // v4.N_HEAD) ** -0.5)
+        return self.out(y.transpose(1, 2).reshape(B, T, C))
+
+    v4.Attention.forward = forward
+
+
+def gelu():
+    """GELU as in v3, instead of ReLU squared."""
+
+    def forward(self, x):
+        x = self.inner(x)
+        return self.out(x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)))
+
+    v4.MLP.forward = forward
+
+
+def soft_cap():
+    """Logits kept between -15 and 15 by 15 tanh(logit / 15) (Gemma Team 2024, arXiv:2408.00118, section 2)."""
+    forward = v4.LanguageModel.forward
+
+    def capped(self, idx, targets=None, cache=None):
+        logits = 15 * torch.tanh(forward(self, idx, None, cache) / 15)
+        return logits if targets is None else F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+    v4.LanguageModel.forward = capped
+
+
+def slow():
+    v4.DTYPE, v4.COMPILE = "float32", False
+
+
+VARIANTS = {
+    "v4": as_it_is,
+    "AdamW instead of Muon": adamw_for_all,
+    "random instead of zero initialization of branches and head": no_zeros,
+    "queries and keys not normalized": no_query_key_norm,
+    "GELU instead of ReLU squared": gelu,
+    "float32, not compiled": slow,
+    "added: logit soft-cap": soft_cap,
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------
+
+
+def train(variant, seed, seconds):
+    """Train a variant for some seconds. Returns the metrics over the validation split, steps and tokens seen."""
+    v4.SEED = seed
+    v4.keep_freed_memory()
+    VARIANTS[variant]()
+    tokens = load_tokens(v4.VOCABULARY)
+    torch.manual_seed(seed)
+    model = v4.LanguageModel(BPETokenizer.load(vocabulary_file(v4.VOCABULARY)).vocab_size, "rope").to(v4.DEVICE)
+    optimizers = v4.make_optimizers(model)
+    first = v4.get_batch(tokens["train"].ids, 0)
+    compiled = v4.compile_model(model, *(t[: v4.MICRO_BATCH_SIZE] for t in first))
+    step, spent = 0, 0.0
+    while spent < seconds:
+        start, left = time.perf_counter(), 1 - spent / seconds
+        factor = min(1, (step + 1) / v4.WARMUP_STEPS, left / v4.COOLDOWN)
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["highest_lr"] * factor
+        x, y = v4.get_batch(tokens["train"].ids, step)
+        for micro_x, micro_y in zip(x.split(v4.MICRO_BATCH_SIZE), y.split(v4.MICRO_BATCH_SIZE)):
+            with v4.autocast():
+                loss = compiled(micro_x, micro_y) * (len(micro_x) / v4.BATCH_SIZE)
+            loss.backward()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        step += 1
+        spent += time.perf_counter() - start
+    return {"steps": step, "tokens_seen": step * x.numel(), **v4.evaluate(model, tokens["val"])}
+
+
+def table(runs, seeds, seconds):
+    lines = [
+        f"Validation bits per byte after {seconds} s of training, mean of {len(seeds)} seeds (lowest to highest):",
+        "",
+        "| variant | val bpb | | tokens/s |",
+        "| --- | ---: | ---: | ---: |",
+    ]
+    for variant in VARIANTS:
+        some = [runs[f"{variant}, seed {seed}"] for seed in seeds]
+        bpb = [run["val_bpb"] for run in some]
+        rate = mean(run["tokens_seen"] for run in some) / seconds
+        lines.append(f"| {variant} | {mean(bpb):.4f} | {min(bpb):.4f} to {max(bpb):.4f} | {rate:,.0f} |")
+    return "\n".join(lines) + "\n"
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="one seed, 5 s each")
+    parser.add_argument("--run", nargs=3, metavar=("VARIANT", "SEED", "SECONDS"), help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.run:
+        variant, seed, seconds = args.run
+        print(json.dumps(train(variant, int(seed), float(seconds))))
+        return
+    seeds, seconds = (SEEDS[:1], 5) if args.quick else (SEEDS, SECONDS)
+    path = RESULTS / "ablation.json"
+    version = hashlib.sha256((ROOT / "v4_alibi_rope.py").read_bytes()).hexdigest()[:16]
+    stored = json.loads(path.read_text()) if path.exists() and not args.quick else {}
+    runs = stored["runs"] if stored.get("version") == version and stored.get("seconds") == seconds else {}
+    for seed in seeds:
+        for variant in VARIANTS:
+            name = f"{variant}, seed {seed}"
+            if name in runs:
+                continue
+            command = [sys.executable, __file__, "--run", variant, str(seed), str(seconds)]
+            done = subprocess.run(command, capture_output=True, text=True)
+            if done.returncode:
+                sys.exit(f"ablation.py: {name} failed: {(done.stderr.strip().splitlines() or ['no message'])[-1]}")
+            runs[name] = json.loads(done.stdout.splitlines()[-1])
+            print(f"{name}: val bpb {runs[name]['val_bpb']:.4f}, {runs[name]['tokens_seen']:,} tokens", flush=True)
+            if not args.quick:
+                RESULTS.mkdir(parents=True, exist_ok=True)
+                machine = f"{platform.machine()}, {torch.get_num_threads()} threads, torch {torch.__version__}"
+                content = {"version": version, "seconds": seconds, "machine": machine, "runs": runs}
+                path.write_text(json.dumps(content, indent=1) + "\n")
+    text = table(runs, seeds, seconds)
+    print("\n" + text)
+    if not args.quick:
+        path.with_suffix(".md").write_text(text)
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except KeyboardInterrupt:
+        sys.exit(130)
