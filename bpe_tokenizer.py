@@ -89,20 +89,24 @@ def _blocks(texts):
             piece = data[start : start + _BLOCK]
             pending.append(piece)
             size += len(piece)
-            if size >= _BLOCK and len(cuts := _cuts(np.frombuffer(piece, np.uint8))):
-                cut = int(cuts[-1])
-                pending[-1] = piece[:cut]
-                yield b"".join(pending)
-                pending, size = [piece[cut:]], len(piece) - cut
+            if size < _BLOCK:
+                continue
+            for tail in (piece[-1000:], piece):  # a place to cut is rarely far from the end
+                if len(cuts := _cuts(np.frombuffer(tail, np.uint8))):
+                    cut = len(piece) - len(tail) + int(cuts[-1])
+                    pending[-1] = piece[:cut]
+                    yield b"".join(pending)
+                    pending, size = [piece[cut:]], len(piece) - cut
+                    break
     yield b"".join(pending)
 
 
 class _Chunks:
-    """Numbers the distinct chunks, from cut to cut, of a text, so that costly work is done once a chunk, not once a word.
+    """Numbers the distinct chunks of a text, from cut to cut, so that costly work is done once a chunk.
 
-    The bytes and the length of a short chunk make two 64-bit numbers. All chunks of a block are looked up side by side in
-    a hash table with linear probing (Knuth, The Art of Computer Programming 3, section 6.4), made of numpy arrays. A table
-    that is half full gives way to an empty, larger one, so that a chunk may have more than one number.
+    The bytes and the length of a short chunk make two 64-bit numbers. All chunks of a block are looked up side by side
+    in a hash table with linear probing (Knuth, The Art of Computer Programming 3, section 6.4), made of numpy arrays.
+    A table that is half full gives way to an empty, larger one, so that a chunk may have more than one number.
     """
 
     def __init__(self):
@@ -144,7 +148,8 @@ class _Chunks:
         """(number of each key, which keys got a new number, in the order of their numbers)"""
         if max(2 * self.used, self.used + len(low)) > len(self.number):
             self._make_table(4 * max(len(self.number), 1 << len(low).bit_length()))
-        slot = ((low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15) >> self.shift).view(np.int64)
+        mixed = (low ^ high * np.uint64(0xC2B2AE3D27D4EB4F)) * np.uint64(0x9E3779B97F4A7C15)  # odd, otherwise arbitrary
+        slot = (mixed >> self.shift).view(np.int64)
         index, new = self.number.take(slot), [np.empty(0, np.int64)]
         todo = np.flatnonzero((self.low.take(slot) != low) | (self.high.take(slot) != high))
         while len(todo):
@@ -216,8 +221,8 @@ def _totals(keys, weights):
 class _Corpus:
     """The distinct words of a text in one array of tokens, which merges shorten in place.
 
-    words: their bytes; frequency: how often each occurs in the text. Separators, -1, stand around the words. A merge puts
-    its token where the left one was; `left` and `right` link each place to its neighbours that are still in use.
+    words: their bytes; frequency: how often each occurs in the text. Separators, -1, stand around the words. A merge
+    puts its token where the left one was; `left` and `right` link each place to its neighbours that are still in use.
     """
 
     def __init__(self, words, frequency):

@@ -185,15 +185,16 @@ class KVCache:
 
 
 def dropout(x, training):
-    """In training, set a share DROPOUT of `x` to zero and scale the rest so that the mean stays (Srivastava et al. 2014,
-    "Dropout: A Simple Way to Prevent Neural Networks from Overfitting"). On a CPU the share is rounded to n / 256."""
+    """In training, set a share DROPOUT of `x` to zero and scale the rest so that the mean stays (Srivastava et al.
+    2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting"). A CPU rounds the share to n / 256.
+    """
     if x.device.type != "cpu" or not training or DROPOUT == 0:
         return F.dropout(x, DROPOUT, training)
     # There, a random number for each element costs more than a layer: one of 64 bits serves eight, a byte each.
     random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
     dropped = min(255, round(256 * DROPOUT))
-    keep = random.view(torch.uint8)[: x.numel()].view(x.shape) >= dropped
-    return torch.where(keep, x * (256 / (256 - dropped)), 0.0)
+    keep = random.view(torch.uint8)[: x.numel()].view(x.shape).int() >= dropped  # bytes would be compared one by one
+    return x * (keep * (256 / (256 - dropped))).to(x.dtype)
 
 
 def attend(q, k, v, scale):

@@ -18,7 +18,7 @@ COMMITTED = ROOT / "results" / "runs"
 EXPERIMENTS = ROOT / "results" / "experiments"
 BENCHMARKS = ROOT / "results" / "benchmarks"
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
-MEASURED = ("tokenizer", "training", "generation", "ablation")  # by the scripts in benchmarks/, which write their tables themselves
+MEASURED = ("tokenizer", "training", "generation", "ablation")  # scripts in benchmarks/ that write their own tables
 KEPT = ("summary.json", "log.jsonl", "sample.txt", "*.png")  # of a run; the weights are not committed
 
 
@@ -121,6 +121,18 @@ def closed_form(summaries):
             f"counts give {best:.4f}, so it comes within {100 * (trained / best - 1):.2f}%.")  # fmt: skip
 
 
+def progress(summaries):
+    """Validation bits per byte of v4 while it trains, from the logs."""
+    logs = {}
+    for scheme in summaries["v4_alibi_rope"]["schemes"]:
+        path = COMMITTED / "v4_alibi_rope" / scheme / "log.jsonl"
+        logs[scheme] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+    rows = [["scheme", *(f"{line['tokens_seen'] / 1e6:.1f} M tokens" for line in next(iter(logs.values())))]]
+    for scheme, log in logs.items():
+        rows.append([scheme, *(f"{line['val_bpb']:.4f} ({line['seconds']:.0f} s)" for line in log)])
+    return table(rows[0], rows[1:])
+
+
 def experiments(summaries):
     """Runs in results/experiments/, below the default run of their rung."""
     runs = [json.loads(path.read_text()) for path in sorted(EXPERIMENTS.glob("*/summary.json"))]
@@ -165,7 +177,7 @@ def write(check):
     """Write all tables, or with `check` return the names of files that are not up to date."""
     summaries, stale = read_summaries(), []
     new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-    tables = (ladder, closed_form, memory, metrics, extrapolation, experiments)
+    tables = (ladder, closed_form, memory, metrics, extrapolation, progress, experiments)
     made = {make.__name__: make(summaries) for make in tables}
     for name in MEASURED:
         path, mark = BENCHMARKS / f"{name}.md", f"benchmark_{name}"

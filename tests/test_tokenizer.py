@@ -349,7 +349,7 @@ def test_cuts_are_at_spaces_that_a_non_space_follows(text):
 def test_chunks_are_numbered_as_a_dict_would(monkeypatch):
     """Chunks of 1 to 20 bytes, some of them zero bytes; more of them than the first hash table holds."""
     draw = random.Random(0)
-    words = [bytes(draw.choices(b"\0\1ab\xc3", k=draw.randrange(20))).replace(b"\xc3", b"\xc3\xa9") for _ in range(2000)]
+    words = [bytes(draw.choices(b"\0\1ab?", k=draw.randrange(20))).replace(b"?", b"\xc3\xa9") for _ in range(2000)]
     words += [b"%d" % i for i in range(150_000)]
     chunks, seen = bpe_tokenizer._Chunks(), {}
     for _ in range(40):
