@@ -12,7 +12,7 @@ What is new against v2:
   form that a CPU is fast with, freed memory kept for the next step; the logits of a micro-batch are computed at once
   again, without `loss_in_chunks`;
 - evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
-- checkpoints, RESUME=True, and PROMPT="..." to continue a text.
+- runs that survive: checkpoints, RESUME=True, Ctrl-C, one run a folder; and PROMPT="..." to continue a text.
 
 What it reaches on WikiText-2: val bpb 1.658, word perplexity 374, 4.6 minutes of training on two CPU cores.
 
@@ -23,12 +23,16 @@ What it reaches on WikiText-2: val bpb 1.658, word perplexity 374, 4.6 minutes o
 """
 
 import ast
+import contextlib
 import ctypes
 import functools
 import json
 import math
+import os
 import re
+import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
@@ -40,6 +44,11 @@ from tqdm import tqdm
 
 from bpe_tokenizer import BPETokenizer
 from data.prepare import load_tokens, vocabulary_file
+
+try:
+    import fcntl  # locks on files
+except ImportError:  # Windows
+    fcntl = None
 
 # ----------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -334,23 +343,33 @@ def train(model, tokens):
     optimizer = make_optimizer(model)
     log, best, worse, seconds, losses, first_step = [], math.inf, 0, 0.0, [], 0
     if RESUME:
-        saved = load_saved("checkpoint.pt")
-        check_same_run(saved["hyperparameters"])
+        saved = load_checkpoint()
+        check_same_run(saved["hyperparameters"], saved["dataset"], tokens["train"].dataset)
         model.load_state_dict(saved["model"])
         optimizer.load_state_dict(saved["optimizer"])
         log, best, worse, first_step = saved["log"], saved["best"], saved["worse"], saved["step"]
-        seconds = log[-1]["seconds"]
+        seconds, losses = saved["seconds"], saved["losses"].tolist()
     compiled = compile_model(model, *(t[:MICRO_BATCH_SIZE] for t in get_batch(tokens["train"].ids, 0)))
     if RESUME:
         torch.set_rng_state(saved["random_state"].cpu())
     else:
         torch.manual_seed(SEED)
+        for old in Path(OUT_DIR).glob("checkpoint*.pt"):  # of a run before this one
+            old.unlink()
     eval_interval = max(1, min(EVAL_INTERVAL, len(tokens["train"]) // (BATCH_SIZE * BLOCK_SIZE)))
+
+    def checkpoint(step):
+        save_checkpoint({
+            "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log,
+            "best": best, "worse": worse, "seconds": seconds, "losses": torch.tensor(losses),
+            "random_state": torch.get_rng_state(), "dataset": tokens["train"].dataset, "hyperparameters": constants(),
+        })  # fmt: skip
+
     bar = tqdm(total=MAX_STEPS, initial=first_step, desc="training", unit="step", disable=None)
     start = time.perf_counter()
     for step in range(first_step, MAX_STEPS + 1):
-        if (step % eval_interval == 0 or step == MAX_STEPS) and not (RESUME and step == first_step):
-            train_loss = torch.stack(losses).mean().item() if losses else None
+        if (step % eval_interval == 0 or step == MAX_STEPS) and not (log and log[-1]["step"] == step):
+            train_loss = torch.tensor(losses).mean().item() if losses else None
             seconds += time.perf_counter() - start  # the clock stands still while evaluating
             metrics = evaluate(model, tokens["val"])
             seen = step * BATCH_SIZE * BLOCK_SIZE
@@ -362,13 +381,19 @@ def train(model, tokens):
                 save("model.pt", {"model": model.state_dict(), "hyperparameters": constants()})
             else:
                 worse += 1
-            save("checkpoint.pt", {
-                "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log,
-                "best": best, "worse": worse, "random_state": torch.get_rng_state(), "hyperparameters": constants(),
-            })  # fmt: skip
-            losses, start = [], time.perf_counter()
+            losses = []
+            checkpoint(step)
+            start = time.perf_counter()
         if step == MAX_STEPS or worse == PATIENCE:
             break
+        if stop_signals:
+            seconds += time.perf_counter() - start
+            if not (log and log[-1]["step"] == step):  # else it has just been saved
+                checkpoint(step)
+            bar.close()
+            print(f"{RUNG}.py: stopped after {step} steps; RESUME=True, beside the same constants, goes on from there",
+                  file=sys.stderr)
+            sys.exit(128 + stop_signals[0])
 
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * lr_factor(step)
@@ -379,6 +404,9 @@ def train(model, tokens):
                 part = compiled(micro_x, micro_y) * (len(micro_x) / BATCH_SIZE)
             part.backward()
             loss += part.detach()
+        loss = loss.item()
+        if not math.isfinite(loss):
+            raise ValueError(not_finite(model, step, loss, log, optimizer.param_groups[0]["lr"]))
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
         optimizer.step()
         optimizer.zero_grad()
@@ -387,11 +415,19 @@ def train(model, tokens):
         bar.update()
         if step % 10 == 0:
             rate = (step + 1) * BATCH_SIZE * BLOCK_SIZE / (seconds + time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
     bar.close()
     if worse == PATIENCE:
         print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
     return log
+
+
+def not_finite(model, step, loss, log, rate):
+    """What to say of a loss that is not finite."""
+    norm = nn.utils.get_total_norm([p.grad for p in model.parameters() if p.grad is not None])
+    kept = f"the checkpoint of step {log[-1]['step']} is kept; " if log else ""
+    return (f"the loss is {loss} at step {step} (learning rate {rate:.3g}, norm of the gradient {norm:.3g}); {kept}"
+            "lower the learning rate, raise WARMUP_STEPS, or set DTYPE=float32")
 
 
 def keep_freed_memory():
@@ -406,8 +442,78 @@ def keep_freed_memory():
 
 
 def save(name, content):
-    """Save `content` with torch as OUT_DIR/`name`, whole or not at all."""
-    write_whole(name, lambda path: torch.save(content, path))
+    """Save `content` with torch as OUT_DIR/`name`, whole or not at all, and on the disk when this returns."""
+
+    def write(path):
+        torch.save(content, path)
+        with open(path, "rb+") as file:
+            os.fsync(file.fileno())
+
+    write_whole(name, write)
+
+
+def save_checkpoint(content):
+    """Save `content` as checkpoint.pt; the one that was there is kept as checkpoint_before.pt."""
+    newest = Path(OUT_DIR) / "checkpoint.pt"
+    save("checkpoint_new.pt", content)
+    if newest.exists():
+        newest.replace(newest.with_name("checkpoint_before.pt"))
+    newest.with_name("checkpoint_new.pt").replace(newest)
+
+
+def load_checkpoint():
+    """The last checkpoint, or, with a line that says so, the one before it if that is missing or damaged."""
+    try:
+        return load_saved("checkpoint.pt")
+    except (OSError, ValueError) as error:
+        if not (Path(OUT_DIR) / "checkpoint_before.pt").exists():
+            raise
+        print(f"{error}; going on from the checkpoint before it")
+        return load_saved("checkpoint_before.pt")
+
+
+stop_signals = []  # Ctrl-C and SIGTERM, once received
+
+
+@contextlib.contextmanager
+def stop_between_steps():
+    """Within, Ctrl-C and SIGTERM are put into `stop_signals`, so that the step can be finished; a second one ends the
+    program at once."""
+
+    def receive(number, frame):
+        if stop_signals:
+            raise KeyboardInterrupt
+        stop_signals.append(number)
+
+    stop_signals.clear()
+    if threading.current_thread() is not threading.main_thread():  # only the main thread receives signals
+        yield
+        return
+    usual = {number: signal.signal(number, receive) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in usual.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def only_run_in_folder():
+    """Within, no other process can train in OUT_DIR. Raises ValueError if one does. The lock ends with its process."""
+    path = Path(OUT_DIR) / "lock"
+    if fcntl is None:
+        yield
+        return
+    with open(path, "a+") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise ValueError(f"process {path.read_text().strip()} is training in {OUT_DIR}; wait for it, stop it, or "
+                             "choose another OUT_DIR") from None
+        file.truncate(0)
+        file.write(f"{os.getpid()}\n")
+        file.flush()
+        yield
 
 
 def load_saved(name):
@@ -423,13 +529,15 @@ def load_saved(name):
     return saved
 
 
-def check_same_run(before):
-    """Raises ValueError if constants that decide the losses differ from those of the checkpoint."""
+def check_same_run(before, dataset_before, dataset):
+    """Raises ValueError if the text, or constants that decide the losses, differ from those of the checkpoint."""
     may_change = ("EVAL_INTERVAL", "PATIENCE", "MAX_STEPS", "SAMPLE_TOKENS", "TEMPERATURE", "STRIDE", "DEVICE",
                   "COMPILE", "OUT_DIR", "RESUME", "PROMPT")
     now = constants()
     differ = [f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in sorted({*before, *now} - {*may_change})
               if before.get(k) != now.get(k)]
+    if dataset != dataset_before:
+        differ.append(f"the text was {dataset_before} and is {dataset}")
     if differ:
         raise ValueError(f"cannot resume the run in {OUT_DIR} with other constants: {'; '.join(differ)}")
 
@@ -564,7 +672,8 @@ def main():
     print(f"{RUNG} on {tokens['train'].dataset}: {n_params:,} parameters, {len(tokens['train']):,} training tokens, "
           f"{DEVICE}")
 
-    log = train(model, tokens)
+    with only_run_in_folder(), stop_between_steps():
+        log = train(model, tokens)
     peak_mb = peak_memory_mb()
     model.load_state_dict(load_saved("model.pt")["model"])
     best = min(log, key=lambda line: line["val_loss"])

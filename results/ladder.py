@@ -140,7 +140,7 @@ def experiments(summaries):
     rows = []
     for s in sorted([*defaults, *runs], key=lambda s: (s["rung"], s["dataset"] == "sample")):  # a stable sort
         default = summaries[s["rung"]]["hyperparameters"]
-        ignored = {"OUT_DIR", "MAX_STEPS", "EVAL_INTERVAL", "DEVICE", "MICRO_BATCH_SIZE"}  # the columns tell what matters
+        ignored = {"OUT_DIR", "MAX_STEPS", "EVAL_INTERVAL", "DEVICE", "MICRO_BATCH_SIZE"}  # columns tell the rest
         changed = [f"{k} = {v}" for k, v in s["hyperparameters"].items() if k not in ignored and v != default.get(k)]
         best = s["bytes_seen"] * s["best_step"] / s["steps"]
         rows.append([s["rung"], s["dataset"], ", ".join(changed) or "default", f"{s['val_bpb']:.4f}",
