@@ -262,10 +262,12 @@ def write_whole(name, write):
     try:
         write(beside)
         beside.replace(path)
-    except RuntimeError as error:  # torch's word for a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError) as error:  # torch answers a full disk with errors of its own
+        why = getattr(error.__context__ or error, "strerror", None) or f"disk full? {str(error).splitlines()[0]}"
+        raise OSError(f"cannot write {path}: {why}; make room, or choose another OUT_DIR") from None
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
 
 
 def plot_loss(log, path):
@@ -342,6 +344,10 @@ if __name__ == "__main__":
         main()
     except (OSError, ValueError) as error:
         sys.exit(f"{RUNG}.py: {error}")
+    except (MemoryError, RuntimeError) as error:
+        if "memory" not in repr(error).lower():
+            raise
+        sys.exit(f"{RUNG}.py: out of memory; lower BATCH_SIZE, N_EMBD or N_HIDDEN")
     except KeyboardInterrupt:
         print(f"{RUNG}.py: stopped", file=sys.stderr)
         sys.exit(130)

@@ -12,7 +12,8 @@ What is new against v2:
   form that a CPU is fast with, freed memory kept for the next step; the logits of a micro-batch are computed at once
   again, without `loss_in_chunks`;
 - evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
-- runs that survive: checkpoints, RESUME=True, Ctrl-C, one run a folder; and PROMPT="..." to continue a text.
+- runs that survive: checkpoints, RESUME=True, Ctrl-C, one run a folder; and PROMPT="..." to continue a text;
+- several devices: torchrun starts a process for each, and they share every batch.
 
 What it reaches on WikiText-2: val bpb 1.658, word perplexity 374, 4.6 minutes of training on two CPU cores.
 
@@ -20,6 +21,7 @@ What it reaches on WikiText-2: val bpb 1.658, word perplexity 374, 4.6 minutes o
     python v3.py DROPOUT=0.1 MAX_STEPS=2000     set any of the constants below for one run
     python v3.py RESUME=True                    go on from the last checkpoint
     python v3.py PROMPT=" The castle was"       continue a text with the trained model
+    torchrun --standalone --nproc_per_node=2 v3.py    train on two devices
 """
 
 import ast
@@ -38,6 +40,7 @@ from pathlib import Path
 
 import torch
 import torch._dynamo  # torch.optim loads it when first used: here it counts as a library, not as training memory
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import nn
 from tqdm import tqdm
@@ -87,6 +90,60 @@ RUNG = Path(__file__).stem
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Processes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def rank():
+    """Number of this process, from 0, among those that torchrun started."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def n_ranks():
+    """How many processes train together: 1 without torchrun."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+@contextlib.contextmanager
+def processes():
+    """Within, the processes that torchrun started know each other. Raises ValueError if they cannot work together."""
+    if "LOCAL_RANK" not in os.environ:
+        yield
+        return
+    on_gpu, local_rank = DEVICE.startswith("cuda"), int(os.environ["LOCAL_RANK"])
+    if BATCH_SIZE % int(os.environ["WORLD_SIZE"]):
+        raise ValueError(f"BATCH_SIZE={BATCH_SIZE} must be a multiple of the {os.environ['WORLD_SIZE']} processes")
+    if on_gpu and local_rank >= torch.cuda.device_count():
+        raise ValueError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the number of GPUs here")
+    if on_gpu:
+        torch.cuda.set_device(local_rank)
+    dist.init_process_group("nccl" if on_gpu else "gloo")
+    with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
+        yield
+    dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+
+
+def wait_for_all():
+    """Return when all processes have come to this place."""
+    if n_ranks() > 1:
+        dist.barrier()
+
+
+def sum_over_ranks(x):
+    """The sum over all processes of the tensor `x`, on the CPU."""
+    if n_ranks() > 1:
+        x = x.to(DEVICE)
+        dist.all_reduce(x)
+    return x.cpu()
+
+
+def distribute(model):
+    """`model` as a module whose backward pass averages the gradients over all processes (Li et al. 2020,
+    arXiv:2006.15704). Every process holds the whole model and sees its own part of each batch."""
+    return nn.parallel.DistributedDataParallel(model) if n_ranks() > 1 else model
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Data
 # ----------------------------------------------------------------------------------------------------------
 
@@ -104,11 +161,23 @@ def window_starts(n_tokens, batch_size, block_size, seed):
     return (offset + block_size * order).view(n_batches, batch_size)
 
 
+def read_tokens(vocabulary):
+    """The token files of a vocabulary. Where they are missing, one process of each machine makes them first."""
+    local_rank = int(os.environ.get("LOCAL_RANK", 0))
+    if local_rank:
+        wait_for_all()
+    tokens = load_tokens(vocabulary)
+    if not local_rank:
+        wait_for_all()
+    return tokens
+
+
 def get_batch(ids, step):
-    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    """This process's part of batch number `step`: inputs (B, T) and, one token later, targets (B, T), B being
+    BATCH_SIZE / n_ranks(). Each window is seen once an epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
-    starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED + epoch)[k]
+    starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED + epoch)[k].view(n_ranks(), -1)[rank()]
     windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -241,7 +310,7 @@ def evaluate(model, tokens, stride=None):
     bins = torch.zeros(3, n_bins, dtype=torch.double)  # of each: tokens, sum of probabilities, tokens guessed right
     full = n_windows - 1  # the last window of the split may be shorter
     batches = list(torch.arange(full).split(BATCH_SIZE)) if full else []
-    for batch in [*batches, torch.tensor([full])]:
+    for batch in [*batches, torch.tensor([full])][rank() :: n_ranks()]:  # each process takes some of them
         length = min(BLOCK_SIZE, n - stride * int(batch[-1]))
         windows = tokens.ids[stride * batch[:, None] + torch.arange(length + 1)].long().to(DEVICE)
         old = torch.where(batch > 0, BLOCK_SIZE - stride, 0)  # tokens that the window before has predicted
@@ -259,6 +328,8 @@ def evaluate(model, tokens, stride=None):
         place = (p * n_bins).long().clamp(0, n_bins - 1)
         for row, weights in zip(bins, (torch.ones_like(p), p, hits[:, 0].double())):
             row += torch.bincount(place, weights, minlength=n_bins)
+    nats, top_1, top_5 = sum_over_ranks(torch.tensor([nats, top_1, top_5], dtype=torch.double)).tolist()
+    bins = sum_over_ranks(bins)
     model.train()
     return {
         "val_loss": nats / n,
@@ -306,18 +377,19 @@ def pick_dtype():
 
 
 def compile_model(model, x, y):
-    """The compiled model, or the model itself, with a line that says why, where compilation does not work."""
+    """The compiled model, or the model itself, with a line that says why, where compilation does not work. Several
+    processes share its training."""
     if not COMPILE:
-        return model
+        return distribute(model)
     try:
-        compiled = torch.compile(model)
+        compiled = distribute(torch.compile(model))
         with autocast():
             compiled(x, y).backward()
         model.zero_grad()
         return compiled
     except Exception as error:  # a missing compiler shows in many ways
         print(f"training without torch.compile: {(str(error).strip().splitlines() or [type(error).__name__])[0]}")
-        return model
+        return distribute(model)
 
 
 def make_optimizer(model):
@@ -350,10 +422,7 @@ def train(model, tokens):
         log, best, worse, first_step = saved["log"], saved["best"], saved["worse"], saved["step"]
         seconds, losses = saved["seconds"], saved["losses"].tolist()
     compiled = compile_model(model, *(t[:MICRO_BATCH_SIZE] for t in get_batch(tokens["train"].ids, 0)))
-    if RESUME:
-        torch.set_rng_state(saved["random_state"].cpu())
-    else:
-        torch.manual_seed(SEED)
+    if not RESUME and rank() == 0:
         for old in Path(OUT_DIR).glob("checkpoint*.pt"):  # of a run before this one
             old.unlink()
     eval_interval = max(1, min(EVAL_INTERVAL, len(tokens["train"]) // (BATCH_SIZE * BLOCK_SIZE)))
@@ -362,11 +431,11 @@ def train(model, tokens):
         save_checkpoint({
             "model": model.state_dict(), "optimizer": optimizer.state_dict(), "step": step, "log": log,
             "best": best, "worse": worse, "seconds": seconds, "losses": torch.tensor(losses),
-            "random_state": torch.get_rng_state(), "dataset": tokens["train"].dataset, "hyperparameters": constants(),
+            "dataset": tokens["train"].dataset, "hyperparameters": constants(),
         })  # fmt: skip
 
-    bar = tqdm(total=MAX_STEPS, initial=first_step, desc="training", unit="step", disable=None)
-    start = time.perf_counter()
+    bar = tqdm(total=MAX_STEPS, initial=first_step, desc="training", unit="step", disable=True if rank() else None)
+    stop, start = False, time.perf_counter()
     for step in range(first_step, MAX_STEPS + 1):
         if (step % eval_interval == 0 or step == MAX_STEPS) and not (log and log[-1]["step"] == step):
             train_loss = torch.tensor(losses).mean().item() if losses else None
@@ -383,28 +452,35 @@ def train(model, tokens):
                 worse += 1
             losses = []
             checkpoint(step)
+            write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
             start = time.perf_counter()
         if step == MAX_STEPS or worse == PATIENCE:
             break
-        if stop_signals:
+        if stop:
             seconds += time.perf_counter() - start
             if not (log and log[-1]["step"] == step):  # else it has just been saved
                 checkpoint(step)
             bar.close()
-            print(f"{RUNG}.py: stopped after {step} steps; RESUME=True, beside the same constants, goes on from there",
-                  file=sys.stderr)
-            sys.exit(128 + stop_signals[0])
+            if rank() == 0:
+                print(f"{RUNG}.py: stopped after {step} steps; RESUME=True, beside the same constants, goes on from "
+                      "there", file=sys.stderr)  # fmt: skip
+            sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
 
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * lr_factor(step)
         x, y = get_batch(tokens["train"].ids, step)
-        loss = 0.0
+        torch.manual_seed(hash((SEED, step, rank())))  # so a run that goes on draws what it would have drawn
+        loss, left = 0.0, len(x)
         for micro_x, micro_y in zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE)):
-            with autocast():
-                part = compiled(micro_x, micro_y) * (len(micro_x) / BATCH_SIZE)
-            part.backward()
+            left -= len(micro_x)
+            # Processes exchange their gradients once a step, in the last backward pass.
+            with compiled.no_sync() if left and n_ranks() > 1 else contextlib.nullcontext():
+                with autocast():
+                    part = compiled(micro_x, micro_y) * (len(micro_x) / len(x))
+                part.backward()
             loss += part.detach()
-        loss = loss.item()
+        loss, stop = sum_over_ranks(torch.tensor([loss.item(), len(stop_signals)], dtype=torch.double)).tolist()
+        loss /= n_ranks()
         if not math.isfinite(loss):
             raise ValueError(not_finite(model, step, loss, log, optimizer.param_groups[0]["lr"]))
         nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)
@@ -419,6 +495,7 @@ def train(model, tokens):
     bar.close()
     if worse == PATIENCE:
         print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
+    wait_for_all()  # the first process has written the best weights
     return log
 
 
@@ -445,8 +522,9 @@ def save(name, content):
     """Save `content` with torch as OUT_DIR/`name`, whole or not at all, and on the disk when this returns."""
 
     def write(path):
-        torch.save(content, path)
-        with open(path, "rb+") as file:
+        with open(path, "wb") as file:
+            torch.save(content, file)
+            file.flush()
             os.fsync(file.fileno())
 
     write_whole(name, write)
@@ -454,6 +532,8 @@ def save(name, content):
 
 def save_checkpoint(content):
     """Save `content` as checkpoint.pt; the one that was there is kept as checkpoint_before.pt."""
+    if rank():
+        return
     newest = Path(OUT_DIR) / "checkpoint.pt"
     save("checkpoint_new.pt", content)
     if newest.exists():
@@ -463,13 +543,14 @@ def save_checkpoint(content):
 
 def load_checkpoint():
     """The last checkpoint, or, with a line that says so, the one before it if that is missing or damaged."""
+    keys = ("model", "optimizer", "step", "log", "best", "worse", "seconds", "losses", "dataset", "hyperparameters")
     try:
-        return load_saved("checkpoint.pt")
+        return load_saved("checkpoint.pt", keys)
     except (OSError, ValueError) as error:
         if not (Path(OUT_DIR) / "checkpoint_before.pt").exists():
             raise
         print(f"{error}; going on from the checkpoint before it")
-        return load_saved("checkpoint_before.pt")
+        return load_saved("checkpoint_before.pt", keys)
 
 
 stop_signals = []  # Ctrl-C and SIGTERM, once received
@@ -493,15 +574,16 @@ def stop_between_steps():
     try:
         yield
     finally:
-        for number, handler in usual.items():
-            signal.signal(number, handler)
+        if n_ranks() == 1:  # else torchrun may be about to stop this process, which has to say first what happened
+            for number, handler in usual.items():
+                signal.signal(number, handler)
 
 
 @contextlib.contextmanager
 def only_run_in_folder():
     """Within, no other process can train in OUT_DIR. Raises ValueError if one does. The lock ends with its process."""
     path = Path(OUT_DIR) / "lock"
-    if fcntl is None:
+    if fcntl is None or rank():
         yield
         return
     with open(path, "a+") as file:
@@ -516,14 +598,15 @@ def only_run_in_folder():
         yield
 
 
-def load_saved(name):
-    """Read what `save` wrote. Raises FileNotFoundError if it is not there, ValueError if it is damaged."""
+def load_saved(name, keys=("model", "hyperparameters")):
+    """Read what `save` wrote. Raises FileNotFoundError if it is not there, ValueError if it is damaged or without one
+    of `keys`."""
     path = Path(OUT_DIR) / name
     if not path.exists():
         raise FileNotFoundError(f"there is no {path}: train first with python {RUNG}.py")
     try:
         saved = torch.load(path, map_location=DEVICE, weights_only=True)
-        saved["hyperparameters"], saved["model"]
+        saved = {key: saved[key] for key in keys}
     except Exception:  # torch and pickle raise many kinds for a damaged file
         raise ValueError(f"{path} is damaged or no file of this program; delete it and train again") from None
     return saved
@@ -596,6 +679,8 @@ def check_constants():
             raise ValueError(f"{name}={value} must not be negative or infinite")
     if DROPOUT >= 1:
         raise ValueError(f"DROPOUT={DROPOUT} must be less than 1")
+    if TEMPERATURE == 0:
+        raise ValueError("TEMPERATURE=0.0 must be more than 0; at 0.01 the likeliest token is nearly certain")
     try:
         torch.zeros(1, device=DEVICE)
     except (RuntimeError, AssertionError) as error:
@@ -615,16 +700,20 @@ def peak_memory_mb():
 
 
 def write_whole(name, write):
-    """Make OUT_DIR/`name` by `write(path)`, whole or not at all."""
+    """Make OUT_DIR/`name` by `write(path)`, whole or not at all. Of several processes the first one does it."""
+    if rank():
+        return
     path = Path(OUT_DIR) / name
     beside = path.with_name("writing-" + name)
     try:
         write(beside)
         beside.replace(path)
-    except RuntimeError as error:  # torch's word for a full disk
-        raise OSError(f"cannot write {path}: {str(error).splitlines()[0]}") from None
+    except (OSError, RuntimeError) as error:  # torch answers a full disk with errors of its own
+        why = getattr(error.__context__ or error, "strerror", None) or f"disk full? {str(error).splitlines()[0]}"
+        raise OSError(f"cannot write {path}: {why}; make room, or choose another OUT_DIR") from None
     finally:
-        beside.unlink(missing_ok=True)
+        if beside.exists():
+            beside.unlink()
 
 
 def plot_loss(log, path):
@@ -656,6 +745,18 @@ def continue_prompt(model, tokenizer):
     return text
 
 
+def in_one_line(error):
+    """What to say of an error that the user can mend. Any other one, a mistake of the program, is raised again."""
+    text = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in text:
+        return f"out of memory; lower MICRO_BATCH_SIZE, BLOCK_SIZE, N_EMBD or N_LAYER ({text})"
+    if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in text:
+        return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"
+    if isinstance(error, RuntimeError):
+        raise error
+    return text
+
+
 def main():
     """Train, evaluate and sample; write the results to OUT_DIR. Returns the summary, a dict."""
     check_constants()
@@ -664,7 +765,7 @@ def main():
     torch.manual_seed(SEED)
     Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
     tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
-    tokens = load_tokens(VOCABULARY)
+    tokens = read_tokens(VOCABULARY)
     model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
     if PROMPT is not None:
         return continue_prompt(model, tokenizer)
@@ -682,6 +783,7 @@ def main():
                           (f"a window every {min(STRIDE, BLOCK_SIZE)} tokens", sliding)]:  # fmt: skip
         print(f"validation, {name}: " + ", ".join(f"{k[4:]} {v:.4f}" for k, v in metrics.items()))
 
+    torch.manual_seed(SEED)
     sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
     print(f"--- sample ---\n{sample}\n--------------")
     summary = {
@@ -690,6 +792,7 @@ def main():
         "tokenizer": VOCABULARY,
         "seed": SEED,
         "device": DEVICE,
+        "processes": n_ranks(),
         "dtype": pick_dtype(),
         "n_params": n_params,
         "steps": log[-1]["step"],
@@ -710,7 +813,6 @@ def main():
         "best_step": best["step"],
         "hyperparameters": constants(),
     }
-    write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
     write_whole("sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
     write_whole("loss.png", lambda path: plot_loss(log, path))
     write_whole("summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
@@ -723,9 +825,13 @@ def main():
 if __name__ == "__main__":
     try:
         set_constants(sys.argv[1:])
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{RUNG}.py: {error}")
+        with processes():
+            main()
+    except (OSError, ValueError, MemoryError, RuntimeError) as error:
+        message = in_one_line(error)
+        if isinstance(error, ValueError) and int(os.environ.get("RANK", 0)):
+            time.sleep(10)  # the first process says the same, and torchrun then ends the others
+        sys.exit(f"{RUNG}.py: {message}")
     except KeyboardInterrupt:
         print(f"{RUNG}.py: stopped; RESUME=True goes on from the last checkpoint", file=sys.stderr)
         sys.exit(130)

@@ -67,14 +67,10 @@ def no_zeros():
     nn.init.zeros_ = lambda p: nn.init.normal_(p, std=v4.N_EMBD**-0.5) if p.dim() == 2 else zeros(p)
 
 
-def no_query_key_norm():
-    def forward(self, x, rope, cache):
-        B, T, C = x.shape
-        q, k, v = self.qkv(x).view(B, T, 3, v4.N_HEAD, C // v4.N_HEAD).permute(2, 0, 3, 1, 4)
-        y = v4.attend(v4.apply_rope(q, rope), v4.apply_rope(k, rope), v, (C // v4.N_HEAD) ** -0.5)
-        return self.out(y.transpose(1, 2).reshape(B, T, C))
-
-    v4.Attention.forward = forward
+def query_key_norm():
+    """Queries and keys divided by their root mean square (Henry et al. 2020, arXiv:2010.04245)."""
+    apply_rope = v4.apply_rope
+    v4.apply_rope = lambda x, table: apply_rope(v4.norm(x).type_as(x), table)  # the angles do not change the length
 
 
 def gelu():
@@ -102,8 +98,8 @@ VARIANTS = {
     "v4": as_it_is,
     "AdamW instead of Muon": adamw_for_all,
     "random instead of zero initialization of branches and head": no_zeros,
-    "queries and keys not normalized": no_query_key_norm,
     "GELU instead of ReLU squared": gelu,
+    "added: normalized queries and keys": query_key_norm,
     "added: logit soft-cap": soft_cap,
 }
 

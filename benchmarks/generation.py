@@ -13,8 +13,6 @@ it. So the second table shows the time per token by position, and what the atten
 
 import argparse
 import json
-import platform
-import re
 import sys
 import time
 from pathlib import Path
@@ -25,10 +23,10 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results" / "benchmarks"
 sys.path.insert(0, str(ROOT))
 
 import v4_alibi_rope as v4  # noqa: E402
+from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
 TOKENS = 512  # that are generated
 BIN = 128  # positions in a column of the table
@@ -119,12 +117,6 @@ def bins(seconds):
     return [mean(seconds[i : i + BIN]) for i in range(0, len(seconds), BIN)]
 
 
-def table(head, rows):
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def report(results):
     """The results as Markdown."""
     rates = {name: median(TOKENS / sum(run) for run in runs) for name, runs in results["seconds"].items()}
@@ -145,14 +137,6 @@ def report(results):
             f"{v4.N_EMBD}, {v4.N_HEAD} heads, vocabulary {VOCAB_SIZE:,}, window {v4.BLOCK_SIZE}. Medians of {n} "
             f"repetitions in turn. Logits with and without cache differ by {results['largest_difference']:.0e} at most."
             f"\nMachine: {results['machine']}.\n")  # fmt: skip
-
-
-def machine():
-    try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or a processor without a name
-        cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def main(argv=None):

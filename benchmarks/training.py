@@ -25,8 +25,6 @@ import importlib.util
 import json
 import multiprocessing
 import os
-import platform
-import re
 import signal
 import sys
 import time
@@ -38,8 +36,9 @@ import torch.nn.functional as F
 from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
-RESULTS = ROOT / "results" / "benchmarks"
 sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
 GPT2 = "GPT-2's size"
 SHAPES = {  # constants of v3, and the vocabulary
@@ -250,12 +249,6 @@ def flops_per_token(shape):
     return 6 * (12 * L * C**2 + C * shape["vocabulary"]) + 12 * L * shape["BLOCK_SIZE"] * C / 2
 
 
-def table(head, rows):
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
-
-
 def speed_table(training):
     """Tokens per second, and how many times as many v3 reaches with the same dropout."""
     names = [name for name in next(iter(training.values())) if not name.startswith("product")]
@@ -303,14 +296,6 @@ def report(results):
     method = (f"Median (slowest to fastest) of {results['rounds']} rounds after a warm-up, in each of which all take a "
               f"turn of {results['seconds']} s.")  # fmt: skip
     return "\n".join([*tables, f"{shapes}. {peers} {method}\nMachine: {results['machine']}.\n"])
-
-
-def machine():
-    try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
-    except (OSError, TypeError):  # not Linux, or a processor without a name
-        cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} cores, torch {torch.__version__}, Python {platform.python_version()}"
 
 
 def main(argv=None):

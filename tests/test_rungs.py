@@ -326,6 +326,29 @@ def test_rope_refuses_an_odd_dimension(load):
     make_model(module, 50, "alibi")
 
 
+IMPOSSIBLE = [  # constants, and what the error says of them
+    ("BATCH_SIZE=0", "BATCH_SIZE=0 must be 1 or more"), ("MAX_STEPS=-5", "MAX_STEPS=-5 must be 1 or more"),
+    ("BLOCK_SIZE=0", "BLOCK_SIZE=0 must be 1 or more"), ("LEARNING_RATE=-0.1", "must not be negative or infinite"),
+    ("LEARNING_RATE=1e999", "must not be negative or infinite"), ("DROPOUT=1.5", "DROPOUT=1.5 must be less than 1"),
+    ("DROPOUT=-0.1", "DROPOUT=-0.1 must not be negative"), ("MOMENTUM=1.0", "MOMENTUM=1.0 must be less than 1"),
+    ("TEMPERATURE=0.0", "TEMPERATURE=0.0 must be more than 0"), ("ROPE_BASE=1.0", "ROPE_BASE=1.0 must be more than 1"),
+    ("DEVICE=toaster", "DEVICE=toaster cannot be used here"), ("DEVICE=cuda:99", "DEVICE=cuda:99 cannot be used here"),
+    ("BLOCK_SIZE=10000000", "lower BATCH_SIZE or BLOCK_SIZE"), ("VOCABULARY=none.json", "none.json"),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize(("argument", "message"), IMPOSSIBLE)
+@pytest.mark.parametrize("name", RUNGS)
+def test_impossible_constants_are_refused_in_one_line(name, argument, message, load):
+    module = load(name)
+    if argument.partition("=")[0] not in module.constants():
+        pytest.skip(f"{name} has no such constant")
+    module.set_constants([argument])
+    with pytest.raises((ValueError, OSError)) as error:
+        module.main()
+    assert message in str(error.value) and len(str(error.value).splitlines()) == 1
+
+
 @pytest.mark.parametrize("name", RESUMABLE)
 def test_an_unknown_dtype_is_refused(name, load):
     with pytest.raises(ValueError, match="float16"):
@@ -486,10 +509,8 @@ def naive_attention(attention, x, n_head, slopes):
     y = np.zeros((B, T, C))
     for b, head, i in itertools.product(range(B), range(n_head), range(T)):
         part = slice(head * D, (head + 1) * D)
-        unit = lambda a: a / math.sqrt(np.mean(a**2))  # noqa: E731
-        query = unit(q[b, i, part])
         scores = np.array([
-            query @ unit(k[b, j, part]) / math.sqrt(D) + slopes[head] * (j - i) for j in range(i + 1)
+            q[b, i, part] @ k[b, j, part] / math.sqrt(D) + slopes[head] * (j - i) for j in range(i + 1)
         ])  # fmt: skip
         weights = np.exp(scores - scores.max())
         weights /= weights.sum()
@@ -854,20 +875,41 @@ def test_resume_with_other_constants_is_refused(name, trained):
     assert len(str(error.value).splitlines()) == 1
 
 
-@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other"])
+class Bomb:
+    """Unpickled by plain pickle, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+@pytest.mark.parametrize("damage", ["cut", "empty", "text", "other", "model", "bomb"])
 @pytest.mark.parametrize("name", RESUMABLE)
-def test_a_damaged_checkpoint_is_refused(name, damage, trained):
+def test_a_damaged_checkpoint_is_refused(name, damage, trained, tmp_path):
     module, path = trained(name)
     for checkpoint in (path / "checkpoint.pt", path / "checkpoint_before.pt"):
         content = checkpoint.read_bytes()
         if damage == "other":
             torch.save([1, 2], checkpoint)
+        elif damage == "model":  # it has no optimizer and no log
+            shutil.copy(path / "model.pt", checkpoint)
+        elif damage == "bomb":
+            torch.save({**torch.load(checkpoint, weights_only=True), "log": Bomb(tmp_path / "went off")}, checkpoint)
         else:
             checkpoint.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello\n"}[damage])
     module.RESUME = True
     with pytest.raises(ValueError, match="checkpoint_before.pt is damaged") as error:
         module.main()
     assert len(str(error.value).splitlines()) == 1
+    assert not (tmp_path / "went off").exists()
+    module.RESUME, module.PROMPT = False, "a"
+    shutil.copy(path / "checkpoint.pt", path / "model.pt")
+    if damage != "model":
+        with pytest.raises(ValueError, match="model.pt is damaged"):
+            module.main()
+    assert not (tmp_path / "went off").exists()
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -881,7 +923,7 @@ def test_a_file_is_written_whole_or_not_at_all(name, load):
         path.write_text("half")
         raise RuntimeError("no space\nmore lines")
 
-    with pytest.raises(OSError, match="cannot write .*a.txt: no space$"):
+    with pytest.raises(OSError, match="cannot write .*a.txt: disk full. no space; make room, or choose .*OUT_DIR$"):
         module.write_whole("a.txt", fail)
     assert [(path.name, path.read_text()) for path in out.iterdir()] == [("a.txt", "first")]
 

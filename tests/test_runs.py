@@ -1,8 +1,11 @@
-"""Runs of v3 and v4 that are killed, stopped, damaged or started twice: nothing is lost, nothing changes."""
+"""Runs of v3 and v4 that are killed, stopped, damaged, started twice, or shared by several processes: nothing is lost,
+nothing changes."""
 
+import importlib
 import json
 import os
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -21,24 +24,28 @@ CONSTANTS = {
     "WARMUP_STEPS": 4, "N_LAYER": 1, "N_HEAD": 2, "N_EMBD": 16, "DROPOUT": 0.1, "STRIDE": 8, "SAMPLE_TOKENS": 4,
     "COMPILE": False, "DTYPE": "float32", "VOCABULARY": "bpe_vocab_500.json",
 }  # fmt: skip
-# What a child process runs: a rung with a data folder of its own, and with steps that take a while if SLOW says so.
+# What a child process runs: the last lines of a rung, with a data folder of its own, with steps that take a while if
+# SLOW says so, and with no more than LIMIT bytes of memory beside what it has after its imports.
 CHILD = """
-import importlib, os, sys, time
+import importlib, os, re, sys, time
 from pathlib import Path
 from data import prepare
 prepare.DATA_DIR = Path(os.environ["DATA"])
 rung = importlib.import_module(sys.argv[1])
-rung.set_constants(sys.argv[2:])
 get_batch = rung.get_batch
 def slow(ids, step):
     print("step", step, flush=True)
-    time.sleep(float(os.environ.get("SLOW", 0)))
+    time.sleep(float(os.environ["SLOW"]))
     return get_batch(ids, step)
 rung.get_batch = slow
-try:
-    rung.main()
-except (OSError, ValueError) as error:
-    sys.exit(f"{rung.RUNG}.py: {error}")
+Path(os.environ["DATA"], "process_" + os.environ.get("RANK", "0")).write_text(str(os.getpid()))
+if limit := int(os.environ["LIMIT"]):
+    import resource
+    size = int(re.search(r"VmSize:\\s+(\\d+)", Path("/proc/self/status").read_text())[1]) * 1024
+    resource.setrlimit(resource.RLIMIT_AS, (size + limit, size + limit))
+sys.argv[1:] = [argument for argument in sys.argv[2:] if argument.partition("=")[0] in rung.constants()]
+source = Path(rung.__file__).read_text(encoding="utf-8")
+exec(source[source.index('if __name__ == "__main__":'):], {**vars(rung), "__name__": "__main__"})
 """
 
 
@@ -48,7 +55,7 @@ def data(tmp_path_factory):
     folder = tmp_path_factory.mktemp("data")
     shutil.copy(ROOT / "data" / "bpe_vocab_500.json", folder)
     draw = random.Random(0)
-    for split, n in (("train", 3000), ("valid", 300), ("test", 300)):
+    for split, n in (("train", 30_000), ("valid", 300), ("test", 300)):
         words = " ".join(draw.choices("the cat sat on a mat and saw the rat".split(), k=n))
         (folder / f"wiki.{split}.tokens").write_text(words + "\n")
     code = "import os; from pathlib import Path; from data import prepare; prepare.DATA_DIR = Path(os.environ['DATA'])"
@@ -57,16 +64,21 @@ def data(tmp_path_factory):
     return folder
 
 
-def environment(data, slow=0):
-    return {**os.environ, "DATA": str(data), "SLOW": str(slow), "OMP_NUM_THREADS": "1"}
+def environment(data, slow=0, limit=0):
+    return {**os.environ, "DATA": str(data), "SLOW": str(slow), "LIMIT": str(limit), "OMP_NUM_THREADS": "1"}
 
 
-def start(data, rung, out, slow=0, **constants):
+def command(data, rung, out, processes=None, **constants):
     extra = {"POSITION": "rope"} if rung == V4 else {}
     arguments = [f"{k}={v}" for k, v in {**CONSTANTS, **extra, "OUT_DIR": out, **constants}.items()]
-    command = [sys.executable, "-c", CHILD, rung, *arguments]
-    return subprocess.Popen(command, cwd=ROOT, env=environment(data, slow), text=True,
-                            stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+    (data / "child.py").write_text(f"import sys; sys.path.insert(0, {str(ROOT)!r})\n{CHILD}", encoding="utf-8")
+    torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"] if processes else []
+    return [sys.executable, *torchrun, str(data / "child.py"), rung, *arguments]
+
+
+def start(data, rung, out, slow=0, limit=0, **constants):
+    return subprocess.Popen(command(data, rung, out, **constants), cwd=ROOT, env=environment(data, slow, limit),
+                            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
 
 
 def finish(child):
@@ -199,3 +211,150 @@ def test_a_loss_that_is_not_finite_keeps_the_checkpoint(rung, data, tmp_path):
     saved = torch.load((out / "rope" if rung == V4 else out) / "checkpoint.pt", weights_only=True)
     assert saved["step"] == 0
     assert all(p.isfinite().all() for p in saved["model"].values())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Disks and memory that are full
+# ----------------------------------------------------------------------------------------------------------
+
+# In a mount namespace of its own: a small disk at $DISK, a run on it, and a copy of what is left there afterwards.
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$SIZE tmpfs "$DISK" || exit 99
+if [ "$READ_ONLY" ]; then mount -o remount,ro "$DISK"; fi
+"$@"; code=$?
+cp -r "$DISK" "$LEFT"
+exit $code
+"""
+
+
+@pytest.mark.parametrize(("rung", "size", "read_only", "kept"), [
+    ("v3", "380k", "", 20), (V4, "700k", "", 20), ("v3", "20k", "", None), ("v3", "300k", "1", None),
+    ("v0", "4k", "", None),
+])  # fmt: skip
+def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(rung, size, read_only, kept, data, tmp_path):
+    (tmp_path / "disk").mkdir()
+    first = command(data, rung, tmp_path / "disk" / "out")
+    where = {"SIZE": size, "READ_ONLY": read_only, "DISK": str(tmp_path / "disk"), "LEFT": str(tmp_path / "left")}
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
+    try:
+        done = subprocess.run([*unshare, *first], cwd=ROOT, env={**environment(data), **where}, capture_output=True,
+                              text=True, timeout=120)  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode in (1, 99) and not (tmp_path / "left").exists():
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1
+    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
+    expected = "Read-only" if read_only else "disk full?" if rung == "v0" else "No space left on device; make room"
+    assert expected in done.stderr
+    assert not list((tmp_path / "left").rglob("writing-*"))
+    if kept is not None:
+        folder = tmp_path / "left" / "out" / ("rope" if rung == V4 else "")
+        assert torch.load(folder / "checkpoint.pt", weights_only=True)["step"] == kept
+        assert torch.load(folder / "model.pt", weights_only=True)["model"]
+        code, out, err = finish(start(data, rung, tmp_path / "left" / "out", RESUME=True))
+        assert code == 0, err
+        assert f"step {kept}\n" in out and f"step {kept - 1}\n" not in out
+
+
+@pytest.mark.parametrize("rung", ["v0", "v1", "v1_1", "v2", "v3", V4])
+def test_out_of_memory_says_what_to_lower(rung, data, tmp_path):
+    pytest.importorskip("resource")
+    constants = {"MICRO_BATCH_SIZE": 4096, "BATCH_SIZE": 4096, "BLOCK_SIZE": 8, "CHUNK_SIZE": 100_000, "N_HIDDEN": 8}
+    run = start(data, rung, tmp_path / "out", limit=100_000_000, **constants)
+    code, _, err = finish(run)
+    assert code == 1
+    assert f"{rung}.py: out of memory; lower " in err and len(err.strip().splitlines()) == 1, err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------
+
+ALONE = {"DROPOUT": 0.0, "MICRO_BATCH_SIZE": 1}  # dropout differs between numbers of processes
+
+
+def assert_close(ours, theirs):
+    """The same losses, up to the order in which float32 numbers are added."""
+    assert [line["step"] for line in ours[1]] == [line["step"] for line in theirs[1]]
+    for mine, other in zip(ours[1], theirs[1]):
+        assert mine["val_loss"] == pytest.approx(other["val_loss"], rel=1e-4)
+        assert mine["step"] == 0 or mine["train_loss"] == pytest.approx(other["train_loss"], rel=1e-4)
+    for key in ("val_bpb_sliding", "test_word_ppl", "tokens_seen", "steps", "best_step"):
+        assert ours[0][key] == pytest.approx(theirs[0][key], rel=1e-3)
+
+
+@pytest.fixture(scope="module")
+def alone(data, tmp_path_factory):
+    """Results of a run of each rung in a single process, without dropout."""
+    found = {}
+    for rung in ("v3", V4):
+        out = tmp_path_factory.mktemp("alone") / rung
+        code, _, err = finish(start(data, rung, out, **ALONE))
+        assert code == 0, err
+        found[rung] = results(out, rung)
+    return found
+
+
+@pytest.mark.parametrize("rung", ["v3", V4])
+def test_two_processes_do_what_one_does(rung, data, alone, tmp_path):
+    code, out, err = finish(start(data, rung, tmp_path / "out", processes=2, **ALONE))
+    assert code == 0, err
+    ours = results(tmp_path / "out", rung)
+    assert_close(ours, alone[rung])
+    # Before the first step the weights are the same, so the evaluation in two parts must be the one in one part.
+    for key in ("val_loss", "val_bpb", "val_top_1", "val_top_5", "val_calibration_error"):
+        assert ours[1][0][key] == pytest.approx(alone[rung][1][0][key], rel=1e-9)
+    assert out.count("val bpb") == len(ours[1]) + 1  # only one of them talks
+
+
+@pytest.mark.parametrize("rung", ["v3", V4])
+def test_every_process_reads_its_own_part(rung, monkeypatch):
+    module = importlib.import_module(rung)
+    monkeypatch.setattr(module, "DEVICE", "cpu")
+    ids = torch.arange(100_000).to(torch.int32)
+    whole = module.get_batch(ids, 3)
+    monkeypatch.setattr(module, "n_ranks", lambda: 4)
+    parts = []
+    for rank in range(4):
+        monkeypatch.setattr(module, "rank", lambda rank=rank: rank)
+        parts.append(module.get_batch(ids, 3))
+    for ours, part in zip(whole, zip(*parts)):
+        assert torch.equal(torch.cat(part), ours)
+
+
+def test_a_dead_process_ends_the_run_which_others_can_continue(data, alone, tmp_path):
+    run = start(data, "v3", tmp_path / "out", slow=0.02, processes=2, **ALONE)
+    wait_for(run, "step 25")
+    started = time.monotonic()
+    os.kill(int((data / "process_1").read_text()), signal.SIGKILL)
+    code, _, err = finish(run)
+    assert code != 0
+    assert time.monotonic() - started < 60
+    assert "v3.py: another process has ended; RESUME=True goes on from the last checkpoint" in err
+    run = start(data, "v3", tmp_path / "out", slow=0.02, processes=4, RESUME=True, **ALONE)
+    wait_for(run, "step 20")  # of the last checkpoint
+    wait_for(run, "step 33")
+    run.terminate()
+    assert finish(run)[0] != 0
+    code, out, err = finish(start(data, "v3", tmp_path / "out", RESUME=True, **ALONE))
+    assert code == 0, err
+    assert "step 32\n" not in out
+    assert_close(results(tmp_path / "out", "v3"), alone["v3"])
+
+
+def test_sigterm_to_torchrun_saves(data, tmp_path):
+    run = start(data, V4, tmp_path / "out", slow=0.05, processes=2, **ALONE)
+    wait_for(run, "step 12")
+    run.terminate()
+    code, _, err = finish(run)
+    assert code != 0
+    assert err.count("RESUME=True, beside the same constants, goes on from there") == 1
+    steps = int(re.search(r"stopped after (\d+) steps", err)[1])
+    assert torch.load(tmp_path / "out" / "rope" / "checkpoint.pt", weights_only=True)["step"] == steps >= 13
+
+
+def test_a_batch_that_cannot_be_divided_is_refused(data, tmp_path):
+    code, _, err = finish(start(data, "v3", tmp_path / "out", processes=2, BATCH_SIZE=3))
+    assert code == 1
+    assert err.count("v3.py: BATCH_SIZE=3 must be a multiple of the 2 processes") == 1 and 'v3.py", line' not in err

@@ -346,7 +346,7 @@ def test_cuts_are_at_spaces_that_a_non_space_follows(text):
     assert set(ascii_places) <= set(cuts)
 
 
-def test_chunks_are_numbered_as_a_dict_would(monkeypatch):
+def test_chunks_are_numbered_as_a_dict_would():
     """Chunks of 1 to 20 bytes, some of them zero bytes; more of them than the first hash table holds."""
     draw = random.Random(0)
     words = [bytes(draw.choices(b"\0\1ab?", k=draw.randrange(20))).replace(b"?", b"\xc3\xa9") for _ in range(2000)]
@@ -388,6 +388,37 @@ def test_nasty_strings_equal_tiktoken_and_hugging_face(references, text):
         expected = theirs(text)
         assert hugging_face(text) == expected
         assert_same_ids(tokenizer, text, expected)
+
+
+def test_100_000_random_strings_equal_tiktoken(references):
+    """Characters of one script and of all, white space, contractions, pieces of the nasty strings, and plain bytes."""
+    tokenizer, theirs, _ = references[0]
+    draw = random.Random(2026)
+    scripts = [(32, 127), (9, 33), (0, 256), (0x370, 0x600), (0x900, 0xE00), (0x2000, 0x2070), (0x3000, 0x3100),
+               (0x4E00, 0x9FFF), (0xFE00, 0x10000), (0x1F300, 0x1F700), (0, 0x110000)]  # fmt: skip
+    pieces = [c for c in WHITE_SPACE + "\x1c\x1f'_-.1a" if c] + ["'s", "'ll", "'T", " the", "  ", "ing", *NASTY[1:90]]
+
+    def character(low, high):
+        c = draw.randrange(low, high)
+        return chr(c) if not 0xD800 <= c < 0xE000 else " "
+
+    def string():
+        kind, n = draw.randrange(4), min(200, int(draw.expovariate(1 / 12)))
+        if kind == 0:
+            return draw.randbytes(n).decode("utf-8", draw.choice(["replace", "ignore"]))
+        if kind == 1:
+            return "".join(draw.choices(pieces, k=n // 3))
+        some = draw.choices(scripts, k=draw.choice([1, 1, 2, 5]))
+        return "".join(character(*draw.choice(some)) if draw.random() < 0.8 else draw.choice(pieces) for _ in range(n))
+
+    for _ in range(100):
+        strings = [string() for _ in range(1000)]
+        for text in strings:
+            ids = tokenizer.encode(text)
+            assert ids == theirs(text), repr(text)
+            assert tokenizer.decode(ids) == text
+        together = "".join(strings)
+        assert tokenizer.encode_array(together).tolist() == theirs(together)
 
 
 @checked(300)

@@ -1,0 +1,88 @@
+"""Half an hour of v3, with an evaluation and a checkpoint every 100 steps: does its memory stay where it is?
+
+    python benchmarks/soak.py               30 minutes; the results go to results/benchmarks/
+    python benchmarks/soak.py --minutes 2   a first look; writes nothing
+    python benchmarks/soak.py --rung v4_alibi_rope
+
+Every five seconds the resident memory and the open files of the run are read from /proc (Linux only). The first five
+minutes, or the first sixth of a shorter run, are for warming up; from then on memory must not grow by 2%.
+"""
+
+import argparse
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+
+LIMIT, INTERVAL = 0.02, 5  # growth that is allowed; seconds between two looks
+
+
+def watch(rung, minutes):
+    """A list of (seconds, resident MB, open files) of a run, and how many evaluations it made."""
+    looks, page = [], os.sysconf("SC_PAGE_SIZE")
+    with tempfile.TemporaryDirectory() as out:
+        constants = ["MAX_STEPS=100000000", "EVAL_INTERVAL=100", "PATIENCE=1000000", f"OUT_DIR={out}"]
+        run = subprocess.Popen([sys.executable, f"{rung}.py", *constants], cwd=ROOT, stdout=subprocess.DEVNULL)
+        proc, start = Path(f"/proc/{run.pid}"), time.monotonic()
+        try:
+            while (seconds := time.monotonic() - start) < 60 * minutes:
+                if run.poll() is not None:
+                    raise ValueError(f"{rung}.py ended after {seconds:.0f} s with exit code {run.returncode}")
+                resident = int((proc / "statm").read_text().split()[1]) * page / 1e6
+                looks.append((seconds, resident, len(list((proc / "fd").iterdir()))))
+                time.sleep(INTERVAL)
+        finally:
+            run.send_signal(signal.SIGTERM)
+            run.wait()
+        if run.returncode != 128 + signal.SIGTERM:
+            raise ValueError(f"{rung}.py ended with exit code {run.returncode} after SIGTERM")
+        log = next(Path(out).rglob("log.jsonl")).read_text().splitlines()
+    return looks, len(log)
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Memory and open files of a long run.")
+    parser.add_argument("--minutes", type=float, default=30)
+    parser.add_argument("--rung", choices=("v3", "v4_alibi_rope"), default="v3")
+    args = parser.parse_args(argv)
+    looks, evaluations = watch(args.rung, args.minutes)
+    warm = min(300, 10 * args.minutes)
+    part = (60 * args.minutes - warm) / 5
+    slices = [(warm + i * part, warm + (i + 1) * part) for i in range(5)]
+    rows = []
+    for a, b in [(0, warm), *slices]:
+        some = [(mb, files) for seconds, mb, files in looks if a <= seconds < b]
+        rows.append([f"{a / 60:.0f} to {b / 60:.0f}", f"{median(mb for mb, _ in some):,.0f}",
+                     f"{max(mb for mb, _ in some):,.0f}", f"{max(files for _, files in some)}"])  # fmt: skip
+    first, last = (median(mb for seconds, mb, _ in looks if a <= seconds < b) for a, b in (slices[0], slices[-1]))
+    growth = last / first - 1
+    head = ["minutes", "resident memory, MB (median)", "MB (highest)", "open files (most)"]
+    text = (f"{table(head, rows)}\n{args.rung}, {evaluations} evaluations and checkpoints. From the second row to the "
+            f"last, resident memory changed by {growth:+.2%}.\nMachine: {machine()}.\n")  # fmt: skip
+    print(text, end="")
+    if args.minutes >= 30:
+        RESULTS.mkdir(parents=True, exist_ok=True)
+        content = {"rung": args.rung, "evaluations": evaluations, "growth": growth, "looks": looks}
+        (RESULTS / "soak.json").write_text(json.dumps(content) + "\n")
+        (RESULTS / "soak.md").write_text(text, encoding="utf-8")
+    return int(growth > LIMIT)
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except KeyboardInterrupt:
+        print("soak.py: stopped; nothing was written", file=sys.stderr)
+        sys.exit(130)
+    except (OSError, ValueError, StopIteration) as error:
+        sys.exit(f"soak.py: {error}")
