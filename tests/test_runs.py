@@ -228,7 +228,7 @@ exit $code
 
 
 @pytest.mark.parametrize(("rung", "size", "read_only", "kept"), [
-    ("v3", "380k", "", 20), (V4, "700k", "", 20), ("v3", "20k", "", None), ("v3", "300k", "1", None),
+    ("v3", "600k", "", 10), (V4, "700k", "", 20), ("v3", "20k", "", None), ("v3", "300k", "1", None),
     ("v0", "4k", "", None),
 ])  # fmt: skip
 def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(rung, size, read_only, kept, data, tmp_path):
