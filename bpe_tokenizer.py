@@ -127,10 +127,11 @@ class _Chunks:
         if not len(start) or start[0] > 0:
             start = np.concatenate([[0], start])
         length = np.diff(start, append=n)
-        eight = np.ndarray(n + 8, "<u8", data, strides=(1,))  # the eight bytes from each place on, as a number
-        low = eight.take(start) & _MASK.take(length, mode="clip")
+        sixteen = np.ndarray(n, "V16", data, strides=(1,))  # the bytes from each place on, which overlap
+        numbers = sixteen[start].view("<u8")
+        low = numbers[::2] & _MASK.take(length, mode="clip")
         rest = np.clip(length - 8, 0, _SHORT - 8)
-        high = eight.take(start + 8, mode="clip") & _MASK.take(rest) | length.astype(np.uint64) << np.uint64(56)
+        high = numbers[1::2] & _MASK.take(rest) | length.astype(np.uint64) << np.uint64(56)
         long = np.flatnonzero(length > _SHORT)
         if len(long):
             low[long] = high[long] = 1 << 56  # a chunk of one byte, for now
@@ -398,11 +399,17 @@ class BPETokenizer:
             raise ValueError("special tokens must be distinct and not empty")
         self._special_id = {name: 256 + len(self.merges) + k for k, name in enumerate(self.special_tokens)}
         self._bytes += [_utf8(name) for name in self.special_tokens]
-        # The same table for numpy: a pair is one number, and the sorted numbers are searched.
+        # The same table for numpy: a pair is one number. It has a slot in a table; if another pair holds the slot, it
+        # is searched for among the sorted numbers.
         keys = np.array([a * self.vocab_size + b for a, b in self.merges], np.int64)
         order = np.argsort(keys)
         self._sorted_keys = np.append(keys[order], _NONE)
         self._sorted_ids = np.append(order + 256, _NONE)
+        self._slot_key = np.full(1 << (16 * len(keys) + 1).bit_length(), -1)
+        self._slot_id = np.full(len(self._slot_key), _NONE)
+        slots = self._slot(keys)
+        self._slot_key[slots] = keys
+        self._slot_id[slots] = np.arange(len(keys)) + 256
         self._byte_pairs = self._find_pairs(np.arange(256).repeat(256), np.tile(np.arange(256), 256))
 
     # -- Training ------------------------------------------------------------------------------------------
@@ -560,11 +567,19 @@ class BPETokenizer:
         owner = np.concatenate([some for _, some in done] or [owner])
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(pieces))
 
+    def _slot(self, keys):
+        return (keys * np.int64(0x1E3779B97F4A7C15) >> 24) & (len(self._slot_key) - 1)  # odd, otherwise arbitrary
+
     def _find_pairs(self, left, right):
         """The id that each left[i] and right[i] are merged to; `_NONE` where no merge joins them."""
         keys = left * self.vocab_size + right
-        found = np.searchsorted(self._sorted_keys, keys)
-        return np.where(self._sorted_keys[found] == keys, self._sorted_ids[found], _NONE)
+        slots = self._slot(keys)
+        there = self._slot_key.take(slots)
+        ids = np.where(there == keys, self._slot_id.take(slots), _NONE)
+        taken = np.flatnonzero((there != keys) & (there >= 0))
+        found = np.searchsorted(self._sorted_keys, keys[taken])
+        ids[taken] = np.where(self._sorted_keys[found] == keys[taken], self._sorted_ids[found], _NONE)
+        return ids
 
     # -- Decoding ------------------------------------------------------------------------------------------
 

@@ -443,7 +443,7 @@ def train(model, tokens):
             metrics = evaluate(model, tokens["val"])
             seen = step * BATCH_SIZE * BLOCK_SIZE
             log.append({"step": step, "tokens_seen": seen, "seconds": seconds, "train_loss": train_loss, **metrics})
-            bar.write(f"step {step:5}  {seconds:5.0f} s  training loss {train_loss or math.nan:.4f}  "
+            bar.write(f"step {step:5}  {seconds:5.0f} s  training loss {f'{train_loss:.4f}' if losses else '-':>6}  "
                       f"val loss {metrics['val_loss']:.4f}  val bpb {metrics['val_bpb']:.4f}")
             if metrics["val_loss"] < best:
                 best, worse = metrics["val_loss"], 0
