@@ -453,6 +453,7 @@ def train(model, tokens):
             losses = []
             checkpoint(step)
             write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+            return_freed_memory()
             start = time.perf_counter()
         if step == MAX_STEPS or worse == PATIENCE:
             break
@@ -514,6 +515,15 @@ def keep_freed_memory():
         mallopt = ctypes.CDLL(None).mallopt
         mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large arrays, which would be returned at once
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+    except (OSError, TypeError, AttributeError):  # another C library: it goes without
+        pass
+
+
+def return_freed_memory():
+    """Give what is free now back to the system (glibc, malloc_trim(3)): between two evaluations memory is kept, but the
+    gaps that evaluations and checkpoints leave would add up in a long run."""
+    try:
+        ctypes.CDLL(None).malloc_trim(0)
     except (OSError, TypeError, AttributeError):  # another C library: it goes without
         pass
 

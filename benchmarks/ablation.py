@@ -155,8 +155,9 @@ def report(runs, seeds, seconds):
         bpb = [run["val_bpb"] for run in some]
         rate = mean(run["tokens_seen"] for run in some) / seconds
         rows.append([variant, f"{mean(bpb):.4f}", f"{min(bpb):.4f} to {max(bpb):.4f}", f"{rate:,.0f}"])
-    return (f"Validation bits per byte after {seconds} s of training, mean of {len(seeds)} seed{'s' * (len(seeds) > 1)} "
-            f"(lowest to highest):\n\n{table(['variant', 'val bpb', '', 'tokens/s'], rows)}\nMachine: {machine()}.\n")
+    number = f"{len(seeds)} seed{'s' * (len(seeds) > 1)}"
+    return (f"Validation bits per byte after {seconds} s of training, mean of {number} (lowest to highest):\n\n"
+            f"{table(['variant', 'val bpb', '', 'tokens/s'], rows)}\nMachine: {machine()}.\n")
 
 
 def main():
