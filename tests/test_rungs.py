@@ -876,6 +876,25 @@ def test_resume_with_other_constants_is_refused(name, trained):
     assert len(str(error.value).splitlines()) == 1
 
 
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_resume_with_another_text_is_refused(name, trained):
+    module, path = trained(name)
+    saved = torch.load(path / "checkpoint.pt", weights_only=True)
+    torch.save({**saved, "dataset": "another"}, path / "checkpoint.pt")
+    module.RESUME = True
+    with pytest.raises(ValueError, match="the text was another and is sample$"):
+        module.main()
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_resume_with_constants_that_may_change(name, trained):
+    module, path = trained(name)
+    module.MAX_STEPS, module.EVAL_INTERVAL, module.PATIENCE, module.DEVICE, module.RESUME = 6, 1, 50, "cpu:0", True
+    module.main()
+    lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
+    assert [line["step"] for line in lines] == [0, 2, 3, 4, 5, 6]
+
+
 class Bomb:
     """Unpickled by plain pickle, it makes a file."""
 
