@@ -39,8 +39,8 @@ SHAPE = {  # constants of v3, beside its defaults
 }
 WARM_UP, STEPS = 5, 20
 # GPT-2's size on an H100, where none was measured: its step is estimated from 40% of the dense bf16 rate that NVIDIA's
-# data sheet gives, 989 TFLOP/s, for 32 windows of 1,024 tokens and 0.86 GFLOPs per token.
-GPU_PARAMETERS, GPU_TOKENS, GPU_STEP = 124_000_000, 32 * 1024, 32 * 1024 * 0.86e9 / (0.4 * 989e12)
+# data sheet gives, 989 TFLOP/s, for 32 windows of 1,024 tokens and 0.80 GFLOPs per token.
+GPU_PARAMETERS, GPU_TOKENS, GPU_STEP = 124_000_000, 32 * 1024, 32 * 1024 * 0.80e9 / (0.4 * 989e12)
 LINKS = {  # bytes per second that a process can send, 80% of what the makers say, and the number of processes
     "8 GPUs of one machine, NVLink (450 GB/s)": (8, 0.8 * 450e9),
     "8 machines of 8 GPUs, 400 Gbit/s for each GPU": (64, 0.8 * 50e9),

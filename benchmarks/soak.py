@@ -7,8 +7,8 @@
 The resident memory and the open files of the run are read from /proc (Linux only). Between two evaluations a run keeps
 the memory that it frees, so what is resident then depends on where the C library happened to put things. After each
 evaluation it gives back what is free: the lowest value of some minutes is what the run holds. The first five minutes,
-or the first sixth of a shorter run, are for warming up. The rest is looked at in five equal parts: from the first to the
-last of them, neither the lowest nor the mean value should grow by 2%.
+or the first sixth of a shorter run, are for warming up. The rest is looked at in five equal parts: from the first to
+the last of them, neither the lowest nor the mean value should grow by 2%.
 """
 
 import argparse

@@ -259,7 +259,8 @@ def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(rung, siz
 
 @pytest.mark.parametrize("rung", ["v0", "v1", "v1_1", "v2", "v3", V4])
 def test_out_of_memory_says_what_to_lower(rung, data, tmp_path):
-    pytest.importorskip("resource")
+    if not Path("/proc/self/status").exists():
+        pytest.skip("memory is limited by what /proc says")
     constants = {"MICRO_BATCH_SIZE": 4096, "BATCH_SIZE": 4096, "BLOCK_SIZE": 8, "CHUNK_SIZE": 100_000, "N_HIDDEN": 8}
     run = start(data, rung, tmp_path / "out", limit=100_000_000, **constants)
     code, _, err = finish(run)
