@@ -83,8 +83,8 @@ OUT_DIR = "runs/v3"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR
 PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
-# DROPOUT = 0.1, MAX_STEPS = 20_000, LEARNING_RATE = 6e-4, and WikiText-103 (python
-# data/prepare.py --dataset wikitext-103-v1).
+# DROPOUT = 0.1, MAX_STEPS = 20_000, LEARNING_RATE = 6e-4, and WikiText-103 (python data/prepare.py --dataset
+# wikitext-103-v1).
 
 RUNG = Path(__file__).stem
 

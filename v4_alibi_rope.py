@@ -87,8 +87,8 @@ OUT_DIR = "runs/v4_alibi_rope"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR
 PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
-# DROPOUT = 0.1, MAX_STEPS = 20_000, and WikiText-103 (python
-# data/prepare.py --dataset wikitext-103-v1).
+# DROPOUT = 0.1, MAX_STEPS = 20_000, MOMENTUM = 0.95, LEARNING_RATE = 0.02, and WikiText-103 (python data/prepare.py
+# --dataset wikitext-103-v1).
 
 RUNG = Path(__file__).stem
 SCHEMES = ("alibi", "rope", "learned", "sinusoidal", "none")

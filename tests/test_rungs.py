@@ -889,7 +889,10 @@ def test_resume_with_another_text_is_refused(name, trained):
 @pytest.mark.parametrize("name", RESUMABLE)
 def test_resume_with_constants_that_may_change(name, trained):
     module, path = trained(name)
-    module.MAX_STEPS, module.EVAL_INTERVAL, module.PATIENCE, module.DEVICE, module.RESUME = 6, 1, 50, "cpu:0", True
+    saved = torch.load(path / "checkpoint.pt", weights_only=True)
+    saved["hyperparameters"]["DEVICE"] = "cuda"
+    torch.save(saved, path / "checkpoint.pt")
+    module.MAX_STEPS, module.EVAL_INTERVAL, module.PATIENCE, module.RESUME = 6, 1, 50, True
     module.main()
     lines = [json.loads(line) for line in (path / "log.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 2, 3, 4, 5, 6]
