@@ -214,7 +214,7 @@ _PAIR = 1 << 32  # the pair of tokens a and b is the number a * _PAIR + b, so pa
 
 def _totals(keys, weights):
     """(the distinct `keys` ascending, the sum of the `weights` of each)"""
-    order = np.argsort(keys)
+    order = np.argsort(keys, kind="stable")  # faster than the default, not needed otherwise
     keys = keys[order]
     first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else order
     return keys[first], np.add.reduceat(weights[order], first) if len(keys) else weights
@@ -244,11 +244,9 @@ class _Corpus:
         j = self.right.take(i)
         return self.ids.take(i) * _PAIR + self.ids.take(j), np.minimum(self.weight.take(i), self.weight.take(j))
 
-    def frequent_pairs(self, floor):
-        """{pair: how often it occurs} of all pairs that occur `floor` times or more."""
-        pairs, total = _totals(*self.pairs(np.flatnonzero(self.weight)))
-        often = total >= floor
-        return dict(zip(pairs[often].tolist(), total[often].tolist()))
+    def pair_totals(self):
+        """(all pairs ascending, how often each occurs in the text)"""
+        return _totals(*self.pairs(np.flatnonzero(self.weight)))
 
     def find(self, a, b):
         """Places where token a is followed by token b, ascending; of overlapping ones, as in aaa, every second."""
@@ -323,10 +321,10 @@ def _learn_merges(words, frequency, n_merges, progress):
         if not batch:
             if floor == 1:
                 break  # every word is one token
-            if floor is None:
-                floor = max(corpus.frequent_pairs(1).values(), default=1)
-            floor = max(1, floor // 8)
-            counts = corpus.frequent_pairs(floor)
+            pairs, total = corpus.pair_totals()
+            floor = max(1, (floor or total.max(initial=1)) // 8)
+            often = total >= floor
+            counts = dict(zip(pairs[often].tolist(), total[often].tolist()))
             heap = [(-count, pair) for pair, count in counts.items()]
             heapq.heapify(heap)
             continue
@@ -478,7 +476,7 @@ class BPETokenizer:
         """The same, in O(n log n): a heap of the merges that apply, and a linked list instead of new lists. An entry of
         the heap is one number, new id times 2^40 plus place, which takes less memory than a pair."""
         n, place = len(piece), (1 << 40) - 1
-        ids, before, after = array("i", piece), array("i", range(-1, n - 1)), array("i", range(1, n + 1))
+        ids, before, after = array("i", list(piece)), array("i", range(-1, n - 1)), array("i", range(1, n + 1))
         after[-1] = -1
         merge_id = self._pair_id.get
         heap = [new_id << 40 | i for i, pair in enumerate(zip(piece, piece[1:])) if (new_id := merge_id(pair))]

@@ -164,7 +164,7 @@ def test_a_signal_finishes_the_step_and_saves(rung, number, code, data, straight
 
 
 def test_a_second_signal_stops_at_once(data, tmp_path):
-    child = start(data, "v3", tmp_path / "out", slow=30)
+    child = start(data, "v3", tmp_path / "out", slow=5)
     wait_for(child, "step 0")
     wait_for(child, "step 0")
     child.send_signal(signal.SIGINT)
