@@ -157,7 +157,7 @@ def train(model, tokens):
                 write_whole("model.pt", lambda path: torch.save(model.state_dict(), path))
             else:
                 worse += 1
-            if step == MAX_STEPS or worse == PATIENCE:
+            if step == MAX_STEPS or worse >= PATIENCE:
                 break
             losses, start = [], time.perf_counter()
 
@@ -173,7 +173,7 @@ def train(model, tokens):
             rate = (step + 1) * BATCH_SIZE * BLOCK_SIZE / (seconds + time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
     bar.close()
-    if worse == PATIENCE:
+    if worse >= PATIENCE:
         print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
     return log
 

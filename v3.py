@@ -451,13 +451,11 @@ def train(model, tokens):
             else:
                 worse += 1
             losses = []
-            checkpoint(step)
             write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
+            checkpoint(step)
             return_freed_memory()
             start = time.perf_counter()
-        if step == MAX_STEPS or worse == PATIENCE:
-            break
-        if stop:
+        if stop or stop_signals and n_ranks() == 1:  # several processes agree on it in a step
             seconds += time.perf_counter() - start
             if not (log and log[-1]["step"] == step):  # else it has just been saved
                 checkpoint(step)
@@ -466,6 +464,8 @@ def train(model, tokens):
                 print(f"{RUNG}.py: stopped after {step} steps; RESUME=True, beside the same constants, goes on from "
                       "there", file=sys.stderr)  # fmt: skip
             sys.exit(128 + (stop_signals or [signal.SIGTERM])[0])
+        if step == MAX_STEPS or worse >= PATIENCE:
+            break
 
         for group in optimizer.param_groups:
             group["lr"] = LEARNING_RATE * lr_factor(step)
@@ -494,7 +494,7 @@ def train(model, tokens):
             rate = (step + 1) * BATCH_SIZE * BLOCK_SIZE / (seconds + time.perf_counter() - start)
             bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
     bar.close()
-    if worse == PATIENCE:
+    if worse >= PATIENCE:
         print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
     wait_for_all()  # the first process has written the best weights
     return log
