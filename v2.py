@@ -207,7 +207,7 @@ def train(model, tokens):
     start = time.perf_counter()
     for step in range(MAX_STEPS + 1):
         if step % eval_interval == 0 or step == MAX_STEPS:
-            train_loss = torch.stack(losses).mean().item() if losses else None
+            train_loss = torch.tensor(losses).mean().item() if losses else None
             seconds += time.perf_counter() - start  # the clock stands still while evaluating
             metrics = evaluate(model, tokens["val"])
             seen = step * BATCH_SIZE * BLOCK_SIZE
@@ -232,11 +232,11 @@ def train(model, tokens):
         optimizer.step()
         optimizer.zero_grad()
 
-        losses.append(loss)
+        losses.append(loss.item())
         bar.update()
         if step % 10 == 0:
             rate = (step + 1) * BATCH_SIZE * BLOCK_SIZE / (seconds + time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {loss.item():.3f}, {rate:,.0f} tokens/s")
+            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
     bar.close()
     if worse >= PATIENCE:
         print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
