@@ -235,6 +235,8 @@ def check_constants():
     for name, value in constants().items():
         if type(value) is int and value < 1 and name != "SEED":
             raise ValueError(f"{name}={value} must be 1 or more")
+        if type(value) is int and abs(value) >= 2**31:
+            raise ValueError(f"{name}={value} must be less than 2**31")
         if type(value) is float and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must not be negative or infinite")
     try:
@@ -345,7 +347,7 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit(f"{RUNG}.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        if "memory" not in repr(error).lower():
+        if not re.search("memory|overflow", repr(error), re.IGNORECASE):
             raise
         sys.exit(f"{RUNG}.py: out of memory; lower BATCH_SIZE, N_EMBD or N_HIDDEN")
     except KeyboardInterrupt:

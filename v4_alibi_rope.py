@@ -569,7 +569,7 @@ def train(model, tokens):
     log, best, worse, seconds, losses, first_step = [], math.inf, 0, 0.0, [], 0
     if RESUME:
         saved = load_checkpoint()
-        check_same_run(saved["hyperparameters"], saved["dataset"], tokens["train"].dataset)
+        check_same_run(saved, tokens["train"])
         model.load_state_dict(saved["model"])
         for optimizer, state in zip(optimizers, saved["optimizers"]):
             optimizer.load_state_dict(state)
@@ -585,7 +585,8 @@ def train(model, tokens):
         save_checkpoint({
             "model": model.state_dict(), "optimizers": [o.state_dict() for o in optimizers], "step": step, "log": log,
             "best": best, "worse": worse, "seconds": seconds, "losses": torch.tensor(losses),
-            "dataset": tokens["train"].dataset, "hyperparameters": constants(),
+            "dataset": tokens["train"].dataset, "fingerprint": tokens["train"].fingerprint,
+            "hyperparameters": constants(),
         })  # fmt: skip
 
     bar = tqdm(total=MAX_STEPS, initial=first_step, desc="training", unit="step", disable=True if rank() else None)
@@ -601,7 +602,8 @@ def train(model, tokens):
                       f"val loss {metrics['val_loss']:.4f}  val bpb {metrics['val_bpb']:.4f}")
             if metrics["val_loss"] < best:
                 best, worse = metrics["val_loss"], 0
-                save("model.pt", {"model": model.state_dict(), "hyperparameters": constants()})
+                save("model.pt", {"model": model.state_dict(), "hyperparameters": constants(),
+                                  "fingerprint": tokens["train"].fingerprint})  # fmt: skip
             else:
                 worse += 1
             losses = []
@@ -708,7 +710,8 @@ def save_checkpoint(content):
 
 def load_checkpoint():
     """The last checkpoint, or, with a line that says so, the one before it if that is missing or damaged."""
-    keys = ("model", "optimizers", "step", "log", "best", "worse", "seconds", "losses", "dataset", "hyperparameters")
+    keys = ("model", "optimizers", "step", "log", "best", "worse", "seconds", "losses", "dataset", "fingerprint",
+            "hyperparameters")  # fmt: skip
     try:
         return load_saved("checkpoint.pt", keys)
     except (OSError, ValueError) as error:
@@ -763,7 +766,7 @@ def only_run_in_folder():
         yield
 
 
-def load_saved(name, keys=("model", "hyperparameters")):
+def load_saved(name, keys=("model", "hyperparameters", "fingerprint")):
     """Read what `save` wrote. Raises FileNotFoundError if it is not there, ValueError if it is damaged or without one
     of `keys`."""
     path = Path(OUT_DIR) / name
@@ -777,17 +780,20 @@ def load_saved(name, keys=("model", "hyperparameters")):
     return saved
 
 
-def check_same_run(before, dataset_before, dataset):
-    """Raises ValueError if the text, or constants that decide the losses, differ from those of the checkpoint."""
+def check_same_run(saved, tokens):
+    """Raises ValueError if the text, the tokenizer, or constants that decide the losses, differ from those of the
+    checkpoint."""
     may_change = ("EVAL_INTERVAL", "PATIENCE", "MAX_STEPS", "SAMPLE_TOKENS", "TEMPERATURE", "STRIDE", "DEVICE",
                   "COMPILE", "OUT_DIR", "RESUME", "PROMPT", "POSITION")
-    now = constants()
+    before, now = saved["hyperparameters"], constants()
     differ = [f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in sorted({*before, *now} - {*may_change})
               if before.get(k) != now.get(k)]
-    if dataset != dataset_before:
-        differ.append(f"the text was {dataset_before} and is {dataset}")
+    if saved["dataset"] != tokens.dataset:
+        differ.append(f"the text was {saved['dataset']} and is {tokens.dataset}")
+    if saved["fingerprint"] != tokens.fingerprint:
+        differ.append(f"the tokenizer was {saved['fingerprint']} and is {tokens.fingerprint}")
     if differ:
-        raise ValueError(f"cannot resume the run in {OUT_DIR} with other constants: {'; '.join(differ)}")
+        raise ValueError(f"to resume the run in {OUT_DIR}, set back what differs: {'; '.join(differ)}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -925,6 +931,8 @@ def check_constants():
     for name, value in constants().items():
         if type(value) is int and value < 1 and name != "SEED":
             raise ValueError(f"{name}={value} must be 1 or more")
+        if type(value) is int and abs(value) >= 2**31:
+            raise ValueError(f"{name}={value} must be less than 2**31")
         if type(value) is float and not 0 <= value < math.inf:
             raise ValueError(f"{name}={value} must not be negative or infinite")
     if DROPOUT >= 1:
@@ -992,6 +1000,8 @@ def continue_prompt(model, tokenizer):
     names = ("VOCABULARY", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "ROPE_BASE")
     if differ := [f"{k}={then.get(k)}" for k in names if then.get(k) != now[k]]:
         raise ValueError(f"the model in {OUT_DIR} has another shape; add {' '.join(differ)}")
+    if saved["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"the model in {OUT_DIR} was trained with another {VOCABULARY}; take that one, or train again")
     model.load_state_dict(saved["model"])
     torch.manual_seed(SEED)
     text = tokenizer.decode(generate(model, tokenizer.encode(PROMPT or "\n"), SAMPLE_TOKENS))
@@ -1002,7 +1012,7 @@ def continue_prompt(model, tokenizer):
 def in_one_line(error):
     """What to say of an error that the user can mend. Any other one, a mistake of the program, is raised again."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and "memory" in text:
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search("memory|overflow", text):
         return f"out of memory; lower MICRO_BATCH_SIZE, BLOCK_SIZE, N_EMBD or N_LAYER ({text})"
     if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in text:
         return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"

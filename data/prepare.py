@@ -197,6 +197,7 @@ class Tokens:
     n_bytes: int  # of the UTF-8 text
     n_words: int  # white-space separated words plus one end-of-line a line
     dataset: str
+    fingerprint: str  # of the tokenizer
 
     def __len__(self):
         return len(self.ids)
@@ -336,7 +337,7 @@ def load_tokens(vocabulary):
             raise ValueError(f"data/{path.name} holds the split {content['split']!r}: it was renamed; {again}")
         if int(content["ids"].numpy().max()) >= tokenizer.vocab_size:
             raise ValueError(f"data/{path.name} is damaged: it has ids outside of the vocabulary; {again}")
-        tokens[split] = Tokens(content["ids"], content["n_bytes"], content["n_words"], content["dataset"])
+        tokens[split] = Tokens(**{key: content[key] for key in ("ids", "n_bytes", "n_words", "dataset", "fingerprint")})
     names = {split: some.dataset for split, some in tokens.items()}
     if len(set(names.values())) > 1:
         raise ValueError(f"the token files come from different data sets ({names}); {again}")

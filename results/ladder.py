@@ -149,6 +149,15 @@ def experiments(summaries):
                  rows, left=3)  # fmt: skip
 
 
+def short_run(summaries):
+    """What v4 reaches when it is given a minute or two, and by which command."""
+    s = json.loads((EXPERIMENTS / "v4_100_seconds" / "summary.json").read_text())
+    default = summaries["v4_alibi_rope"]["hyperparameters"]
+    changed = [f"{k}={v}" for k, v in s["hyperparameters"].items() if v != default[k] and k != "OUT_DIR"]
+    return (f"`python v4_alibi_rope.py {' '.join(changed)}` reaches {s['val_bpb']:.4f} bits per byte after "
+            f"{s['train_seconds']:.0f} seconds of training.")  # fmt: skip
+
+
 def plot(path):
     """Draw the validation bits per byte of all rungs over the text that they have seen."""
     import matplotlib.pyplot as plt
@@ -177,7 +186,7 @@ def write(check):
     """Write all tables, or with `check` return the names of files that are not up to date."""
     summaries, stale = read_summaries(), []
     new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
-    tables = (ladder, closed_form, memory, metrics, extrapolation, progress, experiments)
+    tables = (ladder, closed_form, memory, metrics, extrapolation, progress, short_run, experiments)
     made = {make.__name__: make(summaries) for make in tables}
     for name in MEASURED:
         path, mark = BENCHMARKS / f"{name}.md", f"benchmark_{name}"

@@ -110,7 +110,7 @@ def random_model(module, vocab_size, position="alibi"):
 def tiny_tokens(n, vocab_size, seed=0):
     random = torch.Generator().manual_seed(seed)
     ids = torch.randint(vocab_size, (n,), generator=random).to(torch.uint16)
-    return Tokens(ids, n_bytes=3 * n + 1, n_words=n // 2 + 1, dataset="tiny")
+    return Tokens(ids, n_bytes=3 * n + 1, n_words=n // 2 + 1, dataset="tiny", fingerprint="none")
 
 
 def train(module, position="alibi", n_val=600):
@@ -119,7 +119,8 @@ def train(module, position="alibi", n_val=600):
     tokenizer = module.BPETokenizer.load(module.vocabulary_file(module.VOCABULARY))
     tokens = module.load_tokens(module.VOCABULARY)
     val = tokens["val"]
-    tokens["val"] = Tokens(val.ids[:n_val], val.n_bytes * n_val // len(val), val.n_words * n_val // len(val), "sample")
+    tokens["val"] = Tokens(val.ids[:n_val], val.n_bytes * n_val // len(val), val.n_words * n_val // len(val), "sample",
+                           val.fingerprint)  # fmt: skip
     torch.manual_seed(module.SEED)
     model = make_model(module, tokenizer.vocab_size, position)
     return module.train(model, tokens), model, tokens
@@ -334,6 +335,7 @@ IMPOSSIBLE = [  # constants, and what the error says of them
     ("TEMPERATURE=0.0", "TEMPERATURE=0.0 must be more than 0"), ("ROPE_BASE=1.0", "ROPE_BASE=1.0 must be more than 1"),
     ("DEVICE=toaster", "DEVICE=toaster cannot be used here"), ("DEVICE=cuda:99", "DEVICE=cuda:99 cannot be used here"),
     ("BLOCK_SIZE=200000", "tokens, too few for a "), ("VOCABULARY=none.json", "none.json"),
+    ("SEED=99999999999", "SEED=99999999999 must be less than 2**31"),
 ]  # fmt: skip
 SOURCES = {name: (ROOT / f"{name}.py").read_text(encoding="utf-8") for name in RUNGS}
 
@@ -773,7 +775,7 @@ def test_the_optimum_is_that_of_the_counts(load):
 def test_training_finds_the_optimum(load):
     module = load("v0", BATCH_SIZE=64, BLOCK_SIZE=32, MAX_STEPS=600, EVAL_INTERVAL=600, LEARNING_RATE=0.05)
     Path(module.OUT_DIR).mkdir(parents=True)
-    text = Tokens(markov_text(3000, 12), 3000, 1000, "tiny")
+    text = Tokens(markov_text(3000, 12), 3000, 1000, "tiny", "none")
     model = module.LanguageModel(12)
     module.train(model, {"train": text, "val": text})
     trained, optimum = module.compare_with_counts(model, text.ids)
@@ -883,6 +885,20 @@ def test_resume_with_another_text_is_refused(name, trained):
     torch.save({**saved, "dataset": "another"}, path / "checkpoint.pt")
     module.RESUME = True
     with pytest.raises(ValueError, match="the text was another and is sample$"):
+        module.main()
+
+
+@pytest.mark.parametrize("name", RESUMABLE)
+def test_another_tokenizer_of_the_same_name_is_refused(name, trained):
+    module, path = trained(name)
+    for file in ("checkpoint.pt", "model.pt"):
+        saved = torch.load(path / file, weights_only=True)
+        torch.save({**saved, "fingerprint": "0123456789abcdef"}, path / file)
+    module.RESUME = True
+    with pytest.raises(ValueError, match="the tokenizer was 0123456789abcdef and is [0-9a-f]{16}$"):
+        module.main()
+    module.RESUME, module.PROMPT = False, "a"
+    with pytest.raises(ValueError, match="was trained with another bpe_vocab_500.json"):
         module.main()
 
 
