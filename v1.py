@@ -8,7 +8,7 @@ and the logits of a whole batch at once. v1_1 is the same model in a fraction of
 What is new against v0: the vocabulary of 4,096 tokens; batches gathered in one indexing operation, from windows that
 are shuffled anew in every epoch; a model with hidden layers and a context of more than one token.
 
-What it reaches on WikiText-2: val bpb 1.819, word perplexity 663, 4.2 minutes of training on two CPU cores.
+What it reaches on WikiText-2: val bpb 1.819, word perplexity 663, 5.6 minutes of training on two CPU cores.
 
     python v1.py                                train, evaluate, write a sample: results in runs/v1/
     python v1.py N_HIDDEN=512 MAX_STEPS=100     set any of the constants below for one run

@@ -15,7 +15,7 @@ about it:
 What is new against v1: `loss_in_chunks`, the loop over micro-batches, `return_freed_memory`, and the table that shows
 where the memory goes.
 
-What it reaches on WikiText-2: val bpb 1.819, word perplexity 663, 7.9 minutes of training on two CPU cores.
+What it reaches on WikiText-2: val bpb 1.819, word perplexity 663, 12.7 minutes of training on two CPU cores.
 
     python v1_1.py                              train, evaluate, write a sample: results in runs/v1_1/
     python v1_1.py MICRO_BATCH_SIZE=64          set any of the constants below for one run
