@@ -148,7 +148,8 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(rung, kills, data,
 
 
 @pytest.mark.parametrize(("rung", "number", "step"), [
-    ("v3", signal.SIGINT, 13), ("v3", signal.SIGTERM, STEPS - 1), (V4, signal.SIGTERM, 13), (V4, signal.SIGINT, STEPS - 1),
+    ("v3", signal.SIGINT, 13), ("v3", signal.SIGTERM, STEPS - 1),
+    (V4, signal.SIGTERM, 13), (V4, signal.SIGINT, STEPS - 1),
 ])  # fmt: skip
 def test_a_signal_finishes_the_step_and_saves(rung, number, step, data, straight, tmp_path):
     child = start(data, rung, tmp_path / "out", slow=0.05)
