@@ -295,10 +295,10 @@ def check_constants():
             raise ValueError(f"{name}={value} must be 1 or more")
         if type(value) is int and abs(value) >= 2**31:
             raise ValueError(f"{name}={value} must be less than 2**31")
-        if type(value) is float and not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must not be negative or infinite")
+        if type(value) is float and not 0 <= value <= 1e38:
+            raise ValueError(f"{name}={value} must not be negative or above 1e38")
     try:
-        torch.zeros(1, device=DEVICE)
+        torch.zeros(1, device=DEVICE).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
 
@@ -403,7 +403,7 @@ if __name__ == "__main__":
     except (OSError, ValueError) as error:
         sys.exit(f"{RUNG}.py: {error}")
     except (MemoryError, RuntimeError) as error:
-        if not re.search("memory|overflow", repr(error), re.IGNORECASE):
+        if not re.search("memory|size calculation", repr(error), re.IGNORECASE):
             raise
         sys.exit(f"{RUNG}.py: out of memory; lower MICRO_BATCH_SIZE, BLOCK_SIZE, N_EMBD or N_LAYER")
     except KeyboardInterrupt:

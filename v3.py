@@ -693,14 +693,14 @@ def check_constants():
             raise ValueError(f"{name}={value} must be 1 or more")
         if type(value) is int and abs(value) >= 2**31:
             raise ValueError(f"{name}={value} must be less than 2**31")
-        if type(value) is float and not 0 <= value < math.inf:
-            raise ValueError(f"{name}={value} must not be negative or infinite")
+        if type(value) is float and not 0 <= value <= 1e38:
+            raise ValueError(f"{name}={value} must not be negative or above 1e38")
     if DROPOUT >= 1:
         raise ValueError(f"DROPOUT={DROPOUT} must be less than 1")
-    if TEMPERATURE == 0:
-        raise ValueError("TEMPERATURE=0.0 must be more than 0; at 0.01 the likeliest token is nearly certain")
+    if TEMPERATURE < 1e-4:
+        raise ValueError(f"TEMPERATURE={TEMPERATURE} must be 0.0001 or more; at 0.01 the likeliest token is nearly sure")
     try:
-        torch.zeros(1, device=DEVICE)
+        torch.zeros(1, device=DEVICE).item()
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
 
@@ -768,7 +768,7 @@ def continue_prompt(model, tokenizer):
 def in_one_line(error):
     """What to say of an error that the user can mend. Any other one, a mistake of the program, is raised again."""
     text = (str(error).strip().splitlines() or [type(error).__name__])[0]
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search("memory|overflow", text):
+    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search("memory|size calculation", text):
         return f"out of memory; lower MICRO_BATCH_SIZE, BLOCK_SIZE, N_EMBD or N_LAYER ({text})"
     if isinstance(error, dist.DistError) or isinstance(error, RuntimeError) and "gloo" in text:
         return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"

@@ -329,11 +329,13 @@ def test_rope_refuses_an_odd_dimension(load):
 
 IMPOSSIBLE = [  # constants, and what the error says of them
     ("BATCH_SIZE=0", "BATCH_SIZE=0 must be 1 or more"), ("MAX_STEPS=-5", "MAX_STEPS=-5 must be 1 or more"),
-    ("BLOCK_SIZE=0", "BLOCK_SIZE=0 must be 1 or more"), ("LEARNING_RATE=-0.1", "must not be negative or infinite"),
-    ("LEARNING_RATE=1e999", "must not be negative or infinite"), ("DROPOUT=1.5", "DROPOUT=1.5 must be less than 1"),
+    ("BLOCK_SIZE=0", "BLOCK_SIZE=0 must be 1 or more"), ("LEARNING_RATE=-0.1", "must not be negative or above 1e38"),
+    ("LEARNING_RATE=1e999", "must not be negative or above 1e38"), ("DROPOUT=1.5", "DROPOUT=1.5 must be less than 1"),
     ("DROPOUT=-0.1", "DROPOUT=-0.1 must not be negative"), ("MOMENTUM=1.0", "MOMENTUM=1.0 must be less than 1"),
-    ("TEMPERATURE=0.0", "TEMPERATURE=0.0 must be more than 0"), ("ROPE_BASE=1.0", "ROPE_BASE=1.0 must be more than 1"),
+    ("TEMPERATURE=0.0", "TEMPERATURE=0.0 must be 0.0001 or more"),
+    ("ROPE_BASE=1.0", "ROPE_BASE=1.0 must be more than 1"),
     ("DEVICE=toaster", "DEVICE=toaster cannot be used here"), ("DEVICE=cuda:99", "DEVICE=cuda:99 cannot be used here"),
+    ("DEVICE=meta", "DEVICE=meta cannot be used here"), ("LEARNING_RATE=1e300", "must not be negative or above 1e38"),
     ("BLOCK_SIZE=200000", "tokens, too few for a "), ("VOCABULARY=none.json", "none.json"),
     ("SEED=99999999999", "SEED=99999999999 must be less than 2**31"),
 ]  # fmt: skip
