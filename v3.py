@@ -698,7 +698,7 @@ def check_constants():
     if DROPOUT >= 1:
         raise ValueError(f"DROPOUT={DROPOUT} must be less than 1")
     if TEMPERATURE < 1e-4:
-        raise ValueError(f"TEMPERATURE={TEMPERATURE} must be 0.0001 or more; at 0.01 the likeliest token is nearly sure")
+        raise ValueError(f"TEMPERATURE={TEMPERATURE} must be 0.0001 or more; at 0.01 the likeliest token is certain")
     try:
         torch.zeros(1, device=DEVICE).item()
     except (RuntimeError, AssertionError) as error:

@@ -940,7 +940,7 @@ def check_constants():
     if MOMENTUM >= 1:
         raise ValueError(f"MOMENTUM={MOMENTUM} must be less than 1")
     if TEMPERATURE < 1e-4:
-        raise ValueError(f"TEMPERATURE={TEMPERATURE} must be 0.0001 or more; at 0.01 the likeliest token is nearly sure")
+        raise ValueError(f"TEMPERATURE={TEMPERATURE} must be 0.0001 or more; at 0.01 the likeliest token is certain")
     if ROPE_BASE <= 1:
         raise ValueError(f"ROPE_BASE={ROPE_BASE} must be more than 1")
     try:
