@@ -7,7 +7,7 @@
 The resident memory and the open files of the run are read from /proc (Linux only). Between two evaluations a run keeps
 the memory that it frees, so what is resident then depends on where the C library happened to put things. After each
 evaluation it gives back what is free: the lowest value of some minutes is what the run holds. The first five minutes,
-or the first sixth of a shorter run, are for warming up. The table looks at the rest in five equal parts, which hold only
+or the first sixth of a shorter run, are for warming up. The table shows the rest in five equal parts, which hold only
 a few evaluations each; so it is from the first half of the rest to the second that the mean should not grow by 2%.
 """
 
