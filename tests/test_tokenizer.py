@@ -1,5 +1,6 @@
-"""bpe_tokenizer against independent truths: tiktoken, Hugging Face tokenizers, rustbpe, the `regex` module, and
-a trainer and an encoder of a few lines that recount everything in every round."""
+"""bpe_tokenizer and bpe_fast against independent truths: tiktoken, Hugging Face tokenizers, rustbpe, the `regex`
+module, and a trainer and an encoder of a few lines that recount everything in every round; and bpe_fast against the
+textbook functions of bpe_tokenizer."""
 
 import copy
 import json
@@ -21,8 +22,9 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+import bpe_fast
 import bpe_tokenizer
-from bpe_tokenizer import GPT2_PATTERN, BPETokenizer
+from bpe_tokenizer import GPT2_PATTERN, PRETOKEN, BPETokenizer, encode_pretoken, learn_merges
 
 ROOT = Path(bpe_tokenizer.__file__).resolve().parent
 DATA = ROOT / "data"
@@ -55,7 +57,7 @@ NASTY = [
     "e\u0301 n\u0303o \u0301 \u0301x Z\u0351\u036b\u0343", "\u0928\u092e\u0938\u094d\u0924\u0947 \u0e2a\u0e27\u0e31",
     "\U0001f469\u200d\U0001f469\u200d\U0001f467 \U0001f44d\U0001f3fd\U0001f1e9\U0001f1ea", "x\U0001f600y \U0001f600  z",
     "\ue000 \U000f0000 \U0010fffd", "\ufffd ",
-    # pre-tokens longer than _LONG bytes
+    # pre-tokens longer than LONG_BYTES
     "a" * 64, "a" * 65, " " + "ab" * 100, "a" * 1001 + " a", "=" * 300, " " * 200, " " * 200 + "x", "\n" * 200 + " x",
     "x" + "\n " * 99, "1" * 130, "\u4e2d\u6587" * 150, "\u5927\u5bb6\u597d " * 40, "\U0001f600" * 70,
     "na" * 70 + "!" * 70 + " " * 70 + "7" * 70,
@@ -289,7 +291,7 @@ def test_dtype_is_the_smallest_that_holds_every_id():
 def test_every_assigned_character_has_its_unicode_class():
     """Which of the pattern's four classes a character is in shows in what it joins: a letter, a digit, a "!", ..."""
     everything = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cs", "Cn")]
-    found = bpe_tokenizer._PRETOKEN.findall
+    found = PRETOKEN.findall
     joins = {probe: {c for c in everything if len(found(probe + c)) == 1} for probe in "a1!\n"}
     letters = {c for c in everything if unicodedata.category(c)[0] == "L"}
     numbers = {c for c in everything if unicodedata.category(c)[0] == "N"}
@@ -305,14 +307,14 @@ def test_every_assigned_character_has_its_unicode_class():
 
 @pytest.mark.parametrize("text", NASTY)
 def test_pretokens_of_nasty_strings(text):
-    assert bpe_tokenizer._PRETOKEN.findall(text) == pretokens(text)
+    assert PRETOKEN.findall(text) == pretokens(text)
 
 
 @checked(400)
 @given(texts)
 def test_pretokens_equal_those_of_the_regex_module(text):
-    assert bpe_tokenizer._PRETOKEN.findall(text) == pretokens(text)
-    assert "".join(bpe_tokenizer._PRETOKEN.findall(text)) == text
+    assert PRETOKEN.findall(text) == pretokens(text)
+    assert "".join(PRETOKEN.findall(text)) == text
 
 
 @checked(600)
@@ -327,11 +329,12 @@ def test_a_text_may_be_cut_before_every_space_that_a_non_space_follows(text):
 def test_counts_of_pretokens(text, block):
     """The counts that training starts from, with blocks so small that a text has many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_tokenizer, "_BLOCK", block)
+        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
         expected = Counter(piece.encode() for piece in pretokens(text) + pretokens(text[:5]))
-        assert bpe_tokenizer._count_pretokens([text, text[:5]]) == expected
-        patch.setattr(bpe_tokenizer, "_FEW", 1)
-        assert bpe_tokenizer._count_pretokens([text, text[:5]]) == expected
+        assert bpe_fast.count_pretokens([text, text[:5]], PRETOKEN) == expected
+        assert bpe_tokenizer.count_pretokens(text) + bpe_tokenizer.count_pretokens(text[:5]) == expected
+        patch.setattr(bpe_fast, "FEW_BYTES", 1)
+        assert bpe_fast.count_pretokens([text, text[:5]], PRETOKEN) == expected
 
 
 @checked(400)
@@ -339,7 +342,7 @@ def test_counts_of_pretokens(text, block):
 def test_cuts_are_at_spaces_that_a_non_space_follows(text):
     """By bytes, as the bulk path sees the text; it may miss places where the next character is not ASCII."""
     data = text.encode()
-    cuts = bpe_tokenizer._cuts(np.frombuffer(data, np.uint8)).tolist()
+    cuts = bpe_fast.find_cuts(np.frombuffer(data, np.uint8)).tolist()
     follows = {cut: data[cut + 1 :].decode()[0] for cut in cuts}
     assert all(data[cut] == 32 and after not in WHITE_SPACE for cut, after in follows.items())
     ascii_places = [i for i in range(len(data) - 1) if data[i] == 32 and 33 <= data[i + 1] < 127]
@@ -351,7 +354,7 @@ def test_chunks_are_numbered_as_a_dict_would():
     draw = random.Random(0)
     words = [bytes(draw.choices(b"\0\1ab?", k=draw.randrange(20))).replace(b"?", b"\xc3\xa9") for _ in range(2000)]
     words += [b"%d" % i for i in range(150_000)]
-    chunks, seen = bpe_tokenizer._Chunks(), {}
+    chunks, seen = bpe_fast.Chunks(), {}
     for _ in range(40):
         block = b"".join(b" x" + word for word in draw.choices(words, k=draw.choice([1, 10, 20_000])))
         numbers = chunks.index(block).tolist()
@@ -361,6 +364,23 @@ def test_chunks_are_numbered_as_a_dict_would():
             assert seen[k] == chunks.chunks[k]
     assert len(chunks.number) > 1 << 17  # the table has grown
     assert len(chunks.chunks) < 2 * len(set(chunks.chunks))  # and few chunks were numbered again
+
+
+@pytest.mark.parametrize(
+    ("block", "numbers", "distinct"),
+    [(b"a,b;" * 1000, [0], 1), (b"x" * 15, [0], 1), (b"x" * 16, [0], 1), (b" " + b"y" * 15, [0], 1),
+     ((b" " + b"x" * 14) * 3, [0, 0, 0], 1), ((b" " + b"x" * 15) * 3, [0, 0, 0], 1),
+     (b" 23456789012345p 23456789012345`", [0, 1], 2),  # p and ` agree in the bits that the length 16 lacks
+     (b" " + b"x" * 20 + b" a b" + b" " + b"y" * 20 + b" a" + b" " + b"x" * 20, [2, 0, 1, 3, 0, 2], 4)],
+    ids=lambda value: repr(value)[:12],
+)
+def test_each_chunk_is_kept_once(block, numbers, distinct):
+    """Around SHORT_BYTES, where a key no longer holds the whole chunk; twice, so that all of them are known."""
+    chunks = bpe_fast.Chunks()
+    for _ in range(2):
+        assert chunks.index(block).tolist() == numbers
+        assert len(chunks.chunks) == len(set(chunks.chunks)) == distinct
+        assert b"".join(chunks.chunks[k] for k in numbers) == block
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -396,11 +416,11 @@ def test_100_000_random_strings_equal_tiktoken(references):
     draw = random.Random(2026)
     scripts = [(32, 127), (9, 33), (0, 256), (0x370, 0x600), (0x900, 0xE00), (0x2000, 0x2070), (0x3000, 0x3100),
                (0x4E00, 0x9FFF), (0xFE00, 0x10000), (0x1F300, 0x1F700), (0, 0x110000)]  # fmt: skip
-    pieces = [c for c in WHITE_SPACE + "\x1c\x1f'_-.1a" if c] + ["'s", "'ll", "'T", " the", "  ", "ing", *NASTY[1:90]]
+    pieces = [c for c in WHITE_SPACE + "\x1c\x1f'_-.1a" if c] + ["'s", "'ll", "'T", " the", "  ", "ing", *NASTY[1:87]]
 
     def character(low, high):
-        c = draw.randrange(low, high)
-        return chr(c) if not 0xD800 <= c < 0xE000 else " "
+        c = chr(draw.randrange(low, high))
+        return c if unicodedata.category(c) not in ("Cs", "Cn") else "\ue000"  # tiktoken's Unicode may be newer
 
     def string():
         kind, n = draw.randrange(4), min(200, int(draw.expovariate(1 / 12)))
@@ -439,26 +459,28 @@ def test_any_merges_equal_textbook_encoding(merges, text):
 @checked(200)
 @given(random_merges(), st.lists(st.sampled_from(list(b"aab\xc3\xa9")), min_size=1, max_size=200))
 def test_long_pieces_equal_textbook_encoding(merges, piece):
-    """Three ways to encode one pre-token: the heap, the rescanning one, and all pieces side by side."""
-    tokenizer, piece = BPETokenizer(merges), bytes(piece)
+    """Three ways to encode one pre-token: the textbook's, the heap, and all pre-tokens side by side."""
+    merge_id, piece = {pair: 256 + k for k, pair in enumerate(merges)}, bytes(piece)
     expected = slow_encode_piece(piece, merges)
-    assert tokenizer._encode_long_piece(piece) == expected
+    assert encode_pretoken(piece, merge_id) == expected
+    assert bpe_fast.encode_long_pretoken(piece, merge_id) == expected
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_tokenizer, "_LONG", 10**9)
-        assert tokenizer._encode_piece(piece) == expected
-        ids, lengths = tokenizer._encode_pieces([piece, b"a", piece])
+        patch.setattr(bpe_fast, "LONG_BYTES", 10**9)
+        ids, lengths = bpe_fast.BulkEncoder(merge_id, PRETOKEN, np.uint16).encode_pretokens([piece, b"a", piece])
         assert ids.tolist() == expected + [97] + expected
         assert lengths.tolist() == [len(expected), 1, len(expected)]
 
 
 def test_long_pieces_of_random_bytes(vocab):
-    draw = random.Random(0)
+    draw, merge_id = random.Random(0), {pair: 256 + k for k, pair in enumerate(vocab.merges)}
+    encoder = bpe_fast.BulkEncoder(merge_id, PRETOKEN, vocab.dtype)
     for n in (1, 2, 65, 300):
         for alphabet in (range(256), b"etaoin", b" t", b"="):
             piece = bytes(draw.choices(alphabet, k=n))
             expected = slow_encode_piece(piece, vocab.merges)
-            assert vocab._encode_long_piece(piece) == expected
-            ids, _ = vocab._encode_pieces([piece])
+            assert encode_pretoken(piece, merge_id) == expected
+            assert bpe_fast.encode_long_pretoken(piece, merge_id) == expected
+            ids, _ = encoder.encode_pretokens([piece])
             assert ids.tolist() == expected
 
 
@@ -472,22 +494,35 @@ def test_stream_cut_anywhere_equals_whole(text, cuts, block):
     cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[i:j] for i, j in zip(cuts, cuts[1:])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_tokenizer, "_BLOCK", block)
+        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
         arrays = list(tokenizer.encode_stream(iter(pieces)))
         assert all(array.dtype == tokenizer.dtype for array in arrays)
         assert np.concatenate(arrays).tolist() == expected
         assert tokenizer.encode_array(text).tolist() == expected
-        assert b"".join(bpe_tokenizer._blocks(pieces)) == text.encode()
+        assert b"".join(bpe_fast.split_blocks(map(str.encode, pieces))) == text.encode()
 
 
 @pytest.mark.parametrize("block", [7, 64, 5000])
 def test_sample_in_small_blocks(monkeypatch, vocab, sample, block):
     text = sample[:40_000]
     expected = vocab.encode(text)
-    monkeypatch.setattr(bpe_tokenizer, "_BLOCK", block)
+    monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", block)
     arrays = list(vocab.encode_stream(text[i : i + 997] for i in range(0, len(text), 997)))
     assert len(arrays) > len(text) / block / 3  # it really came in blocks
     assert np.concatenate(arrays).tolist() == expected
+
+
+def test_pair_table_equals_the_dict():
+    """Crowded, so that many pairs share a slot, and asked for pairs that it does not hold."""
+    draw = random.Random(0)
+    pairs = list(dict.fromkeys((draw.randrange(256 + k // 9), draw.randrange(256 + k // 9)) for k in range(9000)))
+    merge_id = {pair: 256 + k for k, pair in enumerate(pairs)}
+    table = bpe_fast.PairTable(merge_id)
+    keys = np.array([a * table.n_ids + b for a, b in pairs])
+    assert len(set(table._slot(keys).tolist())) < len(pairs)  # some pairs share a slot
+    asked = pairs + [(draw.randrange(table.n_ids), draw.randrange(table.n_ids)) for _ in range(20_000)]
+    left, right = np.array(asked).T
+    assert table.find(left, right).tolist() == [merge_id.get(pair, bpe_fast.NONE) for pair in asked]
 
 
 def test_nothing_encodes_to_nothing(vocab):
@@ -535,9 +570,8 @@ def test_special_tokens_appear_only_when_allowed_by_name():
     assert tokenizer.encode("", allowed_special=["<|a|>"]) == []
 
 
-@pytest.mark.parametrize("names", [["<|b|>"], ["<|a|>", "<|b|>"], [""], "<|a|>"])
+@pytest.mark.parametrize("names", [["<|b|>"], ["<|a|>", "<|b|>"], [""]])
 def test_unknown_special_token_is_a_value_error(names):
-    """A bare string is no list of names; its characters are unknown names."""
     with pytest.raises(ValueError, match="no special token"):
         BPETokenizer([], ["<|a|>"]).encode("x", allowed_special=names)
     with pytest.raises(ValueError, match="no special token"):
@@ -593,8 +627,31 @@ def test_training_equals_recounting_every_round(texts):
     merges = slow_train(texts, 30)
     tokenizer = BPETokenizer.train(texts, 256 + 30 + 1)
     assert tokenizer.merges == merges
+    assert learn_merges(sum(map(bpe_tokenizer.count_pretokens, texts), Counter()), 30) == merges
     for text in texts:
         assert_same_ids(tokenizer, text, slow_encode(text, merges))
+
+
+def test_merges_of_sample_equal_the_textbook(sample):
+    counts = bpe_tokenizer.count_pretokens(sample[:10_000])
+    merges = learn_merges(counts, 150)
+    assert len(merges) == 150
+    assert bpe_fast.learn_merges(counts, 150) == merges
+    assert BPETokenizer.train(sample[:10_000], 406, special_tokens=()).merges == merges
+
+
+@pytest.mark.parametrize(
+    "text",
+    [" " + "a" * 9000, "a" * 9000, "a b" * 2000 + "  c" * 99 + " " * 5000, " \u3000" * 3000],
+    ids=["a space and a word", "a word", "words and spaces", "spaces"],
+)
+def test_long_texts_with_few_places_to_cut(monkeypatch, text):
+    """Blocks without one, and one at the very start, where the first block is empty."""
+    monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", 1000)
+    assert bpe_fast.count_pretokens(text, PRETOKEN) == Counter(piece.encode() for piece in pretokens(text))
+    tokenizer = BPETokenizer.train(text, 270)
+    assert tokenizer.merges == slow_train([text], 13)
+    assert_same_ids(tokenizer, text, slow_encode(text, tokenizer.merges))
 
 
 def test_each_text_is_pretokenized_by_itself():
@@ -649,6 +706,146 @@ def test_training_does_not_depend_on_hash_order():
 def test_training_on_wikitext_gives_the_committed_file(tmp_path):
     BPETokenizer.train(wikitext("train"), 500).save(tmp_path / "vocab.json")
     assert (tmp_path / "vocab.json").read_bytes() == (DATA / "bpe_vocab_500.json").read_bytes()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Misuse
+# ----------------------------------------------------------------------------------------------------------
+
+NO_TEXTS = [b"abc", bytearray(b"abc"), None, 5, 1.5, True, Path("a.txt"), np.array([1, 2]), {"train": "abc"}, len]
+
+
+def assert_refuses(call, kind, *words):
+    """`call` raises just `kind`, with a message of one line that holds `words`."""
+    with pytest.raises((TypeError, ValueError)) as caught:
+        call()
+    message = str(caught.value)
+    assert type(caught.value) is kind and len(message.splitlines()) == 1 and len(message) < 250, message
+    assert all(word in message for word in words), message
+
+
+@pytest.mark.parametrize("text", [*NO_TEXTS, ["a"], ("a",)], ids=repr)
+def test_what_is_no_text_is_a_type_error(vocab, text):
+    for call in (vocab.encode, vocab.encode_array, lambda text: list(vocab.encode_stream(["a", text])),
+                 lambda text: BPETokenizer.train(["a", text], 300)):
+        assert_refuses(lambda: call(text), TypeError, "must be a str", "read_text", ".decode()")
+
+
+@pytest.mark.parametrize("texts", [*NO_TEXTS, [1, 2], [b"a"]], ids=repr)
+def test_what_is_no_iterable_of_texts_is_a_type_error(vocab, texts):
+    for call in (lambda: list(vocab.encode_stream(texts)), lambda: BPETokenizer.train(texts, 300)):
+        assert_refuses(call, TypeError, "must be a str", "read_text")
+
+
+def test_a_stream_that_cannot_be_read_is_refused_before_it_is_asked_for_ids(vocab):
+    assert_refuses(lambda: vocab.encode_stream(5), TypeError, "iterable of str, not 5")
+
+
+def test_a_single_text_is_a_stream_of_one(vocab):
+    assert np.concatenate(list(vocab.encode_stream("a string of text"))).tolist() == vocab.encode("a string of text")
+
+
+def test_names_of_files_are_no_training_text(tmp_path, monkeypatch, saved):
+    tokenizer, path = saved
+    (tmp_path / "a").write_text("text")
+    monkeypatch.chdir(tmp_path)
+    for texts in (str(path), [str(path)], (str(path), "a"), iter(["a", "vocab.json"]), "a"):
+        assert_refuses(lambda: BPETokenizer.train(texts, 300), ValueError, "name of a file", "read_text")
+    for texts in (["a", "b"], ["b", "a"], "vocab", [str(tmp_path)], ["a", "a "], "a\0", "a/" * 3000, ["a", ""]):
+        BPETokenizer.train(texts, 300)
+    assert tokenizer.encode("a") == tokenizer.encode_array("a").tolist() == [97]  # a text to encode may be anything
+
+
+@pytest.mark.parametrize("size", [300.0, "300", None, [300], np.float32(300)], ids=repr)
+def test_vocab_size_is_an_integer(size):
+    assert_refuses(lambda: BPETokenizer.train("some text", size), TypeError, "vocab_size", "integer")
+
+
+def test_vocab_size_may_be_an_integer_of_numpy():
+    assert BPETokenizer.train("aaa", np.uint16(257), special_tokens=()).merges == [(97, 97)]
+
+
+def test_progress_is_a_function():
+    assert_refuses(lambda: BPETokenizer.train("some text", 300, progress=True), TypeError, "progress", "function")
+
+
+@pytest.mark.parametrize("names", ["<s>", "", b"<s>", None, 5, [1], ["<s>", None], [b"<s>"], {"<s>": 1}], ids=repr)
+def test_special_tokens_are_a_list_of_names(vocab, names):
+    for call in (lambda: BPETokenizer([], names), lambda: BPETokenizer.train("text", 300, names),
+                 lambda: BPETokenizer.train(iter([]), 300, special_tokens=names)):
+        assert_refuses(call, ValueError, "special_tokens must be a list of names")
+    assert_refuses(lambda: vocab.encode("text", allowed_special=names), ValueError, "allowed_special must be a list")
+
+
+def test_special_tokens_may_come_in_any_collection():
+    for names in (["<a>", "<b>"], ("<a>", "<b>"), {"<a>": 0, "<b>": 1}.keys(), iter(["<a>", "<b>"])):
+        assert BPETokenizer([], names).special_tokens == ("<a>", "<b>")
+    assert BPETokenizer.train("ab", 300, iter(["<a>"])).special_tokens == ("<a>",)
+    assert BPETokenizer([], ["<a>"]).encode("<a>", allowed_special=frozenset(["<a>"])) == [256]
+
+
+def test_special_tokens_are_checked_before_the_text_is_read():
+    assert_refuses(lambda: BPETokenizer.train(iter([1]), 300, ["<a>", "<a>"]), ValueError, "distinct")
+
+
+@pytest.mark.parametrize("merges", ["vocab.json", None, 5, [97], [(97,)], [(97, 98, 99)], [("a", "b")], ["ab"],
+                                    [(97.0, 98)], [(97, None)], Path("vocab.json")], ids=repr)
+def test_merges_are_pairs_of_ids(merges):
+    assert_refuses(lambda: BPETokenizer(merges), ValueError, "merges must be a list of (left", "load(path)")
+
+
+@pytest.mark.parametrize("ids", ["abc", "", b"abc", 5, None, [1.5], [97, "b"], [[97, 98]], [97, None], np.array(97),
+                                 np.array([[97, 98]]), np.array([1.5]), np.arange(900.0), {"ids": [1]}], ids=repr)
+def test_what_is_no_sequence_of_ids_is_a_type_error(vocab, ids):
+    for call in (vocab.decode, vocab.decode_bytes):
+        assert_refuses(lambda: call(ids), TypeError, "integers in one dimension")
+
+
+def test_decode_accepts_tensors_and_numpy_integers(vocab):
+    torch = pytest.importorskip("torch")
+    ids = vocab.encode("The lighthouse keeper")
+    for same in (torch.tensor(ids), torch.tensor(ids, dtype=torch.int32), list(torch.tensor(ids)), map(np.uint16, ids)):
+        assert vocab.decode(same) == "The lighthouse keeper"
+    assert vocab.token_bytes(np.uint16(ids[0])) == vocab.token_bytes(torch.tensor(ids[0])) == b"T"
+    for wrong in (torch.tensor([ids, ids]), torch.tensor(5), torch.tensor([1.5]), torch.randn(50, 50)):
+        assert_refuses(lambda: vocab.decode(wrong), TypeError, "integers in one dimension")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The module
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_main_shows_the_textbook_at_work(monkeypatch, capsys):
+    learned = []
+
+    def watched(*given):
+        learned.append(learn_merges(*given))
+        return learned[-1]
+
+    monkeypatch.setattr(bpe_tokenizer, "learn_merges", watched)
+    bpe_tokenizer.main()
+    shown = capsys.readouterr().out
+    assert len(learned[0]) == 100
+    assert "373,238 bytes" in shown and "100 merges" in shown
+    assert "32 + 116 -> 256   ' ' + 't' -> ' t'" in shown
+    assert "pre-tokens:   The| lighthouse| keeper|'s|" in shown
+    assert "and back:     The lighthouse keeper's lamp burned 24 candles in 1759 .\n" in shown
+    assert "vocabulary   256: 1.00 bytes per token" in shown
+
+
+def test_main_would_notice_a_difference(monkeypatch):
+    monkeypatch.setattr(bpe_tokenizer, "learn_merges", lambda counts, n_merges: [(97, 98)])
+    with pytest.raises(AssertionError):
+        bpe_tokenizer.main()
+
+
+def test_importing_and_loading_needs_numpy_only(saved):
+    _, path = saved
+    code = (f"import sys, bpe_tokenizer; bpe_tokenizer.BPETokenizer.load({str(path)!r}).decode([97]); "
+            "print({'torch', 'tqdm', 'regex', 'tiktoken'} & set(sys.modules))")
+    run = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    assert run.stdout == "set()\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
