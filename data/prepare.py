@@ -1,4 +1,4 @@
-"""Make the token files that the rungs train on, and load them.
+"""Make the token files that the rungs train on.
 
     python data/prepare.py                             WikiText-2 from the Hugging Face hub, or the bundled sample
     python data/prepare.py --from DIR                  from local files: wiki.{train,valid,test}.tokens or .raw, or
@@ -6,45 +6,74 @@
     python data/prepare.py --dataset wikitext-103-v1   a larger text
     python data/prepare.py --sample                    the bundled sample, data/input.txt
     python data/prepare.py --vocab-size 8192           with a vocabulary of its own, data/bpe_vocab_8192.json
+    python data/prepare.py --vocabulary NAME           with the vocabulary data/NAME, as it is
     python data/prepare.py --from DIR --train-vocab    make the two committed vocabularies again, from WikiText-2
 
 For each split it writes `{train,val,test}_ids.pt`, and with the small vocabulary of v0 `{train,val,test}_ids_500.pt`.
-A rung that finds none of its files calls `prepare()` itself.
+A rung that finds none of its files has `data.load_tokens` call `prepare()`.
 
 The text is tokenized exactly as it is, line ends kept, so that bytes and words are those of the published counts:
 words are the white-space separated words plus one end-of-line a line.
 """
 
 import argparse
+import atexit
+import contextlib
 import http.client
 import os
 import re
+import secrets
+import signal
 import sys
 import threading
+import urllib.error
 import urllib.request
-from dataclasses import dataclass
 from pathlib import Path
+
+if __name__ == "__main__":
+
+    def stop(number, frame):
+        """Ctrl-C and SIGTERM end the program with one line and their usual exit codes, during the imports as well."""
+        atexit.unregister(print)
+        atexit.register(print, "prepare.py: stopped; no token file was changed in part", file=sys.stderr)
+        sys.exit(128 + number)
+
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
+    root = Path(__file__).absolute().parents[1]  # not resolved: data/ may be a symbolic link to a folder elsewhere
+    if not (root / "bpe_tokenizer.py").is_file():
+        sys.exit("prepare.py: bpe_tokenizer.py is not beside data/; change to its folder, then python data/prepare.py")
+    sys.path.insert(0, str(root))
+
+try:
+    import fcntl  # locks on files
+except ImportError:  # Windows
+    fcntl = None
 
 import numpy as np
 import torch
 from tqdm import tqdm
 
-DATA_DIR = Path(__file__).resolve().parent
-sys.path.insert(0, str(DATA_DIR.parent))  # so that `python data/prepare.py` finds the tokenizer
+import data
+from bpe_tokenizer import BPETokenizer
 
-from bpe_tokenizer import BPETokenizer  # noqa: E402
-
-SPLITS = ("train", "val", "test")
-VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
-SAMPLE = DATA_DIR / "input.txt"
+SAMPLE = "input.txt"
+LOCK = "prepare.lock"
 HUB_DATASET = "Salesforce/wikitext"
 DATASETS = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 HUB_TIMEOUT = 8  # seconds until the hub counts as out of reach
-FORMAT, VERSION = "llm-from-scratch tokens", 1
 BLOCK = 1 << 20  # characters read at a time
 
 # Words of the training splits as published (Merity et al. 2016, arXiv:1609.07843, table 1, end-of-lines included).
 PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
+
+
+def say(line, file=None):
+    """Print a line. That it cannot be read, for a closed pipe, a full disk or an old encoding, costs nothing else."""
+    file = file or sys.stdout
+    encoding = getattr(file, "encoding", None) or "utf-8"
+    with contextlib.suppress(OSError, ValueError):  # ValueError: a closed file
+        print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -91,22 +120,42 @@ def _read_parquet(paths):
             ) from None
 
 
+def _unchanged(paths, read):
+    """A function that opens the stream `read()`, which ends in a ValueError if one of its files is not as it is now:
+    every vocabulary reads the text anew, and all must read the same."""
+
+    def state():
+        return [(path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
+
+    def stream():
+        yield from read()
+        for path, then, now in zip(paths, before, state()):
+            if then != now:
+                raise ValueError(f"{path} changed while it was read; try again once it is complete")
+
+    before = state()
+    return stream
+
+
 def folder_source(folder, dataset):
     """WikiText as local files. Raises FileNotFoundError if `folder` does not hold all three splits."""
+    if not os.path.isdir(folder):
+        raise FileNotFoundError(f"{str(folder)!r} is no folder; give --from the folder that holds the WikiText files")
     folder = Path(folder)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"{folder} is no folder; give --from the folder that holds the WikiText files")
     for place in (folder, folder / (dataset or DATASETS[0])):
         for ending in ("tokens", "raw"):
             paths = [place / f"wiki.{name}.{ending}" for name in ("train", "valid", "test")]
             if all(path.is_file() for path in paths):
                 return {
-                    split: (path.stat().st_size, lambda path=path: _read_text(path))
-                    for split, path in zip(SPLITS, paths)
+                    split: (path.stat().st_size, _unchanged([path], lambda path=path: _read_text(path)))
+                    for split, path in zip(data.SPLITS, paths)
                 }
         shards = [sorted(place.glob(f"{name}-*.parquet")) for name in ("train", "validation", "test")]
         if all(shards):
-            return {split: (None, lambda paths=paths: _read_parquet(paths)) for split, paths in zip(SPLITS, shards)}
+            return {
+                split: (None, _unchanged(paths, lambda paths=paths: _read_parquet(paths)))
+                for split, paths in zip(data.SPLITS, shards)
+            }
     raise FileNotFoundError(
         f"{folder} does not hold WikiText: expected wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or "
         ".raw), or train-*.parquet, validation-*.parquet and test-*.parquet"
@@ -148,15 +197,15 @@ def hub_source(dataset):
                               "files with --from DIR") from error
     return {
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
-        for split, rows in zip(SPLITS, (splits["train"], splits["validation"], splits["test"]))
+        for split, rows in zip(data.SPLITS, (splits["train"], splits["validation"], splits["test"]))
     }
 
 
 def sample_source():
     """The bundled sample, split by articles: of every twelve the sixth is for testing, the last for validation."""
-    articles = re.split(r"(?m)(?=^ \n = [^=])", SAMPLE.read_text(encoding="utf-8"))
+    articles = re.split(r"(?m)(?=^ \n = [^=])", (data.DATA_DIR / SAMPLE).read_text(encoding="utf-8"))
     articles = [article for article in articles if article]
-    parts = {split: [] for split in SPLITS}
+    parts = {split: [] for split in data.SPLITS}
     for i, article in enumerate(articles):
         parts["test" if i % 12 == 5 else "val" if i % 12 == 11 else "train"].append(article)
     return {
@@ -165,21 +214,28 @@ def sample_source():
     }
 
 
+def _folder_name(folder):
+    """The name of a folder, as the name of its text: in one line, and not the name of the sample."""
+    folder = Path(folder).resolve()
+    name = " ".join((folder.name or str(folder)).encode("utf-8", "replace").decode().split())
+    return f"{folder.parent.name}/{name}" if name == "sample" else name
+
+
 def open_source(folder=None, dataset=None, sample=False):
     """(source, name of the data set or of its folder). Where the hub is out of reach it is the sample, and said so."""
-    if folder:
-        return folder_source(folder, dataset), dataset or Path(folder).resolve().name
+    if folder is not None:
+        return folder_source(folder, dataset), dataset or _folder_name(folder)
     if not sample:
         try:
             return hub_source(dataset or DATASETS[0]), dataset or DATASETS[0]
         except (ConnectionError, ImportError) as error:
             if dataset:
                 raise
-            print(
+            say(
                 f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For "
                 "the real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
                 "python data/prepare.py with a connection.",
-                file=sys.stderr,
+                sys.stderr,
             )
     return sample_source(), "sample"
 
@@ -187,33 +243,6 @@ def open_source(folder=None, dataset=None, sample=False):
 # ----------------------------------------------------------------------------------------------------------
 # Token files
 # ----------------------------------------------------------------------------------------------------------
-
-
-@dataclass
-class Tokens:
-    """The tokens of one split, and what is needed to turn losses into metrics of the text."""
-
-    ids: torch.Tensor  # (n,) uint16, memory-mapped
-    n_bytes: int  # of the UTF-8 text
-    n_words: int  # white-space separated words plus one end-of-line a line
-    dataset: str
-    fingerprint: str  # of the tokenizer
-
-    def __len__(self):
-        return len(self.ids)
-
-
-def vocabulary_file(name):
-    """Path of the vocabulary `name` in data/. Raises FileNotFoundError, listing those that are there."""
-    if not (DATA_DIR / name).is_file():
-        known = ", ".join(sorted(path.name for path in DATA_DIR.glob("bpe_vocab*.json")))
-        raise FileNotFoundError(f"there is no vocabulary data/{name}; known are {known}")
-    return DATA_DIR / name
-
-
-def token_file(split, vocabulary):
-    """Path of the token file of `split` for the vocabulary file `vocabulary`: bpe_vocab_500.json -> *_ids_500.pt."""
-    return DATA_DIR / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
 
 
 def tokenize(stream, tokenizer, bar, n_words=None):
@@ -236,128 +265,163 @@ def tokenize(stream, tokenizer, bar, n_words=None):
     return ids, counts["bytes"], counts["words"]
 
 
-def _save(content, path):
-    """torch.save, with one kind of error. Raises OSError."""
+@contextlib.contextmanager
+def only_one():
+    """Within, no other process prepares token files: one that does so already is waited for.
+
+    Gives whether it holds the lock, which ends with the process. Where files cannot be locked, it says so.
+    """
+    with contextlib.ExitStack() as stack:
+        locked = False
+        try:
+            if fcntl is None:
+                raise OSError("this system has no flock")
+            file = stack.enter_context(open(data.DATA_DIR / LOCK, "a"))
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                say("Another process is preparing token files: waiting for it to end.", sys.stderr)
+                fcntl.flock(file, fcntl.LOCK_EX)
+            locked = True
+        except OSError as error:
+            say(f"data/ cannot be locked ({error.strerror or error}): prepare token files in one process at a time.",
+                sys.stderr)
+        yield locked
+
+
+@contextlib.contextmanager
+def uninterrupted():
+    """Within, Ctrl-C and SIGTERM wait; they take effect at its end."""
+    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
+        yield
+        return
+    came = []
+    numbers = (signal.SIGINT, signal.SIGTERM)
+    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
     try:
-        torch.save(content, path)
-    except (OSError, RuntimeError) as error:  # torch calls a full disk a RuntimeError
-        raise OSError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from None
+        yield
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+        for number in came[:1]:
+            signal.raise_signal(number)
 
 
-def prepare(source=None, name=None, vocabularies=tuple(VOCABULARIES)):
+@contextlib.contextmanager
+def atomic_writes():
+    """Gives a function write(save, path), which calls save(a temporary file). At the end all files that were written so
+    take their places back to back; after an exception none does. Raises OSError if a file cannot be written."""
+    written = {}  # temporary file -> path
+
+    def write(save, path):
+        if path.is_dir():
+            raise IsADirectoryError(f"{path} is a folder, and a file must take its place; remove it")
+        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+        written[beside] = path
+        try:
+            save(beside)
+        except OSError as error:
+            raise OSError(f"cannot write {path}: {error.strerror or _first_line(error)}") from None
+        except RuntimeError as error:  # what torch makes of a full disk
+            raise OSError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from None
+
+    try:
+        yield write
+        with uninterrupted():
+            for beside, path in written.items():
+                beside.replace(path)
+    finally:
+        with uninterrupted():
+            for beside in written:
+                beside.unlink(missing_ok=True)
+
+
+def learn_vocabulary(source, vocabulary, vocab_size):
+    """A tokenizer with the vocabulary that the training split teaches: of `vocab_size` tokens, or of fewer, which it
+    says, if the text has no more pairs to merge."""
+    text = "".join(source["train"][1]())
+    with tqdm(total=vocab_size, desc=f"learning {vocabulary}", unit="token", disable=None) as bar:
+        tokenizer = BPETokenizer.train(text, vocab_size, progress=lambda _: bar.update())
+    if tokenizer.vocab_size < vocab_size:
+        say(f"The text has no more pairs to merge: data/{vocabulary} has {tokenizer.vocab_size:,} tokens instead of "
+            f"{vocab_size:,}.", sys.stderr)  # fmt: skip
+    return tokenizer
+
+
+def _tokenize_source(source, name, tokenizers, write):
+    """Tokenize all splits with each of `tokenizers` (vocabulary -> tokenizer) and `write` the token files. Gives a line
+    about each."""
+    sizes = [size for size, _ in source.values()]
+    total = sum(sizes) * len(tokenizers) if None not in sizes else None
+    preparation = secrets.token_hex(8)  # tells files that belong together
+    words = {}  # of each split
+    with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
+        for vocabulary, tokenizer in tokenizers.items():
+            for split in data.SPLITS:
+                ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar, words.get(split))
+                words[split] = n_words
+                if len(ids) < 2 or n_words < 1:
+                    raise ValueError(f"the {split} split of this source is too short: it needs two tokens and a word, "
+                                     f"and has {len(ids)} and {n_words}; give the files as published")
+                if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
+                    words_removed = any("<unk>" in text for text in source[split][1]())
+                    name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
+                path = data.token_file(split, vocabulary)
+                content = {
+                    "format": data.FORMAT, "version": data.VERSION, "preparation": preparation, "dataset": name,
+                    "split": split, "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes,
+                    "n_words": n_words, "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
+                }  # fmt: skip
+                write(lambda beside: torch.save(content, beside), path)
+                yield (f"data/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
+                       f"{n_bytes / len(ids):.2f} bytes per token")
+
+
+def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab_sizes=None, only_missing=False):
     """Tokenize all splits of a source with each of `vocabularies` (names of files in data/).
 
     source: from `open_source`, which is asked if there is none; name: of the data set. The name of a folder gives way
-    to that of the data set if the words of its training split are as many as published. Token files that were there
-    are replaced once all new ones are complete.
+    to that of the data set if the words of its training split are as many as published.
+    vocab_sizes: {vocabulary: size in tokens} of those that are learned first, from the training split.
+    only_missing: leave vocabularies alone that have token files by now.
+    The files that were there are replaced once all new ones are complete. Raises OSError if a file cannot be read or
+    written and ValueError if the source or a vocabulary cannot be used.
     """
-    if source is None:
-        source, name = open_source()
-    tokenizers = {vocabulary: BPETokenizer.load(vocabulary_file(vocabulary)) for vocabulary in vocabularies}
-    sizes = [size for size, _ in source.values()]
-    total = sum(sizes) * len(tokenizers) if None not in sizes else None
-    written = {}  # temporary file -> (token file, what to say of it)
-    words = {}  # of each split
-    try:
-        with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
-            for vocabulary, tokenizer in tokenizers.items():
-                for split in SPLITS:
-                    ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar, words.get(split))
-                    words[split] = n_words
-                    if len(ids) < 2:
-                        raise ValueError(f"the {split} split of this source is empty; give the files as published")
-                    if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
-                        words_removed = any("<unk>" in text for text in source[split][1]())
-                        name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
-                    path = token_file(split, vocabulary)
-                    beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-                    written[beside] = path, (
-                        f"{path.parent.name}/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, "
-                        f"{n_words:,} words, {n_bytes / len(ids):.2f} bytes per token"
-                    )
-                    content = {
-                        "format": FORMAT, "version": VERSION, "dataset": name, "split": split,
-                        "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes, "n_words": n_words,
-                        "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
-                    }  # fmt: skip
-                    _save(content, beside)
-        for beside, (path, line) in written.items():
-            beside.replace(path)
-            print(line)
-    finally:
-        for beside in written:
-            beside.unlink(missing_ok=True)
-
-
-def _is_whole(content):
-    """Whether the contents of a token file have the types that `prepare` gives them, and as many ids as it says."""
-    types = {"ids": torch.Tensor, "n_tokens": int, "n_bytes": int, "n_words": int, "dataset": str, "split": str,
-             "tokenizer": str, "fingerprint": str}  # fmt: skip
-    if not all(isinstance(content.get(key), kind) for key, kind in types.items()):
-        return False
-    return content["ids"].dtype == torch.uint16 and content["ids"].shape == (content["n_tokens"],)
-
-
-def load_tokens(vocabulary):
-    """{"train": Tokens, "val": Tokens, "test": Tokens} for the vocabulary file `vocabulary` in data/.
-
-    Makes the token files first if there are none. Raises OSError if a file cannot be read or written and ValueError
-    if one is damaged, or was made by another tokenizer, or from another text than its neighbours.
-    """
-    tokenizer = BPETokenizer.load(vocabulary_file(vocabulary))
-    missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary)).exists()]
-    again = "make the token files again with python data/prepare.py"
-    if vocabulary not in VOCABULARIES:
-        again += f" --vocab-size {Path(vocabulary).stem.removeprefix('bpe_vocab_')}"
-    if len(missing) == len(SPLITS):
-        others = [path for path in DATA_DIR.glob("train_ids*.pt")]
-        if others:
-            raise FileNotFoundError(f"there are token files, but not for {vocabulary}; {again}")
-        print("There are no token files yet: preparing them.", file=sys.stderr)
-        prepare(vocabularies=tuple(VOCABULARIES) if vocabulary in VOCABULARIES else (vocabulary,))
-    elif missing:
-        raise FileNotFoundError(f"data/{missing[0]} is missing beside the other splits; {again}")
-    tokens = {}
-    for split in SPLITS:
-        path = token_file(split, vocabulary)
-        try:
-            content = torch.load(path, weights_only=True, mmap=True)
-            good = isinstance(content, dict) and content.get("format") == FORMAT
-        except (PermissionError, IsADirectoryError) as error:
-            raise OSError(f"data/{path.name} cannot be read ({error.strerror}); {again}") from None
-        except Exception:  # the unpickler fails in many ways on a damaged file
-            good = False
-        if good and content.get("version") != VERSION:
-            raise ValueError(f"data/{path.name} has version {content.get('version')!r}, not {VERSION}; {again}")
-        if not good or not _is_whole(content):
-            raise ValueError(f"data/{path.name} is damaged or no token file; {again}")
-        if content["fingerprint"] != tokenizer.fingerprint:
-            raise ValueError(f"data/{path.name} was made by another tokenizer than data/{vocabulary}; {again}")
-        if content["split"] != split:
-            raise ValueError(f"data/{path.name} holds the split {content['split']!r}: it was renamed; {again}")
-        if int(content["ids"].numpy().max()) >= tokenizer.vocab_size:
-            raise ValueError(f"data/{path.name} is damaged: it has ids outside of the vocabulary; {again}")
-        tokens[split] = Tokens(**{key: content[key] for key in ("ids", "n_bytes", "n_words", "dataset", "fingerprint")})
-    names = {split: some.dataset for split, some in tokens.items()}
-    if len(set(names.values())) > 1:
-        raise ValueError(f"the token files come from different data sets ({names}); {again}")
-    if names["train"] == "sample":
-        print("The text is the small bundled sample, data/input.txt. For WikiText-2: python data/prepare.py")
-    return tokens
+    lines, tokenizers, vocab_sizes = [], {}, vocab_sizes or {}
+    with only_one() as locked:
+        if only_missing:  # another process may have made them while this one waited
+            vocabularies = [v for v in vocabularies if not any(data.token_file(s, v).exists() for s in data.SPLITS)]
+            if not vocabularies:
+                return
+        if not os.access(data.DATA_DIR, os.W_OK):
+            raise PermissionError(f"{data.DATA_DIR} cannot be written, and the token files must go there")
+        if locked:  # whoever left a temporary file was killed
+            for pattern in ("*_ids*.pt.*.tmp", "bpe_vocab*.json.*.tmp"):
+                for left in data.DATA_DIR.glob(pattern):
+                    left.unlink(missing_ok=True)
+        if source is None:
+            source, name = open_source()
+        with atomic_writes() as write:
+            for vocabulary in vocabularies:
+                if vocabulary in vocab_sizes:
+                    tokenizer = learn_vocabulary(source, vocabulary, vocab_sizes[vocabulary])
+                    write(tokenizer.save, data.DATA_DIR / vocabulary)
+                    lines.append(f"data/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint "
+                                 f"{tokenizer.fingerprint}")  # fmt: skip
+                else:
+                    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary))
+                if tokenizer.vocab_size > 1 << 16:
+                    raise ValueError(f"data/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits name "
+                                     "65,536; take a smaller vocabulary")  # fmt: skip
+                tokenizers[vocabulary] = tokenizer
+            lines += _tokenize_source(source, name, tokenizers, write)
+    for line in lines:
+        say(line)
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Command line
 # ----------------------------------------------------------------------------------------------------------
-
-
-def train_vocabulary(source, vocabulary, vocab_size):
-    """Learn a vocabulary from the training split and save it in data/."""
-    text = "".join(source["train"][1]())
-    with tqdm(total=vocab_size, desc=f"learning {vocabulary}", unit="token", disable=None) as bar:
-        tokenizer = BPETokenizer.train(text, vocab_size, progress=lambda _: bar.update())
-    tokenizer.save(DATA_DIR / vocabulary)
-    print(f"data/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint {tokenizer.fingerprint}")
 
 
 def main(argv=None):
@@ -366,26 +430,35 @@ def main(argv=None):
     parser.add_argument("--dataset", choices=DATASETS, help=f"which WikiText (default: {DATASETS[0]})")
     parser.add_argument("--sample", action="store_true", help="use the bundled sample")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="learn a vocabulary of N tokens and use it")
+    parser.add_argument("--vocabulary", metavar="NAME", help="use the vocabulary data/NAME, as it is")
     parser.add_argument("--train-vocab", action="store_true", help="learn the two committed vocabularies again")
     args = parser.parse_args(argv)
-    vocabularies = dict(VOCABULARIES)
-    if args.vocab_size is not None:
+    if args.sample and (args.folder is not None or args.dataset):
+        parser.error("--sample is a text of its own: leave --from and --dataset out, or --sample")
+    vocabularies = dict(data.VOCABULARIES)
+    if args.vocabulary is not None:
+        if args.vocab_size is not None or args.train_vocab:
+            parser.error("--vocabulary is used as it is: leave --vocab-size and --train-vocab out, or --vocabulary")
+        vocabularies = {args.vocabulary: None}
+        data.vocabulary_file(args.vocabulary)  # before the text is fetched
+    elif args.vocab_size is not None:
         if not 257 <= args.vocab_size <= 1 << 16:
             parser.error(f"--vocab-size {args.vocab_size} must lie between 257 and 65536, since ids take 16 bits")
         vocabularies = {f"bpe_vocab_{args.vocab_size}.json": args.vocab_size}
-        if not args.train_vocab and not VOCABULARIES.keys().isdisjoint(vocabularies):
+        if not args.train_vocab and not data.VOCABULARIES.keys().isdisjoint(vocabularies):
             parser.error(f"a vocabulary of {args.vocab_size} tokens is committed already: leave --vocab-size out")
     source, name = open_source(args.folder, args.dataset, args.sample)
-    if args.vocab_size is not None or args.train_vocab:
-        for vocabulary, vocab_size in vocabularies.items():
-            train_vocabulary(source, vocabulary, vocab_size)
-    prepare(source, name, tuple(vocabularies))
+    learn = args.vocab_size is not None or args.train_vocab
+    prepare(source, name, tuple(vocabularies), vocabularies if learn else {})
 
 
 if __name__ == "__main__":
     try:
         main()
-    except KeyboardInterrupt:
-        sys.exit("prepare.py: stopped; no token file was changed in part")
-    except (OSError, ValueError, ImportError) as error:
-        sys.exit(f"prepare.py: {error}")
+    except (OSError, ValueError, ImportError, MemoryError) as error:
+        sys.exit(f"prepare.py: {' '.join(str(error).splitlines()) or type(error).__name__}")
+    finally:
+        try:
+            sys.stdout and sys.stdout.flush()
+        except OSError:  # nobody reads: the program is done all the same, and Python would flush again
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

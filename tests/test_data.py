@@ -1,11 +1,14 @@
-"""Tests of data/prepare.py: the sample, the sources, the token files, their damage, and the command line."""
+"""Tests of data/: the sample, the sources, the token files, their damage, several processes, and the command line."""
 
 import contextlib
 import errno
+import io
 import os
 import pickle
 import re
+import shlex
 import shutil
+import signal
 import socket
 import subprocess
 import sys
@@ -22,7 +25,8 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import bpe_tokenizer
+import bpe_fast
+import data
 from bpe_tokenizer import BPETokenizer
 from data import prepare
 
@@ -39,7 +43,7 @@ AGAIN = "python data/prepare.py"
 # ----------------------------------------------------------------------------------------------------------
 
 
-def make(folder=None, dataset=None, vocabularies=tuple(prepare.VOCABULARIES)):
+def make(folder=None, dataset=None, vocabularies=tuple(data.VOCABULARIES)):
     """What the command line does: open a source and tokenize it."""
     prepare.prepare(*prepare.open_source(folder, dataset), vocabularies)
 
@@ -70,14 +74,19 @@ def no_network(monkeypatch, tmp_path):
 
 
 @contextlib.contextmanager
-def as_data_dir(folder):
-    """Let prepare use `folder`, with a copy of the committed files, in place of data/."""
-    folder.mkdir()
-    for name in (*prepare.VOCABULARIES, prepare.SAMPLE.name):
-        shutil.copy(ROOT / "data" / name, folder)
+def as_data_dir_again(folder):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(prepare, "DATA_DIR", folder)
-        patch.setattr(prepare, "SAMPLE", folder / prepare.SAMPLE.name)
+        patch.setattr(data, "DATA_DIR", folder)
+        yield
+
+
+@contextlib.contextmanager
+def as_data_dir(folder):
+    """Let data use `folder`, with a copy of the committed files, in place of data/."""
+    folder.mkdir()
+    for name in (*data.VOCABULARIES, prepare.SAMPLE):
+        shutil.copy(ROOT / "data" / name, folder)
+    with as_data_dir_again(folder):
         yield folder
 
 
@@ -99,7 +108,7 @@ def make_texts():
         " a line\u2028separator , a\x85next line , no\u00a0break , a\r carriage return \r\n \n = = Part = = \n \n\n"
     )
     plain = " \n = Lamp {i} = \n \n The lamp of number {i} burned <unk> hours , it 's said . \n \n"
-    text = {split: odd + "".join(plain.format(i=i * k) for i in range(30)) for k, split in enumerate(prepare.SPLITS, 1)}
+    text = {split: odd + "".join(plain.format(i=i * k) for i in range(30)) for k, split in enumerate(data.SPLITS, 1)}
     text["train"] += plain.format(i=7) * 1000  # more rows than are read at a time
     return text
 
@@ -170,13 +179,13 @@ def sample_parts():
 
 
 def test_sample_is_large_enough():
-    text = prepare.SAMPLE.read_text(encoding="utf-8")
+    text = (data.DATA_DIR / prepare.SAMPLE).read_text(encoding="utf-8")
     assert len(articles_of(text)) >= 60
     assert len(text.encode()) >= 250_000
 
 
 def test_sample_has_the_form_of_wikitext():
-    text = prepare.SAMPLE.read_text(encoding="utf-8")
+    text = (data.DATA_DIR / prepare.SAMPLE).read_text(encoding="utf-8")
     articles = articles_of(text)
     assert "\n".join(articles) == text  # no line before the first title
     assert all(re.match(r" \n = [^=\n]+ = \n \n", article) for article in articles)
@@ -184,11 +193,11 @@ def test_sample_has_the_form_of_wikitext():
 
 
 def test_sample_splits_hold_every_article_once():
-    whole = articles_of(prepare.SAMPLE.read_text(encoding="utf-8"))
+    whole = articles_of((data.DATA_DIR / prepare.SAMPLE).read_text(encoding="utf-8"))
     parts = [article.strip() for part in sample_parts().values() for article in articles_of(part)]
     assert sorted(parts) == sorted(article.strip() for article in whole)
     assert len(set(parts)) == len(parts)
-    assert sum(map(len, sample_parts().values())) == len(prepare.SAMPLE.read_text(encoding="utf-8"))
+    assert sum(map(len, sample_parts().values())) == len((data.DATA_DIR / prepare.SAMPLE).read_text(encoding="utf-8"))
 
 
 def test_sample_splits_are_of_useful_size():
@@ -215,19 +224,19 @@ LAYOUTS = {
 @pytest.mark.parametrize("layout", LAYOUTS)
 def test_local_files_give_the_tokens_of_the_text(data_dir, tmp_path, expected, layout):
     make(folder=LAYOUTS[layout](tmp_path / "wikitext"), vocabularies=(SMALL,))
-    assert as_expected(prepare.load_tokens(SMALL), expected)
+    assert as_expected(data.load_tokens(SMALL), expected)
 
 
 def test_small_blocks_do_not_change_the_tokens(data_dir, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 100)
     make(folder=write_text(tmp_path / "wikitext"), vocabularies=(SMALL,))
-    assert as_expected(prepare.load_tokens(SMALL), expected)
+    assert as_expected(data.load_tokens(SMALL), expected)
 
 
 def test_the_datasets_package_gives_the_tokens_of_the_text(data_dir, tmp_path, expected, monkeypatch):
     monkeypatch.setattr(prepare, "HUB_DATASET", str(write_hub(tmp_path / "hub")))
     make(vocabularies=(SMALL,))
-    tokens = prepare.load_tokens(SMALL)
+    tokens = data.load_tokens(SMALL)
     assert as_expected(tokens, expected)
     assert {some.dataset for some in tokens.values()} == {"wikitext-2-v1"}
 
@@ -240,14 +249,14 @@ def test_dataset_names_the_subfolder_and_the_data_set(data_dir, tmp_path, expect
     write_parquet(tmp_path / "wikitext" / "wikitext-103-v1")
     write_parquet(tmp_path / "wikitext" / "wikitext-2-v1", dict.fromkeys(TEXTS, " another text \n"))
     make(tmp_path / "wikitext", "wikitext-103-v1", vocabularies=(SMALL,))
-    tokens = prepare.load_tokens(SMALL)
+    tokens = data.load_tokens(SMALL)
     assert as_expected(tokens, expected)
     assert tokens["train"].dataset == "wikitext-103-v1"
 
 
 def test_local_files_of_another_text_are_named_after_their_folder(data_dir, tmp_path):
     make(write_text(tmp_path / "my text"), vocabularies=(SMALL,))
-    assert prepare.load_tokens(SMALL)["val"].dataset == "my text"
+    assert data.load_tokens(SMALL)["val"].dataset == "my text"
 
 
 @pytest.mark.parametrize("ending, name", [("tokens", "wikitext-2-v1"), ("raw", "wikitext-2-raw-v1")])
@@ -258,7 +267,7 @@ def test_published_text_is_recognized_by_its_words(data_dir, tmp_path, expected,
     if ending == "raw":
         texts = {split: text.replace("<unk>", "kerosene") for split, text in TEXTS.items()}
     make(write_text(tmp_path / "here", texts, ending), vocabularies=(SMALL,))
-    assert prepare.load_tokens(SMALL)["train"].dataset == name
+    assert data.load_tokens(SMALL)["train"].dataset == name
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -291,7 +300,7 @@ def test_wikitext_has_the_published_counts_and_decodes_exactly(tokenizer, split)
 @needs_wikitext
 def test_wikitext_is_recognized(data_dir):
     make(WIKITEXT, vocabularies=(SMALL,))
-    tokens = prepare.load_tokens(SMALL)
+    tokens = data.load_tokens(SMALL)
     assert {some.dataset for some in tokens.values()} == {"wikitext-2-v1"}
     assert tokens["train"].n_words == 2_088_628
     assert {split: (tokens[split].n_bytes, tokens[split].n_words) for split in PUBLISHED} == PUBLISHED
@@ -311,7 +320,7 @@ def test_a_stream_gives_what_the_whole_text_gives(tokenizer, expected):
 
 def test_a_stream_is_read_bit_by_bit(tokenizer, monkeypatch):
     """The first tokens come before the text has been read to its end."""
-    monkeypatch.setattr(bpe_tokenizer, "_BLOCK", 1 << 10)
+    monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", 1 << 10)
     piece, n_pieces = TEXTS["train"], 40
     read, read_at_yield = [], []
 
@@ -424,7 +433,7 @@ def test_without_the_hub_the_sample_is_taken_and_said_so_in_one_line(data_dir, c
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1
     assert "sample" in said[0] and "--from" in said[0]
-    assert prepare.load_tokens(SMALL)["train"].dataset == "sample"
+    assert data.load_tokens(SMALL)["train"].dataset == "sample"
 
 
 def test_without_the_hub_an_own_vocabulary_says_so_only_once(data_dir, capfd):
@@ -465,51 +474,57 @@ def made(tmp_path_factory):
 
 @pytest.fixture
 def files(data_dir, made):
-    """A data folder with good token files."""
+    """A data folder with good token files, and a shorter sample, which is soon tokenized."""
+    path = data_dir / prepare.SAMPLE
+    path.write_text("\n".join(articles_of(path.read_text(encoding="utf-8"))[:12]), encoding="utf-8")
     for name, content in made.items():
         (data_dir / name).write_bytes(content)
     return data_dir
 
 
 def test_token_file_names(data_dir):
-    names = [prepare.token_file("val", vocabulary).name for vocabulary in ("bpe_vocab.json", SMALL)]
+    names = [data.token_file("val", vocabulary).name for vocabulary in ("bpe_vocab.json", SMALL)]
     assert names == ["val_ids.pt", "val_ids_500.pt"]
 
 
 def test_token_files_hold_what_they_say(files, tokenizer, expected):
-    for split in prepare.SPLITS:
-        content = torch.load(prepare.token_file(split, SMALL), weights_only=True, mmap=True)
+    preparation = torch.load(data.token_file("train", SMALL), weights_only=True)["preparation"]
+    assert re.fullmatch("[0-9a-f]{16}", preparation)
+    for split in data.SPLITS:
+        content = torch.load(data.token_file(split, SMALL), weights_only=True, mmap=True)
         ids, n_bytes, n_words = expected[split]
         assert content.pop("ids").tolist() == ids
         assert content == {
-            "format": prepare.FORMAT, "version": 1, "dataset": "text", "split": split, "n_tokens": len(ids),
-            "n_bytes": n_bytes, "n_words": n_words, "tokenizer": SMALL, "fingerprint": tokenizer.fingerprint,
+            "format": data.FORMAT, "version": 2, "preparation": preparation, "dataset": "text", "split": split,
+            "n_tokens": len(ids), "n_bytes": n_bytes, "n_words": n_words, "tokenizer": SMALL,
+            "fingerprint": tokenizer.fingerprint,
         }  # fmt: skip
 
 
 def test_token_files_are_16_bit(files):
-    tokenizer = BPETokenizer.load(prepare.vocabulary_file(SMALL))
-    tokens = prepare.load_tokens(SMALL)
+    tokenizer = BPETokenizer.load(data.vocabulary_file(SMALL))
+    tokens = data.load_tokens(SMALL)
     assert tokenizer.vocab_size == 500
     for split, some in tokens.items():
         assert some.ids.dtype == torch.uint16
         assert some.ids.dim() == 1
-        assert prepare.token_file(split, SMALL).stat().st_size < 2 * len(some) + 4096
+        assert data.token_file(split, SMALL).stat().st_size < 2 * len(some) + 4096
 
 
 def test_load_tokens_prepares_once(data_dir, monkeypatch, capfd):
-    first = prepare.load_tokens("bpe_vocab.json")
+    first = data.load_tokens("bpe_vocab.json")
     assert first["train"].dataset == "sample"
     assert len(list(data_dir.glob("*_ids*.pt"))) == 6
     assert "no token files yet" in capfd.readouterr().err
     monkeypatch.setattr(prepare, "prepare", None)
-    second = prepare.load_tokens("bpe_vocab.json")
-    assert all(torch.equal(first[split].ids, second[split].ids) for split in prepare.SPLITS)
+    second = data.load_tokens("bpe_vocab.json")
+    assert all(torch.equal(first[split].ids, second[split].ids) for split in data.SPLITS)
     assert capfd.readouterr().err == ""
 
 
 def snapshot(folder):
-    return {path.name: path.read_bytes() for path in folder.iterdir()}
+    """What is in a folder, but for the lock, which may stay."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file() and path.name != prepare.LOCK}
 
 
 @pytest.mark.parametrize(
@@ -540,6 +555,152 @@ def test_an_interrupt_while_writing_leaves_the_old_files(files, tmp_path, monkey
     assert snapshot(files) == before
 
 
+@pytest.mark.parametrize("learn, replaced", [(False, 0), (False, 1), (False, 2), (True, 1), (True, 2)])
+def test_files_of_a_preparation_that_was_cut_short_are_refused(files, tmp_path, learn, replaced):
+    """As if it had been killed between two replacements."""
+    options = "--vocab-size 500 --train-vocab" if learn else f"--vocabulary {SMALL}"
+    texts = {split: text + " more rain fell , and more \n" * 50 for split, text in TEXTS.items()}
+    before, replace, done = snapshot(files), Path.replace, []
+
+    def replace_some(path, target):
+        if target in (files / SMALL, *(data.token_file(split, SMALL) for split in data.SPLITS)):
+            if len(done) == replaced:
+                raise SystemExit
+            done.append(target)
+        return replace(path, target)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Path, "replace", replace_some)
+        with pytest.raises(SystemExit):
+            prepare.main(["--from", str(write_text(tmp_path / "text", texts)), *options.split()])
+    assert not list(files.glob("*.tmp"))
+    if replaced == 0:
+        assert snapshot(files) == before
+    else:
+        message = assert_refused("train_ids_500.pt" if learn and replaced == 1 else "val_ids_500.pt")
+        assert ("another tokenizer" if learn else "not made together") in message
+        follow(message)
+
+
+def test_nothing_is_printed_before_all_files_are_in_their_places(data_dir, tmp_path, monkeypatch):
+    lines = []
+    monkeypatch.setattr(prepare, "say", lambda line, file=None: lines.append((line, len(list(data_dir.glob("*.pt"))))))
+    prepare.main(["--from", str(write_text(tmp_path / "text")), "--vocab-size", "300"])
+    assert len(lines) == 4 and all(n == 3 for _, n in lines)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_between_replacements_waits(files, tmp_path, monkeypatch, number):
+    came, replace = [], Path.replace
+
+    def signalled(path, target):
+        signal.raise_signal(number)
+        assert not came
+        return replace(path, target)
+
+    handler = signal.signal(number, lambda number, frame: came.append(number))
+    try:
+        monkeypatch.setattr(Path, "replace", signalled)
+        make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
+    finally:
+        signal.signal(number, handler)
+    assert came == [number]
+    assert data.load_tokens(SMALL)["test"].dataset == "other"
+
+
+def test_what_a_killed_process_left_is_removed(files, tmp_path):
+    for name in ("train_ids.pt.17.tmp", "test_ids_500.pt.17.tmp", "bpe_vocab_300.json.17.tmp.17.tmp"):
+        (files / name).write_bytes(b"half")
+    (files / "mine.tmp").write_bytes(b"of somebody else")
+    make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
+    assert [path.name for path in files.glob("*.tmp")] == ["mine.tmp"]
+
+
+@pytest.mark.parametrize("name", ["test_ids_500.pt", SMALL])
+def test_a_folder_where_a_file_must_go(files, tmp_path, name):
+    (files / name).unlink()
+    (files / name).mkdir()
+    before = snapshot(files)
+    with pytest.raises(OSError, match=f"{name} is a folder.*remove it"):
+        prepare.main(["--from", str(write_text(tmp_path / "other")), "--vocab-size", "500", "--train-vocab"])
+    assert snapshot(files) == before
+
+
+def test_a_data_folder_that_cannot_be_written(files, tmp_path, monkeypatch):
+    """It is refused before anything is read."""
+    monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
+    monkeypatch.setattr(prepare, "tokenize", None)
+    before = snapshot(files)
+    with pytest.raises(PermissionError, match="cannot be written"):
+        make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
+    assert snapshot(files) == before
+
+
+def test_a_vocabulary_too_large_for_16_bits(files, tmp_path, monkeypatch):
+    monkeypatch.setattr(BPETokenizer, "vocab_size", (1 << 16) + 1)
+    before = snapshot(files)
+    with pytest.raises(ValueError, match="65,537 tokens"):
+        make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
+    assert snapshot(files) == before
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Several processes
+# ----------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def locked(folder):
+    """As if another process were preparing token files in `folder`."""
+    fcntl = pytest.importorskip("fcntl")
+    with open(folder / prepare.LOCK, "a") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def test_a_second_process_waits_and_takes_what_the_first_one_made(tmp_path, made):
+    """Two rungs in a fresh clone."""
+    root = make_copy(tmp_path / "copy")
+    code = f"from data import load_tokens; print(load_tokens({SMALL!r})['val'].dataset)"
+    with locked(root / "data"):
+        child = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=OFFLINE, text=True,
+                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
+        said = [child.stderr.readline(), child.stderr.readline()]
+        assert "preparing them" in said[0] and "waiting" in said[1]
+        for name, content in made.items():
+            (root / "data" / name).write_bytes(content)
+            (root / "data" / name.replace("_500", "")).write_bytes(content)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out, err) == (0, "text\n", "")
+
+
+def test_the_lock_ends_with_the_preparation(data_dir, tmp_path):
+    folder = write_text(tmp_path / "text")
+    for _ in range(2):
+        make(folder, vocabularies=(SMALL,))
+    with pytest.raises(ValueError):
+        make(write_text(folder, TEXTS | {"test": ""}), vocabularies=(SMALL,))
+    with locked(data_dir):
+        pass
+
+
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, None])
+def test_without_locks_it_goes_on_and_says_so_in_a_line(data_dir, tmp_path, monkeypatch, capfd, error):
+    def fail(file, how):
+        raise OSError(error, os.strerror(error))
+
+    if error is None:
+        monkeypatch.setattr(prepare, "fcntl", None)
+    else:
+        monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fail)
+    (data_dir / "train_ids.pt.17.tmp").write_bytes(b"of a process that may be at work")
+    make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
+    said = capfd.readouterr().err.splitlines()
+    assert len(said) == 1 and "cannot be locked" in said[0]
+    assert (data_dir / "train_ids.pt.17.tmp").exists()
+    assert len(data.load_tokens(SMALL)["train"]) > 0
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Damage
 # ----------------------------------------------------------------------------------------------------------
@@ -548,10 +709,19 @@ def test_an_interrupt_while_writing_leaves_the_old_files(files, tmp_path, monkey
 def refusal(vocabulary=SMALL):
     """The one line with which load_tokens refuses the files."""
     with pytest.raises((OSError, ValueError)) as caught:
-        prepare.load_tokens(vocabulary)
+        data.load_tokens(vocabulary)
     message = str(caught.value)
     assert "\n" not in message
     return message
+
+
+def follow(message, vocabulary=SMALL, **values):
+    """Do as a message says: run its only command, with `values` for its placeholders. The token files then load."""
+    (command,) = re.findall(r"python data/prepare\.py(?: --[a-z-]+ (?:'[^']+'|[\w.]+))*", message)
+    for key, value in values.items():
+        command = command.replace(key, shlex.quote(str(value)))
+    prepare.main(shlex.split(command)[2:])
+    return data.load_tokens(vocabulary)
 
 
 def assert_refused(name="train_ids_500.pt"):
@@ -562,7 +732,7 @@ def assert_refused(name="train_ids_500.pt"):
 
 def change(split="train", without=(), **values):
     """Change entries of a token file."""
-    path = prepare.token_file(split, SMALL)
+    path = data.token_file(split, SMALL)
     content = torch.load(path, weights_only=True)
     content = {key: value for key, value in (content | values).items() if key not in without}
     torch.save(content, path)
@@ -578,9 +748,9 @@ class Bomb:
         return os.mkdir, (self.marker,)
 
 
-@pytest.mark.parametrize("split", prepare.SPLITS)
+@pytest.mark.parametrize("split", data.SPLITS)
 def test_one_split_missing(files, split):
-    prepare.token_file(split, SMALL).unlink()
+    data.token_file(split, SMALL).unlink()
     assert_refused(f"{split}_ids_500.pt")
 
 
@@ -589,19 +759,19 @@ def test_token_files_of_the_other_vocabulary_only(files):
     assert "bpe_vocab.json" in message and AGAIN in message
 
 
-def test_advice_for_an_own_vocabulary_names_its_size(files):
+def test_advice_for_an_own_vocabulary_names_it(files):
     BPETokenizer.train(TEXTS["val"], 300).save(files / "bpe_vocab_300.json")
-    assert f"{AGAIN} --vocab-size 300" in refusal("bpe_vocab_300.json")
+    assert f"{AGAIN} --vocabulary bpe_vocab_300.json" in refusal("bpe_vocab_300.json")
 
 
 def test_a_folder_in_place_of_a_file(files):
-    prepare.token_file("train", SMALL).unlink()
-    prepare.token_file("train", SMALL).mkdir()
-    assert "train_ids_500.pt" in refusal()
+    data.token_file("train", SMALL).unlink()
+    data.token_file("train", SMALL).mkdir()
+    assert "remove it" in assert_refused()
 
 
 def test_empty_file(files):
-    prepare.token_file("train", SMALL).write_bytes(b"")
+    data.token_file("train", SMALL).write_bytes(b"")
     assert_refused()
 
 
@@ -609,14 +779,14 @@ def test_empty_file(files):
 def test_truncated_file(files, made, keep):
     content = made["train_ids_500.pt"]
     end = int(keep * len(content)) if isinstance(keep, float) else keep
-    prepare.token_file("train", SMALL).write_bytes(content[:end])
+    data.token_file("train", SMALL).write_bytes(content[:end])
     assert_refused()
 
 
 @pytest.mark.parametrize("start", [b"", b"PK\x03\x04", b"\x80\x02", b"\x80\x05", b"{", b"\x1f\x8b", b"\x93NUMPY"])
 @pytest.mark.parametrize("size", [3, 5000])
 def test_random_bytes(files, start, size):
-    prepare.token_file("train", SMALL).write_bytes(start + np.random.default_rng(size).bytes(size))
+    data.token_file("train", SMALL).write_bytes(start + np.random.default_rng(size).bytes(size))
     assert_refused()
 
 
@@ -628,16 +798,16 @@ def test_changed_bytes_give_no_other_kind_of_error(files, made):
         changed = bytearray(content)
         place = int(random.integers(700)) * (1 if random.random() < 0.5 else -1)
         changed[place] = int(random.integers(256))
-        prepare.token_file("val", SMALL).write_bytes(changed)
+        data.token_file("val", SMALL).write_bytes(changed)
         try:
-            prepare.load_tokens(SMALL)
+            data.load_tokens(SMALL)
         except (OSError, ValueError) as error:
             assert "val_ids_500.pt" in str(error) and "\n" not in str(error), (place, changed[place])
 
 
 @pytest.mark.parametrize("kind", ["torch", "pickle", "entry"])
 def test_pickle_bomb_does_not_go_off(files, tmp_path, kind):
-    path, marker = prepare.token_file("train", SMALL), tmp_path / "marker"
+    path, marker = data.token_file("train", SMALL), tmp_path / "marker"
     if kind == "torch":
         torch.save(Bomb(marker), path)
     elif kind == "pickle":
@@ -651,7 +821,7 @@ def test_pickle_bomb_does_not_go_off(files, tmp_path, kind):
 FOREIGN = {
     "tensor": torch.arange(10),
     "weights": {"layer.weight": torch.zeros(3)},
-    "list": [prepare.FORMAT],
+    "list": [data.FORMAT],
     "number": 5,
     "old format": torch.arange(10, dtype=torch.int16),
 }
@@ -659,13 +829,13 @@ FOREIGN = {
 
 @pytest.mark.parametrize("kind", FOREIGN)
 def test_foreign_torch_file(files, kind):
-    path = prepare.token_file("train", SMALL)
+    path = data.token_file("train", SMALL)
     torch.save(FOREIGN[kind], path, _use_new_zipfile_serialization=kind != "old format")
     assert_refused()
 
 
 @pytest.mark.parametrize(
-    "key", ["version", "fingerprint", "ids", "n_tokens", "split", "n_bytes", "n_words", "dataset"]
+    "key", ["version", "fingerprint", "preparation", "ids", "n_tokens", "split", "n_bytes", "n_words", "dataset"]
 )
 def test_missing_entry(files, key):
     change(without=(key,))
@@ -678,14 +848,36 @@ def test_ids_that_are_no_tensor(files, ids):
     assert_refused()
 
 
-def test_wrong_version(files):
-    change(version=2)
-    assert "version 2" in assert_refused()
+@pytest.mark.parametrize("version", [1, 3, "2", True, 2.0, torch.tensor([2, 2])], ids=repr)
+def test_wrong_version(files, version):
+    change(version=version)
+    assert "version" in assert_refused()
+
+
+def test_files_of_the_first_version(files):
+    """They did not say which of them belong together."""
+    for split in data.SPLITS:
+        change(split, without=("preparation",), version=1)
+    assert "version 1" in assert_refused()
+
+
+@pytest.mark.parametrize("key", ["n_bytes", "n_words"])
+@pytest.mark.parametrize("value", [0, -5, True, 2.0])
+def test_counts_that_nothing_can_be_divided_by(files, key, value):
+    change("test", **{key: value})
+    assert_refused("test_ids_500.pt")
+
+
+@pytest.mark.parametrize("n", [0, 1])
+def test_a_split_without_two_tokens(files, n):
+    ids = torch.load(data.token_file("val", SMALL), weights_only=True)["ids"]
+    change("val", ids=ids[:n].clone(), n_tokens=n)
+    assert_refused("val_ids_500.pt")
 
 
 @pytest.mark.parametrize("cut", [1, 100])
 def test_number_of_ids_does_not_match(files, cut):
-    ids = torch.load(prepare.token_file("train", SMALL), weights_only=True)["ids"]
+    ids = torch.load(data.token_file("train", SMALL), weights_only=True)["ids"]
     change(ids=ids[:-cut].clone())
     assert_refused()
 
@@ -697,7 +889,7 @@ def test_token_files_of_another_tokenizer(files):
 
 
 def test_renamed_file(files):
-    shutil.copy(prepare.token_file("val", SMALL), prepare.token_file("train", SMALL))
+    shutil.copy(data.token_file("val", SMALL), data.token_file("train", SMALL))
     assert "renamed" in assert_refused()
 
 
@@ -705,6 +897,33 @@ def test_splits_of_different_data_sets(files):
     change("test", dataset="wikitext-103-v1")
     message = refusal()
     assert "wikitext-103-v1" in message and AGAIN in message
+
+
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_splits_of_different_preparations(files, tmp_path, split):
+    """Nothing but the preparation tells these texts from each other: name and tokenizer are the same."""
+    other = data.token_file(split, SMALL).read_bytes()
+    texts = {each: text + " more \n" for each, text in TEXTS.items()}
+    make(write_text(tmp_path / "text", texts), vocabularies=(SMALL,))
+    assert len(data.load_tokens(SMALL)["test"]) > 0
+    data.token_file(split, SMALL).write_bytes(other)
+    assert "together" in assert_refused(f"{split}_ids_500.pt")
+
+
+def test_a_file_that_cannot_be_read(files, monkeypatch):
+    def fail(path, **_):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+
+    monkeypatch.setattr(torch, "load", fail)
+    assert "Permission denied" in assert_refused()
+
+
+def test_damage_is_told_by_one_line_and_no_warning(files, made, recwarn):
+    protocol = made["train_ids_500.pt"].replace(b"\x80\x02}", b"\x80\x09}", 1)  # of the pickle, about which torch warns
+    data.token_file("train", SMALL).write_bytes(protocol)
+    with contextlib.suppress(ValueError):
+        data.load_tokens(SMALL)
+    assert not recwarn.list
 
 
 def test_missing_vocabulary(files):
@@ -726,6 +945,87 @@ def test_damaged_vocabulary(files, damage):
     }[damage])  # fmt: skip
     message = refusal()
     assert SMALL in message and "git checkout" in message
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Advice
+# ----------------------------------------------------------------------------------------------------------
+
+TROUBLE = {
+    "missing": lambda path: path.unlink(),
+    "damaged": lambda path: path.write_bytes(b"damage"),
+    "first version": lambda path: change("val", without=("preparation",), version=1),
+    "empty": lambda path: change("val", n_words=0),
+    "other split": lambda path: shutil.copy(data.token_file("test", SMALL), path),
+    "other text": lambda path: change("val", dataset="wikitext-103-v1"),
+    "other preparation": lambda path: change("val", preparation="0123456789abcdef"),
+    "other tokenizer": lambda path: change("val", fingerprint="0123456789abcdef"),
+    "ids": lambda path: change("val", ids=torch.full((2,), 500, dtype=torch.uint16), n_tokens=2),
+}
+
+
+@pytest.mark.parametrize("trouble", TROUBLE)
+def test_advice_of_a_refusal_mends_it(files, trouble):
+    TROUBLE[trouble](data.token_file("val", SMALL))
+    assert follow(assert_refused("val_ids_500.pt"))["val"].dataset == "sample"
+
+
+def test_advice_for_a_folder_in_place_of_a_file(files):
+    path = data.token_file("val", SMALL)
+    path.unlink()
+    path.mkdir()
+    message = assert_refused("val_ids_500.pt")
+    assert "remove it" in message
+    path.rmdir()
+    follow(message)
+
+
+@pytest.mark.parametrize("name", ["bpe_vocab.json", "bpe_vocab_300.json", "bpe_vocab_my own.json", "letters.json"])
+def test_advice_for_a_vocabulary_without_token_files_keeps_the_vocabulary(files, name):
+    if name not in data.VOCABULARIES:
+        BPETokenizer.train(TEXTS["val"], 300).save(files / name)
+    before = (files / name).read_bytes()
+    follow(refusal(name), name)
+    assert (files / name).read_bytes() == before
+
+
+@pytest.mark.parametrize("name", ["bpe_vocab.json", "bpe_vocab_300.json"])
+def test_advice_for_those_who_have_the_sample_only(data_dir, tmp_path, monkeypatch, capfd, name):
+    if name not in data.VOCABULARIES:
+        BPETokenizer.train(TEXTS["val"], 300).save(data_dir / name)
+    data.load_tokens(name)
+    said = capfd.readouterr().out.splitlines()[-1]
+    monkeypatch.setattr(prepare, "HUB_DATASET", str(write_hub(tmp_path / "hub")))  # now there is a connection
+    assert follow(said, name)["train"].dataset == "wikitext-2-v1"
+    assert "sample" not in capfd.readouterr().out
+
+
+def test_advice_of_those_without_a_hub(data_dir, tmp_path, monkeypatch, capfd):
+    data.load_tokens(SMALL)
+    with_folder, with_connection = capfd.readouterr().err.splitlines()[-1].split(", or")
+    assert follow(with_folder, DIR=write_text(tmp_path / "my text"))["train"].dataset == "my text"
+    monkeypatch.setattr(prepare, "HUB_DATASET", str(write_hub(tmp_path / "hub")))
+    assert follow(with_connection)["train"].dataset == "wikitext-2-v1"
+
+
+@pytest.mark.parametrize("options", ["--vocab-size 500", "--vocab-size 500 --sample"])
+def test_advice_to_leave_the_vocabulary_size_out(data_dir, capfd, options):
+    with pytest.raises(SystemExit):
+        prepare.main(options.split())
+    assert "leave --vocab-size out" in capfd.readouterr().err
+    prepare.main(["--sample"])
+    assert len(data.load_tokens(SMALL)["train"]) > 0
+
+
+@pytest.mark.parametrize("options", [
+    "--sample --from nowhere", "--sample --dataset wikitext-2-v1", "--vocabulary bpe_vocab.json --vocab-size 300",
+    "--vocabulary bpe_vocab.json --train-vocab",
+])  # fmt: skip
+def test_options_that_exclude_each_other(data_dir, capfd, options):
+    with pytest.raises(SystemExit) as stopped:
+        prepare.main(options.split())
+    assert stopped.value.code == 2 and "leave" in capfd.readouterr().err
+    assert not list(data_dir.glob("*.pt"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -763,7 +1063,7 @@ def test_folder_without_all_files(data_dir, tmp_path, missing):
     assert str(folder) in message and "wiki.valid.tokens" in message
 
 
-@pytest.mark.parametrize("split", prepare.SPLITS)
+@pytest.mark.parametrize("split", data.SPLITS)
 def test_file_that_is_not_utf8(data_dir, tmp_path, split):
     path = write_text(tmp_path / "wikitext") / f"wiki.{FILE_NAMES[split]}.tokens"
     path.write_bytes(" = caf\xe9 = \n".encode("latin-1"))
@@ -772,10 +1072,95 @@ def test_file_that_is_not_utf8(data_dir, tmp_path, split):
 
 
 @pytest.mark.parametrize("write", [write_text, write_parquet])
-@pytest.mark.parametrize("split", prepare.SPLITS)
+@pytest.mark.parametrize("split", data.SPLITS)
 def test_empty_split(data_dir, tmp_path, split, write):
     folder = write(tmp_path / "wikitext", TEXTS | {split: ""})
     assert f"{split} split" in source_refusal(data_dir, folder)
+
+
+@pytest.mark.parametrize("text", [" ", " " * 100, "\t\u3000", "a", "\n"], ids=repr)
+@pytest.mark.parametrize("split", data.SPLITS)
+def test_split_without_two_tokens_and_a_word(data_dir, tmp_path, split, text):
+    folder = write_text(tmp_path / "wikitext", TEXTS | {split: text})
+    assert f"{split} split" in source_refusal(data_dir, folder)
+
+
+def test_a_training_text_of_nothing_but_newlines(data_dir, tmp_path):
+    n = 100_001
+    folder = write_text(tmp_path / "text", TEXTS | {"train": "\n" * n})
+    make(folder, vocabularies=(SMALL,))
+    train = data.load_tokens(SMALL)["train"]
+    assert (train.n_bytes, train.n_words) == (n, n)
+    assert BPETokenizer.load(data.vocabulary_file(SMALL)).decode(train.ids.tolist()) == "\n" * n
+    before = snapshot(data_dir)
+    with pytest.raises(ValueError, match="the train split .* has 1 and 100001"):  # a vocabulary learned from it
+        prepare.main(["--from", str(folder), "--vocab-size", "300"])
+    assert snapshot(data_dir) == before
+
+
+@pytest.mark.parametrize("write", [write_text, write_parquet])
+@pytest.mark.parametrize("after", [1, 2, 4])
+def test_a_file_that_changes_while_it_is_read(data_dir, tmp_path, monkeypatch, write, after):
+    """In the first pass, between the splits, and before the second vocabulary reads it."""
+    folder, passes, tokenize = write(tmp_path / "wikitext"), [], prepare.tokenize
+
+    def change_first(stream, *args):
+        passes.append(stream)
+        if len(passes) == after:
+            stream = iter([next(stream), *stream]) if after > 1 else stream
+            write(folder, TEXTS | {"train": TEXTS["train"] + " more \n"})
+        return tokenize(stream, *args)
+
+    monkeypatch.setattr(prepare, "tokenize", change_first)
+    before = snapshot(data_dir)
+    with pytest.raises(ValueError, match="changed while it was read"):
+        make(folder)
+    assert snapshot(data_dir) == before
+
+
+def test_a_file_that_grows_under_the_reader(tmp_path):
+    path = write_text(tmp_path / "wikitext") / "wiki.train.tokens"
+    stream = prepare.folder_source(tmp_path / "wikitext", None)["train"][1]()
+    next(stream)
+    with open(path, "a") as file:
+        file.write(" more \n")
+    with pytest.raises(ValueError, match="changed while it was read"):
+        list(stream)
+
+
+def test_a_file_that_cannot_be_opened(data_dir, tmp_path, monkeypatch):
+    folder = write_text(tmp_path / "wikitext")
+
+    def fail(path):
+        raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
+        yield
+
+    monkeypatch.setattr(prepare, "_read_text", fail)
+    assert "wiki.train.tokens" in source_refusal(data_dir, folder)
+
+
+def test_a_folder_in_place_of_a_text(data_dir, tmp_path):
+    path = write_text(tmp_path / "wikitext") / "wiki.valid.tokens"
+    path.unlink()
+    path.mkdir()
+    assert "wiki.valid.tokens" in source_refusal(data_dir, path.parent)
+    path = write_parquet(tmp_path / "hub") / "train-00000-of-00001.parquet"
+    path.unlink()
+    path.mkdir()
+    assert path.name in source_refusal(data_dir, path.parent)
+
+
+def test_an_empty_name_is_no_folder(data_dir):
+    assert "--from" in source_refusal(data_dir, "")
+
+
+@pytest.mark.parametrize("folder, name", [
+    ("my text", "my text"), ("Ærø\n東京", "Ærø 東京"), ("caf\udce9", "caf?"), ("plays/sample", "plays/sample"),
+])  # fmt: skip
+def test_names_of_folders(data_dir, tmp_path, capfd, folder, name):
+    make(write_text(tmp_path / folder), vocabularies=(SMALL,))
+    assert data.load_tokens(SMALL)["train"].dataset == name
+    assert "bundled sample" not in capfd.readouterr().out
 
 
 def test_parquet_of_random_bytes(data_dir, tmp_path):
@@ -813,23 +1198,140 @@ def test_parquet_without_a_column_of_text(data_dir, tmp_path, column):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture(scope="module")
-def copy(tmp_path_factory):
+OFFLINE = os.environ | {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent"}
+OFFLINE.pop("PYTHONUNBUFFERED", None)  # buffered output can fail once more, at the end of the program
+
+
+def make_copy(root):
     """A copy of what `python data/prepare.py` needs."""
-    root = tmp_path_factory.mktemp("copy")
-    (root / "data").mkdir()
-    for name in ("bpe_tokenizer.py", "data/__init__.py", "data/prepare.py", "data/input.txt"):
-        shutil.copy(ROOT / name, root / name)
-    for name in prepare.VOCABULARIES:
-        shutil.copy(ROOT / "data" / name, root / "data" / name)
+    (root / "data").mkdir(parents=True)
+    code = [*ROOT.glob("bpe_*.py"), ROOT / "data" / "__init__.py", ROOT / "data" / "prepare.py"]
+    for path in (*code, *(ROOT / "data" / name for name in (*data.VOCABULARIES, prepare.SAMPLE))):
+        shutil.copy(path, root / path.relative_to(ROOT))
     return root
 
 
-def run(root, *args):
-    offline = {"HF_HUB_OFFLINE": "1", "HF_HOME": str(root / "hf")}
-    return subprocess.run(
-        [sys.executable, "data/prepare.py", *args], cwd=root, env=os.environ | offline, capture_output=True, text=True
-    )
+@pytest.fixture(scope="module")
+def copy(tmp_path_factory):
+    return make_copy(tmp_path_factory.mktemp("copies") / "copy")
+
+
+def run(root, *args, **options):
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": root, "env": OFFLINE} | options
+    return subprocess.run([sys.executable, "data/prepare.py", *args], text=True, **options)
+
+
+def test_data_may_be_a_symbolic_link(tmp_path):
+    """And prepare.py may be called from elsewhere."""
+    root = make_copy(tmp_path / "my copy")
+    (root / "data").rename(tmp_path / "elsewhere")
+    try:
+        (root / "data").symlink_to(tmp_path / "elsewhere")
+    except OSError:
+        pytest.skip("no symbolic links here")
+    command = [sys.executable, str(root / "data" / "prepare.py"), "--sample", "--vocabulary", SMALL]
+    done = subprocess.run(command, cwd=tmp_path, env=OFFLINE, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert (tmp_path / "elsewhere" / "val_ids_500.pt").is_file()
+    code = f"import sys; sys.path.insert(0, {str(root)!r}); from data import DATA_DIR, load_tokens"
+    code += f"; print(DATA_DIR); load_tokens({SMALL!r})"
+    code += "; assert not {'datasets', 'pyarrow', 'data.prepare'} & sys.modules.keys()"  # only preparing needs them
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=OFFLINE, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout.splitlines()[0] == str(root / "data")
+    # Called by the link's target, it cannot know what stands beside the link.
+    done = subprocess.run([sys.executable, "prepare.py"], cwd=root / "data", capture_output=True, text=True)
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
+    assert AGAIN in done.stderr
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-8"])
+def test_names_that_the_output_cannot_encode(data_dir, tmp_path, monkeypatch, encoding):
+    written = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(written, encoding))
+    make(write_text(tmp_path / "Ærø 東京"), vocabularies=(SMALL,))
+    expected = {"ascii": "\\xc6r\\xf8 \\u6771\\u4eac", "cp1252": "Ærø \\u6771\\u4eac", "utf-8": "Ærø 東京"}
+    assert [expected[encoding] in line for line in written.getvalue().decode(encoding).splitlines()] == [True] * 3
+    assert data.load_tokens(SMALL)["test"].dataset == "Ærø 東京"
+
+
+def test_output_to_a_full_disk_or_a_closed_file(data_dir, tmp_path, monkeypatch):
+    if os.path.exists("/dev/full"):
+        full = open("/dev/full", "w")
+        monkeypatch.setattr(sys, "stdout", full)
+        make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
+        with contextlib.suppress(OSError):
+            full.close()
+    closed = io.StringIO()
+    closed.close()
+    for nothing in (closed, None):
+        monkeypatch.setattr(sys, "stdout", nothing)
+        make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
+
+
+# The command line, with a pause after the second file.
+PAUSING = """
+import runpy, sys, time, torch
+save, saved = torch.save, []
+def pause(content, path):
+    save(content, path)
+    saved.append(path)
+    if len(saved) == 2:
+        print("now", flush=True)
+        time.sleep(60)
+torch.save = pause
+sys.argv = ["data/prepare.py", *sys.argv[1:]]
+runpy.run_path("data/prepare.py", run_name="__main__")
+"""
+
+
+@pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_stops_it_in_one_line_and_changes_nothing(tmp_path, made, number, code):
+    root = make_copy(tmp_path / "copy")
+    for name, content in made.items():
+        (root / "data" / name).write_bytes(content)
+    before = snapshot(root / "data")
+    command = [sys.executable, "-c", PAUSING, "--sample", "--vocab-size", "300"]
+    child = subprocess.Popen(command, cwd=root, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert child.stdout.readline() == "now\n"
+    assert len(list((root / "data").glob("*.tmp"))) == 3  # a vocabulary and two splits
+    child.send_signal(number)
+    out, err = child.communicate(timeout=60)
+    assert (child.returncode, out) == (code, "")
+    assert len(err.splitlines()) == 1 and "stopped" in err
+    assert snapshot(root / "data") == before
+
+
+# In a mount namespace of its own: a small disk on which data/ lies, and a copy of what is left there afterwards.
+ON_A_SMALL_DISK = """
+mount -t tmpfs -o size=$SIZE tmpfs "$DISK" || exit 99
+cp data/* "$DISK"
+mv data before; ln -s "$DISK" data
+"$@"; code=$?
+cp -r "$DISK" "$LEFT"
+exit $code
+"""
+
+
+def test_a_real_disk_that_is_full(tmp_path, made):
+    root = make_copy(tmp_path / "copy")
+    for name, content in made.items():
+        (root / "data" / name).write_bytes(content)
+    before = snapshot(root / "data")
+    (tmp_path / "disk").mkdir()
+    where = {"SIZE": "900k", "DISK": str(tmp_path / "disk"), "LEFT": str(tmp_path / "left")}
+    unshare = ["unshare", "--user", "--map-root-user", "--mount", "sh", "-c", ON_A_SMALL_DISK, "sh"]
+    try:
+        done = subprocess.run([*unshare, sys.executable, "-B", "data/prepare.py", "--sample"], cwd=root,
+                              env=OFFLINE | where, capture_output=True, text=True)  # fmt: skip
+    except FileNotFoundError:
+        pytest.skip("there is no unshare here")
+    if done.returncode in (1, 99) and not (tmp_path / "left").exists():
+        pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
+    assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
+    assert "is the disk full?" in done.stderr
+    assert snapshot(tmp_path / "left") == before
 
 
 def test_command_line_makes_six_files_of_the_sample(copy):
@@ -837,7 +1339,7 @@ def test_command_line_makes_six_files_of_the_sample(copy):
     assert done.returncode == 0, done.stderr
     assert done.stderr == ""
     names = {line.split(":")[0] for line in done.stdout.splitlines()}
-    made = {f"data/{split}_ids{size}.pt" for split in prepare.SPLITS for size in ("", "_500")}
+    made = {f"data/{split}_ids{size}.pt" for split in data.SPLITS for size in ("", "_500")}
     assert names == made
     assert all((copy / name).is_file() for name in names)
 
@@ -850,14 +1352,30 @@ def test_command_line_with_a_missing_folder_says_so_in_one_line(copy):
     assert "nowhere" in done.stderr and "--from" in done.stderr
 
 
-def test_command_line_makes_a_vocabulary_of_its_own(copy):
-    done = run(copy, "--vocab-size", "300", "--sample")
-    assert done.returncode == 0, done.stderr
+def test_command_line_makes_a_vocabulary_of_its_own_even_if_nobody_reads_what_it_prints(copy):
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = run(copy, "--vocab-size", "300", "--sample", stdout=writing)
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (0, "")
     assert BPETokenizer.load(copy / "data" / "bpe_vocab_300.json").vocab_size == 300
-    for split in prepare.SPLITS:
+    for split in data.SPLITS:
         content = torch.load(copy / "data" / f"{split}_ids_300.pt", weights_only=True)
         assert content["tokenizer"] == "bpe_vocab_300.json"
         assert int(content["ids"].to(torch.int32).max()) < 300
+
+
+def test_a_text_with_too_few_pairs_gives_a_smaller_vocabulary_and_says_so(data_dir, tmp_path, capfd):
+    folder = write_text(tmp_path / "text", dict.fromkeys(TEXTS, "the cat sat on the mat \n" * 9))
+    prepare.main(["--from", str(folder), "--vocab-size", "5000"])
+    out, err = capfd.readouterr()
+    size = BPETokenizer.load(data.vocabulary_file("bpe_vocab_5000.json")).vocab_size
+    assert size < 300
+    assert len(err.splitlines()) == 1 and f"{size} tokens instead of 5,000" in err
+    assert len(out.splitlines()) == 4 and f"bpe_vocab_5000.json: {size} tokens" in out
+    assert int(data.load_tokens("bpe_vocab_5000.json")["train"].ids.numpy().max()) < size
+    prepare.main(["--from", str(folder), "--vocab-size", "260"])
+    assert capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("size", ["5", "0", "-1", "256", "65537", "many"])
