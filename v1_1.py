@@ -15,31 +15,24 @@ about it:
 What is new against v1: `loss_in_chunks`, the loop over micro-batches, `return_freed_memory`, and the table that shows
 where the memory goes.
 
-What it reaches on WikiText-2: val bpb 1.819, word perplexity 663, 12.7 minutes of training on two CPU cores.
-
     python v1_1.py                              train, evaluate, write a sample: results in runs/v1_1/
     python v1_1.py MICRO_BATCH_SIZE=64          set any of the constants below for one run
+    python v1_1.py RESUME=True                  go on from the last checkpoint
 """
 
-import ast
 import ctypes
 import functools
-import json
 import math
-import re
-import sys
-import time
-from pathlib import Path
 
+import numpy as np
 import torch
-import torch._dynamo  # torch.optim loads it when first used: here it counts as a library, not as training memory
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
-from tqdm import tqdm
 
+import harness
 from bpe_tokenizer import BPETokenizer
-from data.prepare import load_tokens, vocabulary_file
+from data import load_tokens, vocabulary_file
 
 # ----------------------------------------------------------------------------------------------------------
 # Hyperparameters
@@ -52,7 +45,7 @@ CHUNK_SIZE = 128  # tokens whose logits exist at the same time
 BLOCK_SIZE = 128  # tokens in a window
 CONTEXT_SIZE = 8  # tokens that the model looks at to guess the next one
 MAX_STEPS = 640  # 1.72 times the training text
-EVAL_INTERVAL = 160  # steps between two evaluations; at least one an epoch is made
+EVAL_INTERVAL = 160  # steps between two evaluations and checkpoints; at least one an epoch is made
 PATIENCE = 3  # evaluations without a better one after which training stops early
 LEARNING_RATE = 2e-3
 N_EMBD = 64  # numbers that describe a token
@@ -61,9 +54,8 @@ SAMPLE_TOKENS = 200  # length of the sample written at the end
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v1_1"  # where the results go
+RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
 # For one GPU: BATCH_SIZE = 256, N_EMBD = 128, N_HIDDEN = 1024, MAX_STEPS = 2000.
-
-RUNG = Path(__file__).stem
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -72,23 +64,22 @@ RUNG = Path(__file__).stem
 
 
 @functools.lru_cache(maxsize=1)
-def window_starts(n_tokens, batch_size, block_size, seed):
-    """Where the windows of one epoch start: cut at a random offset, in random order, (batches, B)."""
+def window_starts(n_tokens, batch_size, block_size, seed, epoch):
+    """Where the windows of an epoch start: cut at a random offset, in random order, (batches, B)."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
         raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
                          f"{block_size}; lower BATCH_SIZE or BLOCK_SIZE, or train on a longer text")
-    random = torch.Generator().manual_seed(seed)
-    offset = torch.randint(block_size, (1,), generator=random)
-    order = torch.randperm(n_batches * batch_size, generator=random)
-    return (offset + block_size * order).view(n_batches, batch_size)
+    random = np.random.default_rng((seed, epoch))  # independent of every other seed and epoch
+    starts = random.integers(block_size) + block_size * random.permutation(n_batches * batch_size)
+    return torch.from_numpy(starts).view(n_batches, batch_size)
 
 
 def get_batch(ids, step):
     """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
-    starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED + epoch)[k]
+    starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
     windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -118,6 +109,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, vocab_size):
         super().__init__()
+        self.context_size = CONTEXT_SIZE
         self.embedding = nn.Embedding(vocab_size, N_EMBD)
         self.hidden = nn.Linear(CONTEXT_SIZE * N_EMBD, N_HIDDEN)
         self.head = nn.Linear(N_HIDDEN, vocab_size)
@@ -125,8 +117,8 @@ class LanguageModel(nn.Module):
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
         x = self.embedding(idx)  # (B, T, C)
-        x = F.pad(x, (0, 0, CONTEXT_SIZE - 1, 0))  # zeros stand before the window
-        x = x.unfold(1, CONTEXT_SIZE, 1).flatten(2)  # (B, T, C * CONTEXT_SIZE)
+        x = F.pad(x, (0, 0, self.context_size - 1, 0))  # zeros stand before the window
+        x = x.unfold(1, self.context_size, 1).flatten(2)  # (B, T, C * CONTEXT_SIZE)
         x = self.hidden(x).tanh()  # (B, T, N_HIDDEN)
         if targets is None:
             return self.head(x)  # (B, T, V)
@@ -154,9 +146,9 @@ def evaluate(model, tokens):
                 nats += model(x[part].view(shape), y[part].view(shape)).item() * len(x[part])
     model.train()
     return {
-        "val_loss": nats / n,
-        "val_bpb": nats / (math.log(2) * tokens.n_bytes),
-        "val_word_ppl": math.exp(min(nats / tokens.n_words, 700)),
+        "loss": nats / n,
+        "bpb": nats / (math.log(2) * tokens.n_bytes),
+        "word_ppl": math.exp(min(nats / tokens.n_words, 700)),
     }
 
 
@@ -165,52 +157,30 @@ def evaluate(model, tokens):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def train(model, tokens):
-    """Train on tokens["train"], keep the weights that are best on tokens["val"] in OUT_DIR/model.pt.
-
-    Returns the log, a list with one dict for each evaluation.
-    """
+def train(model, tokens, run):
+    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    log, best, worse, seconds, losses = [], math.inf, 0, 0.0, []
-    eval_interval = max(1, min(EVAL_INTERVAL, len(tokens["train"]) // (BATCH_SIZE * BLOCK_SIZE)))
-    bar = tqdm(total=MAX_STEPS, desc="training", unit="step", disable=None)
-    start = time.perf_counter()
-    for step in range(MAX_STEPS + 1):
-        if step % eval_interval == 0 or step == MAX_STEPS:
-            train_loss = torch.tensor(losses).mean().item() if losses else None
-            seconds += time.perf_counter() - start  # the clock stands still while evaluating
+    state = run.resume(model, optimizer)  # step, best loss, evaluations without a better one
+    for step in range(state.step, MAX_STEPS + 1):
+        if run.evaluation_due(step):
             metrics = evaluate(model, tokens["val"])
-            seen = step * BATCH_SIZE * BLOCK_SIZE
-            log.append({"step": step, "tokens_seen": seen, "seconds": seconds, "train_loss": train_loss, **metrics})
-            bar.write(f"step {step:5}  {seconds:5.0f} s  training loss {f'{train_loss:.4f}' if losses else '-':>6}  "
-                      f"val loss {metrics['val_loss']:.4f}  val bpb {metrics['val_bpb']:.4f}")
-            if metrics["val_loss"] < best:
-                best, worse = metrics["val_loss"], 0
-                write_whole("model.pt", lambda path: torch.save(model.state_dict(), path))
-            else:
-                worse += 1
-            if step == MAX_STEPS or worse >= PATIENCE:
-                break
-            losses, start = [], time.perf_counter()
+            state.bad_evals += 1
+            if metrics["loss"] < state.best:
+                state.best, state.bad_evals = metrics["loss"], 0
+                run.save_best()
+            run.log(step, metrics)
+        if step == MAX_STEPS or state.bad_evals >= PATIENCE:
+            break
 
         x, y = get_batch(tokens["train"].ids, step)
         loss = 0.0
         for micro_x, micro_y in zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE)):
-            part = model(micro_x, micro_y) * (len(micro_x) / BATCH_SIZE)
-            part.backward()
-            loss += part.detach()
+            micro_loss = model(micro_x, micro_y) * (len(micro_x) / len(x))
+            micro_loss.backward()
+            loss += micro_loss.detach()
         optimizer.step()
         optimizer.zero_grad()
-
-        losses.append(loss.item())
-        bar.update()
-        if step % 10 == 0:
-            rate = (step + 1) * BATCH_SIZE * BLOCK_SIZE / (seconds + time.perf_counter() - start)
-            bar.set_postfix_str(f"loss {losses[-1]:.3f}, {rate:,.0f} tokens/s")
-    bar.close()
-    if worse >= PATIENCE:
-        print(f"stopped early: no better validation loss in {PATIENCE} evaluations")
-    return log
+        run.step(loss)
 
 
 def return_freed_memory():
@@ -221,9 +191,9 @@ def return_freed_memory():
         pass
 
 
-def print_memory(model, tokens, import_mb, peak_mb):
+def print_memory(model, tokens, run):
     """Print where the memory goes, counted from the shapes, beside the same count for v1, and what was measured."""
-    n_params, vocab_size = sum(p.numel() for p in model.parameters()), model.head.out_features
+    n_params, vocab_size = run.n_params, model.head.out_features
     n_ids = sum(len(split) for split in tokens.values())
     per_token = 4 * (N_EMBD + CONTEXT_SIZE * N_EMBD + N_HIDDEN)  # embedding, window, hidden layer, in float32
     batch, micro_batch = BATCH_SIZE * BLOCK_SIZE, MICRO_BATCH_SIZE * BLOCK_SIZE
@@ -236,10 +206,10 @@ def print_memory(model, tokens, import_mb, peak_mb):
         ("activations: batch; micro-batch", per_token * batch, per_token * micro_batch),
         ("logits, their log-softmax and gradient: batch; chunk", 12 * vocab_size * batch, 12 * vocab_size * chunk),
     ]
-    print(f"{'memory, MB':55}{'v1':>8}{RUNG:>8}")
+    print(f"{'memory, MB':55}{'v1':>8}{'v1_1':>8}")
     for name, there, here in rows + [("sum", *(sum(row[i] for row in rows) for i in (1, 2)))]:
         print(f"{name:55}{there / 1e6:8.1f}{here / 1e6:8.1f}")
-    print(f"{'measured: peak above the imported libraries':63}{peak_mb - import_mb:8.1f}")
+    print(f"{'measured: peak above the imported libraries':63}{run.peak_mb - run.import_mb:8.1f}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -253,7 +223,7 @@ def generate(model, ids, n_tokens):
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -BLOCK_SIZE:])[:, -1]  # (1, V)
+        logits = model(idx[:, -model.context_size :])[:, -1]  # (1, V)
         idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
     return idx[0].tolist()
 
@@ -263,150 +233,23 @@ def generate(model, ids, n_tokens):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def constants():
-    """The hyperparameters: every UPPER_CASE number or string of this file."""
-    return {k: v for k, v in globals().items()
-            if k.isupper() and k != "RUNG" and type(v) in (bool, int, float, str)}  # fmt: skip
-
-
-def set_constants(arguments):
-    """Set constants from NAME=value arguments. Raises ValueError for an unknown name or a value of another type."""
-    for argument in arguments:
-        name, _, value = argument.partition("=")
-        if name not in constants():
-            raise ValueError(f"there is no constant {name!r}; known are {', '.join(constants())}")
-        kind = type(globals()[name])
-        try:
-            new = value if kind is str else ast.literal_eval(value)
-            if kind is float and type(new) is int:
-                new = float(new)
-            if type(new) is not kind:
-                raise ValueError
-        except (ValueError, SyntaxError, TypeError):
-            raise ValueError(f"{name}={value}: {name} must be of type {kind.__name__}") from None
-        globals()[name] = new
-
-
-def check_constants():
-    """Raises ValueError if a constant has an impossible value, or DEVICE cannot be used here."""
-    for name, value in constants().items():
-        if type(value) is int and value < 1 and name != "SEED":
-            raise ValueError(f"{name}={value} must be 1 or more")
-        if type(value) is int and abs(value) >= 2**31:
-            raise ValueError(f"{name}={value} must be less than 2**31")
-        if type(value) is float and not 0 <= value <= 1e38:
-            raise ValueError(f"{name}={value} must not be negative or above 1e38")
-    try:
-        torch.zeros(1, device=DEVICE).item()
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"DEVICE={DEVICE} cannot be used here: {str(error).splitlines()[0]}") from None
-
-
-def peak_memory_mb():
-    """Peak resident memory of this process, or the accelerator's peak allocation, in MB."""
-    if DEVICE.startswith("cuda"):
-        return torch.cuda.max_memory_allocated() / 1e6
-    try:
-        return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-    except OSError:  # not Linux
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)
-
-
-def write_whole(name, write):
-    """Make OUT_DIR/`name` by `write(path)`, whole or not at all."""
-    path = Path(OUT_DIR) / name
-    beside = path.with_name("writing-" + name)
-    try:
-        write(beside)
-        beside.replace(path)
-    except (OSError, RuntimeError) as error:  # torch answers a full disk with errors of its own
-        why = getattr(error.__context__ or error, "strerror", None) or f"disk full? {str(error).splitlines()[0]}"
-        raise OSError(f"cannot write {path}: {why}; make room, or choose another OUT_DIR") from None
-    finally:
-        if beside.exists():
-            beside.unlink()
-
-
-def plot_loss(log, path):
-    """Draw training and validation loss over the tokens seen."""
-    import matplotlib.pyplot as plt
-
-    figure, axes = plt.subplots(figsize=(7, 4.5), layout="constrained")
-    seen = [line["tokens_seen"] / 1e6 for line in log]
-    axes.plot(seen[1:], [line["train_loss"] for line in log[1:]], "o-", label="training (mean since the last point)")
-    axes.plot(seen, [line["val_loss"] for line in log], "s-", label="validation")
-    axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=RUNG)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120, format="png")
-    plt.close(figure)
-
-
 def main():
-    """Train, evaluate and sample; write the results to OUT_DIR. Returns the summary, a dict."""
-    check_constants()
+    """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict."""
     return_freed_memory()
-    import_mb = peak_memory_mb()
-    torch.manual_seed(SEED)
-    Path(OUT_DIR).mkdir(parents=True, exist_ok=True)
-    tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
-    tokens = load_tokens(VOCABULARY)
-    model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
-    n_params = sum(p.numel() for p in model.parameters())
-    print(f"{RUNG} on {tokens['train'].dataset}: {n_params:,} parameters, {len(tokens['train']):,} training tokens, "
-          f"{DEVICE}")
+    with harness.Run(globals()) as run:
+        tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
+        tokens = load_tokens(VOCABULARY)
+        torch.manual_seed(SEED)
+        model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
+        run.begin(model, tokens)
+        train(model, tokens, run)
 
-    log = train(model, tokens)
-    peak_mb = peak_memory_mb()
-    print_memory(model, tokens, import_mb, peak_mb)
-    model.load_state_dict(torch.load(Path(OUT_DIR) / "model.pt", weights_only=True))
-    best = min(log, key=lambda line: line["val_loss"])
-
-    sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
-    print(f"--- sample ---\n{sample}\n--------------")
-    summary = {
-        "rung": RUNG,
-        "dataset": tokens["train"].dataset,
-        "tokenizer": VOCABULARY,
-        "seed": SEED,
-        "device": DEVICE,
-        "dtype": "float32",
-        "n_params": n_params,
-        "steps": log[-1]["step"],
-        "tokens_seen": log[-1]["tokens_seen"],
-        "bytes_seen": round(log[-1]["tokens_seen"] * tokens["train"].n_bytes / len(tokens["train"])),
-        "train_seconds": log[-1]["seconds"],
-        "tokens_per_second": log[-1]["tokens_seen"] / log[-1]["seconds"],
-        "import_memory_mb": import_mb,
-        "peak_memory_mb": peak_mb,
-        "val_loss": best["val_loss"],
-        "val_bpb": best["val_bpb"],
-        "val_word_ppl": best["val_word_ppl"],
-        "best_step": best["step"],
-        "hyperparameters": constants(),
-    }
-    write_whole("log.jsonl", lambda path: path.write_text("".join(json.dumps(line) + "\n" for line in log)))
-    write_whole("sample.txt", lambda path: path.write_text(sample, encoding="utf-8"))
-    write_whole("loss.png", lambda path: plot_loss(log, path))
-    write_whole("summary.json", lambda path: path.write_text(json.dumps(summary, indent=1) + "\n"))
-    print(f"{RUNG} on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, word perplexity "
-          f"{summary['val_word_ppl']:,.1f}, {n_params:,} parameters, {summary['train_seconds']:.0f} s, peak memory "
-          f"{summary['peak_memory_mb']:,.0f} MB")
-    return summary
+        run.load_best(model)
+        print_memory(model, tokens, run)
+        torch.manual_seed(SEED)
+        sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
+        return run.finish(sample)
 
 
 if __name__ == "__main__":
-    try:
-        set_constants(sys.argv[1:])
-        main()
-    except (OSError, ValueError) as error:
-        sys.exit(f"{RUNG}.py: {error}")
-    except (MemoryError, RuntimeError) as error:
-        if not re.search("memory|size calculation", repr(error), re.IGNORECASE):
-            raise
-        sys.exit(f"{RUNG}.py: out of memory; lower MICRO_BATCH_SIZE, N_EMBD or N_HIDDEN")
-    except KeyboardInterrupt:
-        print(f"{RUNG}.py: stopped", file=sys.stderr)
-        sys.exit(130)
+    harness.start(globals())

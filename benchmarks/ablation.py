@@ -15,10 +15,8 @@ import argparse
 import hashlib
 import json
 import math
-import re
 import subprocess
 import sys
-import time
 from pathlib import Path
 from statistics import mean
 
@@ -29,9 +27,10 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import v4_alibi_rope as v4  # noqa: E402
+from benchmarks.steps import run_steps  # noqa: E402
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 from bpe_tokenizer import BPETokenizer  # noqa: E402
-from data.prepare import load_tokens, vocabulary_file  # noqa: E402
+from data import load_tokens, vocabulary_file  # noqa: E402
 
 SEEDS, SECONDS = (1337, 1338, 1339), 100
 
@@ -54,7 +53,7 @@ def adamw_for_all():
         groups = [{"params": blocks, "lr": 2e-3}, {"params": others, "lr": v4.LEARNING_RATE_ADAMW}]
         adamw = torch.optim.AdamW(groups, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
         for group in adamw.param_groups:
-            group["highest_lr"] = group["lr"]
+            group["initial_lr"] = group["lr"]
         return (adamw,)
 
     v4.make_optimizers = make_optimizers
@@ -76,8 +75,8 @@ def gelu():
     """GELU as in v3, instead of ReLU squared."""
 
     def forward(self, x):
-        x = self.inner(x)
-        return self.out(x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)))
+        x = self.fc(x)
+        return self.proj(x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x)))
 
     v4.MLP.forward = forward
 
@@ -98,33 +97,23 @@ VARIANTS = {
 
 def train(variant, seed, seconds):
     """Train a variant for some seconds. Returns the metrics over the validation split, steps and tokens seen."""
-    v4.SEED = seed
-    v4.keep_freed_memory()
+    v4.SEED, clock = seed, {"spent": 0.0, "steps": 0}
     VARIANTS[variant]()
     tokens = load_tokens(v4.VOCABULARY)
     torch.manual_seed(seed)
     model = v4.LanguageModel(BPETokenizer.load(vocabulary_file(v4.VOCABULARY)).vocab_size, "rope").to(v4.DEVICE)
-    optimizers = v4.make_optimizers(model)
-    first = v4.get_batch(tokens["train"].ids, 0)
-    compiled = v4.compile_model(model, *(t[: v4.MICRO_BATCH_SIZE] for t in first))
-    step, spent = 0, 0.0
-    while spent < seconds:
-        start, left = time.perf_counter(), 1 - spent / seconds
-        factor = min(1, (step + 1) / v4.WARMUP_STEPS, left / v4.COOLDOWN)
-        for optimizer in optimizers:
-            for group in optimizer.param_groups:
-                group["lr"] = group["highest_lr"] * factor
-        x, y = v4.get_batch(tokens["train"].ids, step)
-        for micro_x, micro_y in zip(x.split(v4.MICRO_BATCH_SIZE), y.split(v4.MICRO_BATCH_SIZE)):
-            with v4.autocast():
-                loss = compiled(micro_x, micro_y) * (len(micro_x) / v4.BATCH_SIZE)
-            loss.backward()
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-        step += 1
-        spent += time.perf_counter() - start
-    return {"steps": step, "tokens_seen": step * x.numel(), **v4.evaluate(model, tokens["val"])}
+
+    def lr_factor(step):
+        return min(1, (step + 1) / v4.WARMUP_STEPS, (1 - clock["spent"] / seconds) / v4.COOLDOWN)
+
+    def on_step(spent):
+        clock["spent"], clock["steps"] = spent, clock["steps"] + 1
+        return spent < seconds
+
+    v4.lr_factor = lr_factor
+    run_steps(v4, model, tokens["train"].ids, on_step)
+    metrics = {f"val_{k}": v for k, v in v4.evaluate(model, tokens["val"]).items()}
+    return {"steps": clock["steps"], "tokens_seen": clock["steps"] * v4.BATCH_SIZE * v4.BLOCK_SIZE, **metrics}
 
 
 def report(runs, seeds, seconds):
@@ -153,8 +142,7 @@ def main():
         return
     seeds, seconds = (SEEDS[:1], 5) if args.quick else (SEEDS[: args.seeds], SECONDS)
     path = RESULTS / "ablation.json"
-    source = re.sub("(?m)^What it reaches.*\n", "", (ROOT / "v4_alibi_rope.py").read_text(encoding="utf-8"))
-    version = hashlib.sha256(source.encode()).hexdigest()[:16]
+    version = hashlib.sha256((ROOT / "v4_alibi_rope.py").read_bytes()).hexdigest()[:16]
     stored = json.loads(path.read_text()) if path.exists() and not args.quick else {}
     runs = stored["runs"] if stored.get("version") == version and stored.get("seconds") == seconds else {}
     for seed in seeds:

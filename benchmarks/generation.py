@@ -50,7 +50,7 @@ def plain_loop(model, ids, n_tokens):
     """`generate` of v3: every new token takes a pass over the whole text."""
     idx = torch.tensor([ids], device=v4.DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -v4.BLOCK_SIZE :])[:, -1] / v4.TEMPERATURE  # (1, V)
+        logits = model(idx[:, -model.block_size :])[:, -1] / v4.TEMPERATURE  # (1, V)
         idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
     return idx[0].tolist()
 
@@ -76,7 +76,7 @@ def hugging_face():
 def largest_difference(model):
     """Between the logits of single tokens with a cache, and those of the whole text at once."""
     idx = torch.randint(VOCAB_SIZE, (1, TOKENS), device=v4.DEVICE)
-    cache = v4.KVCache()
+    cache = v4.KVCache(model)
     cached = torch.cat([model(idx[:, i : i + 1], cache=cache) for i in range(TOKENS)], dim=1)
     difference = (cached - model(idx)).abs().max().item()
     if not difference < TOLERANCE:

@@ -24,12 +24,13 @@ from statistics import median
 
 import torch
 import torch.distributed as dist
-from torch import nn
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import harness  # noqa: E402
 import v3  # noqa: E402
+from benchmarks.steps import random_tokens, run_steps  # noqa: E402
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
 VOCAB_SIZE = {"cpu": 4096, "cuda": 50304}
@@ -52,38 +53,31 @@ LINKS = {  # bytes per second that a process can send, 80% of what the makers sa
 def work():
     """Of one process: seconds of its steps and of the exchange alone. The first process prints them."""
     kind = torch.device(v3.DEVICE).type
-    v3.set_constants([f"{name}={value}" for name, value in SHAPE[kind].items()])
+    harness.set_constants(vars(v3), [f"{name}={value}" for name, value in SHAPE[kind].items()])
     v3.BATCH_SIZE = v3.MICRO_BATCH_SIZE * int(os.environ["WORLD_SIZE"])
-    with v3.processes():
-        v3.keep_freed_memory()
+    with harness.init_distributed(vars(v3)):
         torch.manual_seed(v3.SEED)
-        ids = torch.randint(VOCAB_SIZE[kind], (4 * v3.BATCH_SIZE * v3.BLOCK_SIZE,))
         model = v3.LanguageModel(VOCAB_SIZE[kind]).to(v3.DEVICE)
-        optimizer = v3.make_optimizer(model)
-        compiled = v3.compile_model(model, *v3.get_batch(ids, 0))
         gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=v3.DEVICE)
-        steps, exchanges = [], []
-        for step in range(WARM_UP + STEPS):
-            v3.wait_for_all()
-            start = time.perf_counter()
-            x, y = v3.get_batch(ids, step)
-            with v3.autocast():
-                loss = compiled(x, y)
-            loss.backward()
-            v3.sum_over_ranks(loss.detach().cpu())
-            nn.utils.clip_grad_norm_(model.parameters(), v3.GRAD_CLIP)
-            optimizer.step()
-            optimizer.zero_grad()
-            v3.sum_over_ranks(torch.zeros(1))  # on a GPU it returns when the step is done
-            steps.append(time.perf_counter() - start)
-            if v3.n_ranks() > 1:
+        ends, steps, exchanges = [], [], []
+
+        def on_step(seconds):
+            harness.all_reduce(torch.zeros(1))
+            if ends:
+                steps.append(time.perf_counter() - ends[-1])
+            if harness.world_size() > 1:
                 start = time.perf_counter()
                 dist.all_reduce(gradients)
-                v3.sum_over_ranks(torch.zeros(1))
+                harness.all_reduce(torch.zeros(1))  # on a GPU it returns when the exchange is done
                 exchanges.append(time.perf_counter() - start)
+            harness.barrier()
+            ends.append(time.perf_counter())
+            return len(steps) < WARM_UP + STEPS
+
+        run_steps(v3, model, random_tokens(v3, VOCAB_SIZE[kind]), on_step)
         print(json.dumps({
             "device": v3.DEVICE, "threads": torch.get_num_threads(), "parameters": gradients.numel(),
-            "tokens": x.numel(), "steps": steps[WARM_UP:], "exchanges": exchanges[WARM_UP:],
+            "tokens": v3.MICRO_BATCH_SIZE * v3.BLOCK_SIZE, "steps": steps[WARM_UP:], "exchanges": exchanges[WARM_UP:],
         }), flush=True)  # fmt: skip
 
 

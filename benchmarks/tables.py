@@ -1,23 +1,23 @@
-"""What the benchmarks share: where results go, tables, and the words for a machine."""
+"""Tables, the words for a machine, and where the results of benchmarks go."""
 
 import platform
 import re
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).resolve().parents[1]
 RESULTS = ROOT / "results" / "benchmarks"
 
 
-def table(head, rows):
-    """A Markdown table; all columns but the first are aligned to the right."""
-    lines = [head, ["---"] + ["---:"] * (len(head) - 1), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines) + "\n"
+def table(head, rows, left=(0,)):
+    """A Markdown table; the columns whose numbers are not in `left` are aligned to the right."""
+    ruler = ["---" if i in left else "---:" for i in range(len(head))]
+    return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in (head, ruler, *rows))
 
 
 def machine():
     """Processor, number of cores, and versions."""
+    import torch
+
     try:
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux, or a processor without a name

@@ -41,10 +41,10 @@ import numpy as np
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))  # so that `python benchmarks/tokenizer.py` finds the tokenizer
 
+from benchmarks import tables  # noqa: E402
 from bpe_tokenizer import GPT2_PATTERN, BPETokenizer  # noqa: E402
 
 VOCABULARY = ROOT / "data" / "bpe_vocab.json"
-RESULTS = ROOT / "results" / "benchmarks"
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
 OURS, PEERS = "bpe_tokenizer", ("rustbpe", "tokenizers", "sentencepiece", "tiktoken")
 MB = 1_000_000
@@ -142,9 +142,8 @@ def show(value):
 
 def table(rows, *columns):
     """Say a Markdown table of the rows' `columns`; those of numbers are aligned to the right."""
-    ruler = ["---" if isinstance(rows[0][column], str) else "---:" for column in columns]
-    lines = [columns, ruler, *([show(row.get(column, "–")) for column in columns] for row in rows)]
-    say("\n".join("| " + " | ".join(cells) + " |" for cells in lines))
+    left = [i for i, column in enumerate(columns) if isinstance(rows[0][column], str)]
+    say(tables.table(columns, [[show(row.get(column, "–")) for column in columns] for row in rows], left).rstrip())
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -384,7 +383,7 @@ def streams(settings, path):
 def preparing(settings, text, long, copy):
     """Runs data/prepare.py in a copy of what it needs, so that the token files of this checkout stay as they are."""
     (copy / "data").mkdir(parents=True)
-    for path in (ROOT / "bpe_tokenizer.py", *ROOT.glob("data/*.py"), VOCABULARY, ROOT / "data" / "bpe_vocab_500.json"):
+    for path in (*ROOT.glob("bpe_*.py"), *ROOT.glob("data/*.py"), VOCABULARY, ROOT / "data" / "bpe_vocab_500.json"):
         shutil.copy(path, copy / path.relative_to(ROOT))
     one = f"from data.prepare import *; prepare(*open_source({str(long)!r}), ['bpe_vocab.json'])"
     rows = []
@@ -438,10 +437,10 @@ def main(argv=None):
         streams(settings, long / train.name)
         preparing(settings, text, long, Path(temporary, "copy"))
     if not args.quick:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "tokenizer.md").write_text("\n\n".join(PRINTED) + "\n", encoding="utf-8")
+        tables.RESULTS.mkdir(parents=True, exist_ok=True)
+        (tables.RESULTS / "tokenizer.md").write_text("\n\n".join(PRINTED) + "\n", encoding="utf-8")
         content = {"date": str(date.today()), "sample": not folder, "machine": facts, "measured": MEASURED}
-        (RESULTS / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        (tables.RESULTS / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -38,6 +38,8 @@ from torch import nn
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+import harness  # noqa: E402
+from benchmarks.steps import random_tokens, run_steps  # noqa: E402
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
 GPT2 = "GPT-2's size"
@@ -63,28 +65,14 @@ def random_batch(shape, device):
     return windows[:, :-1], windows[:, 1:]
 
 
-def own_step(rung, shape, *position):
-    """A step as in `train` of v3, or with a position scheme as in v4's, which does not clip gradients."""
+def rung_steps(turns, rung, shape, *position):
+    """Steps of a rung, made by its own `train`."""
     rung = importlib.import_module(rung)
-    rung.set_constants([f"{name}={value}" for name, value in shape.items() if name.isupper()])
-    rung.keep_freed_memory()
-    x, y = random_batch(shape, rung.DEVICE)
+    harness.set_constants(vars(rung), [f"{name}={value}" for name, value in shape.items() if name.isupper()])
+    torch.manual_seed(rung.SEED)
     model = rung.LanguageModel(shape["vocabulary"], *position).to(rung.DEVICE)
-    optimizers = rung.make_optimizers(model) if position else [rung.make_optimizer(model)]
-    compiled = rung.compile_model(model, x[: rung.MICRO_BATCH_SIZE], y[: rung.MICRO_BATCH_SIZE])
-
-    def step():
-        for micro_x, micro_y in zip(x.split(rung.MICRO_BATCH_SIZE), y.split(rung.MICRO_BATCH_SIZE)):
-            with rung.autocast():
-                loss = compiled(micro_x, micro_y) * (len(micro_x) / rung.BATCH_SIZE)
-            loss.backward()
-        if not position:
-            nn.utils.clip_grad_norm_(model.parameters(), rung.GRAD_CLIP)
-        for optimizer in optimizers:
-            optimizer.step()
-            optimizer.zero_grad()
-
-    return step, x.numel()
+    tokens = random_tokens(rung, shape["vocabulary"])
+    run_steps(rung, model, tokens, lambda seconds: turns.done(rung.BATCH_SIZE * rung.BLOCK_SIZE))
 
 
 def hugging_face(shape, dropout, everywhere):
@@ -119,7 +107,7 @@ class Encoder(nn.Module):
         return self.head(self.blocks(x, self.mask, is_causal=True))
 
 
-def peer_step(make, shape, dropout=0.0, everywhere=False, device="cpu", fast=False):
+def peer_steps(turns, make, shape, dropout=0.0, everywhere=False, device="cpu", fast=False):
     """A step of the model that `make` makes: float32 and eager, or `fast`, with torch.compile and bf16."""
     x, y = random_batch(shape, device)
     model = make(shape, dropout, everywhere).to(device).train()
@@ -132,7 +120,7 @@ def peer_step(make, shape, dropout=0.0, everywhere=False, device="cpu", fast=Fal
     if fast:
         loss_of = torch.compile(loss_of)
 
-    def step():
+    while turns.done(x.numel()):
         with torch.autocast(device, torch.bfloat16, enabled=fast):
             loss = loss_of(x, y)
         loss.backward()
@@ -140,49 +128,63 @@ def peer_step(make, shape, dropout=0.0, everywhere=False, device="cpu", fast=Fal
         optimizer.step()
         optimizer.zero_grad()
 
-    return step, x.numel()
 
-
-def product_step(n, dtype, device):
+def product_steps(turns, n, dtype, device):
     """A product of square matrices, which shows what the machine can do at most; counted in FLOPs."""
     a, b, c = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(3))
-    return lambda: torch.mm(a, b, out=c), 2 * n**3
+    while turns.done(2 * n**3):
+        torch.mm(a, b, out=c)
 
 
-def serve(connection, make_step, arguments):
-    """What a contestant's process does: make the step, then take a turn of as many seconds as each message says.
+class Turns:
+    """What a contestant calls after each step. It says whether the first steps fit into memory, then waits for messages
+    of how many seconds a turn takes, and answers each with tokens (or FLOPs) per second."""
 
-    The answers are whether the step fits into memory, then for each turn its tokens (or FLOPs) per second.
-    """
-    on_gpu = torch.cuda.is_available()
-    wait, give_back = (torch.cuda.synchronize, torch.cuda.empty_cache) if on_gpu else (lambda: None, lambda: None)
+    def __init__(self, connection):
+        self.connection, self.seconds, self.n = connection, None, 0
+
+    def done(self, amount):
+        """Count a step of `amount` tokens; between two turns wait. Returns True."""
+        self.n += 1
+        if self.seconds is None:
+            if self.n == 3:  # the first steps also compile and fill caches
+                self.wait_for_turn(True)
+        elif self.n == 0:  # not timed: the caches, or the memory of the GPU, were in other hands
+            self.synchronize()
+            self.start = time.perf_counter()
+        elif time.perf_counter() - self.start >= self.seconds:
+            self.synchronize()
+            self.wait_for_turn(self.n * amount / (time.perf_counter() - self.start))
+        return True
+
+    def wait_for_turn(self, answer):
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        self.connection.send(answer)
+        self.seconds, self.n = self.connection.recv(), -1
+
+    def synchronize(self):
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+
+
+def serve(connection, work, arguments):
+    """What a contestant's process does: work in turns until nobody asks any more."""
     try:
-        step, amount = make_step(*arguments)
-        step(), step(), wait(), give_back()
-        connection.send(True)
-        while True:
-            seconds = connection.recv()
-            step(), wait()  # not timed: the caches, or the memory of the GPU, were in other hands
-            start, n = time.perf_counter(), 0
-            while time.perf_counter() - start < seconds:
-                step()
-                n += 1
-            wait()
-            connection.send(n * amount / (time.perf_counter() - start))
-            give_back()
+        work(Turns(connection), *arguments)
     except torch.OutOfMemoryError:
         connection.send(False)
     except (EOFError, ConnectionError):  # no more turns
         pass
 
 
-def start(make_step, *arguments):
+def start(work, *arguments):
     """Start a contestant in a process of its own; returns the connection to it, over which its first answer comes."""
     os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would tell of what a stopped process left behind
     context = multiprocessing.get_context("spawn")
     connection, theirs = context.Pipe()
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C is for this one alone
-    context.Process(target=serve, args=(theirs, make_step, arguments), daemon=True).start()
+    context.Process(target=serve, args=(theirs, work, arguments), daemon=True).start()
     signal.signal(signal.SIGINT, usual)
     theirs.close()
     return connection
@@ -211,13 +213,13 @@ def measure_shape(name, dtype, peers, quick, *duration):
     shape = SHAPES[name]
     own = {**shape, "DEVICE": "cpu", "DTYPE": dtype, "DROPOUT": 0.0}
     plain = {**own, "DTYPE": "float32", "COMPILE": False}
-    makers = {"v3": (own_step, "v3", own), "v3, DTYPE=float32 COMPILE=False": (own_step, "v3", plain)}
-    makers |= {peer: (peer_step, make, shape) for peer, make in peers.items()}
-    makers["v3" + DROPPED] = (own_step, "v3", {**own, "DROPOUT": 0.1})
-    for peer, make in peers.items():
-        makers[peer + DROPPED] = (peer_step, make, shape, 0.1)
-        makers[peer + DROPPED + " everywhere"] = (peer_step, make, shape, 0.1, True)
-    makers |= {f"product {n}": (product_step, n, dtype, "cpu") for n in SQUARES["cpu"]}
+    makers = {"v3": (rung_steps, "v3", own), "v3, DTYPE=float32 COMPILE=False": (rung_steps, "v3", plain)}
+    makers |= {who: (peer_steps, make, shape) for who, make in peers.items()}
+    makers["v3" + DROPPED] = (rung_steps, "v3", {**own, "DROPOUT": 0.1})
+    for who, make in peers.items():
+        makers[who + DROPPED] = (peer_steps, make, shape, 0.1)
+        makers[who + DROPPED + " everywhere"] = (peer_steps, make, shape, 0.1, True)
+    makers |= {f"product {n}": (product_steps, n, dtype, "cpu") for n in SQUARES["cpu"]}
     if quick:
         makers = {who: maker for who, maker in makers.items() if not any(out in who for out in QUICK_LEAVES_OUT)}
     return compete(f"{name} shape", makers, *duration)
@@ -229,7 +231,7 @@ def measure_gpu(shape, batches, device, dtype, peers, *duration):
     for name in ("v3", *peers):
         for batch in batches:
             own = {**shape, "BATCH_SIZE": batch, "MICRO_BATCH_SIZE": batch, "DEVICE": device, "DROPOUT": 0.0}
-            maker = (peer_step, peers[name], own, 0.0, False, device, True) if name in peers else (own_step, "v3", own)
+            maker = (peer_steps, peers[name], own, 0.0, False, device, True) if name in peers else (rung_steps, "v3", own)
             contestant = start(*maker)
             if not contestant.recv():
                 break
@@ -239,7 +241,7 @@ def measure_gpu(shape, batches, device, dtype, peers, *duration):
             largest[name], contestants[name] = batch, contestant
         if name not in largest:
             raise ValueError(f"{name} does not fit into the memory with a batch of {batches[0]}")
-    products = {f"product {n}": (product_step, n, dtype, device) for n in SQUARES[device]}
+    products = {f"product {n}": (product_steps, n, dtype, device) for n in SQUARES[device]}
     rates = compete(GPT2, products, *duration, contestants)
     return ", ".join(f"{name} {batch}" for name, batch in largest.items()), rates
 
@@ -309,16 +311,14 @@ def main(argv=None):
     if importlib.util.find_spec("transformers") is None:
         print("GPT-2 of transformers is left out; to have it: pip install -r benchmarks/requirements.txt")
         del peers[HF]
-    import v3
-
-    v3.DEVICE = "cuda" if args.gpu else "cpu"
-    dtype = v3.pick_dtype()  # found out here and now, while nothing else runs
+    device = "cuda" if args.gpu else "cpu"
+    dtype = harness.resolve_dtype(device, "auto")  # found out here and now, while nothing else runs
     duration = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
     results = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "dtype": dtype, "rounds": duration[0],
                "seconds": duration[1], "training": {}, "positions": {}}  # fmt: skip
     if args.gpu:
         results["machine"] = f"{torch.cuda.get_device_name()}, {results['machine']}"
-        measured = measure_gpu(SHAPES[GPT2], BATCHES, v3.DEVICE, dtype, peers, *duration)
+        measured = measure_gpu(SHAPES[GPT2], BATCHES, device, dtype, peers, *duration)
         results["batches"], results["training"][GPT2] = measured
     else:
         for name in ("small",) if args.quick else ("small", "large"):
@@ -326,7 +326,7 @@ def main(argv=None):
         for window in () if args.quick else WINDOWS:
             shape = {"BLOCK_SIZE": window, "BATCH_SIZE": TOKENS // window, "MICRO_BATCH_SIZE": TOKENS // window // 2,
                      "DEVICE": "cpu", "DTYPE": dtype, "vocabulary": 4096}  # fmt: skip
-            makers = {scheme: (own_step, "v4_alibi_rope", shape, scheme) for scheme in ("alibi", "rope")}
+            makers = {scheme: (rung_steps, "v4_alibi_rope", shape, scheme) for scheme in ("alibi", "rope")}
             results["positions"][window] = compete(f"v4, windows of {window}", makers, *duration)
     text = report(results)
     print(text, end="")

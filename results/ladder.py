@@ -1,4 +1,4 @@
-"""Make the tables of the README, the "What it reaches" lines of the rungs and ladder.png from the committed runs.
+"""Make the tables of the README and ladder.png from the committed runs.
 
     python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/, and those in
                                          runs/experiments/ to results/experiments/
@@ -14,6 +14,10 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
+sys.path.insert(0, str(ROOT))
+
+from benchmarks.tables import table  # noqa: E402
+
 COMMITTED = ROOT / "results" / "runs"
 EXPERIMENTS = ROOT / "results" / "experiments"
 BENCHMARKS = ROOT / "results" / "benchmarks"
@@ -46,12 +50,6 @@ def read_summaries():
     return summaries
 
 
-def table(head, rows, left=1):
-    """A Markdown table; all columns but the first `left` are aligned to the right."""
-    lines = [head, ["---"] * left + ["---:"] * (len(head) - left), *rows]
-    return "\n".join("| " + " | ".join(map(str, line)) + " |" for line in lines)
-
-
 def what(s):
     """One line on the model of a summary."""
     h = s["hyperparameters"]
@@ -76,7 +74,7 @@ def ladder(summaries):
     ]  # fmt: skip
     head = ["rung", "model", "parameters", "MB of text seen", "val bpb", "val word perplexity", "training, s",
             "tokens/s", "peak memory, MB"]  # fmt: skip
-    return table(head, rows, left=2)
+    return table(head, rows, left=(0, 1))
 
 
 def memory(summaries):
@@ -88,7 +86,7 @@ def memory(summaries):
                      f"{s['val_bpb']:.4f}"])  # fmt: skip
     above = [s["peak_memory_mb"] - s["import_memory_mb"] for s in (summaries["v1"], summaries["v1_1"])]
     return table(["rung", "peak memory, MB", "of it libraries, MB", "above the libraries, MB", "tokens/s", "val bpb"],
-                 rows) + f"\n\nv1_1 needs {above[1] / above[0]:.2f} of v1's memory above the libraries."  # fmt: skip
+                 rows) + f"\nv1_1 needs {above[1] / above[0]:.2f} of v1's memory above the libraries."  # fmt: skip
 
 
 def metrics(summaries):
@@ -146,7 +144,7 @@ def experiments(summaries):
         rows.append([s["rung"], s["dataset"], ", ".join(changed) or "default", f"{s['val_bpb']:.4f}",
                      f"{s['val_word_ppl']:,.1f}", f"{best / 1e6:.1f}", f"{s['bytes_seen'] / 1e6:.1f}"])  # fmt: skip
     return table(["rung", "text", "changed", "best val bpb", "val word perplexity", "best after, MB", "trained on, MB"],
-                 rows, left=3)  # fmt: skip
+                 rows, left=(0, 1, 2))  # fmt: skip
 
 
 def short_run(summaries):
@@ -177,37 +175,24 @@ def plot(path):
     plt.close(figure)
 
 
-def reaches(s):
-    return (f"val bpb {s['val_bpb']:.3f}, word perplexity {s['val_word_ppl']:,.0f}, "
-            f"{s['train_seconds'] / 60:.1f} minutes of training on two CPU cores.")  # fmt: skip
-
-
 def write(check):
-    """Write all tables, or with `check` return the names of files that are not up to date."""
-    summaries, stale = read_summaries(), []
-    new = {ROOT / "README.md": (ROOT / "README.md").read_text(encoding="utf-8")}
+    """Write all tables into the README, or with `check` change nothing. Returns whether they were up to date."""
+    summaries, path = read_summaries(), ROOT / "README.md"
     tables = (ladder, closed_form, memory, metrics, extrapolation, progress, short_run, experiments)
     made = {make.__name__: make(summaries) for make in tables}
+    before = readme = path.read_text(encoding="utf-8")
     for name in MEASURED:
-        path, mark = BENCHMARKS / f"{name}.md", f"benchmark_{name}"
-        if path.exists() and f"<!-- {mark} -->" in new[ROOT / "README.md"]:
-            made[mark] = re.sub("(?m)^#+ ", "#### ", path.read_text(encoding="utf-8").strip())
+        if (BENCHMARKS / f"{name}.md").exists() and f"<!-- benchmark_{name} -->" in readme:
+            text = (BENCHMARKS / f"{name}.md").read_text(encoding="utf-8")
+            made[f"benchmark_{name}"] = re.sub("(?m)^#+ ", "#### ", text)
     for mark, text in made.items():
         place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-        readme = new[ROOT / "README.md"]
         if not place.search(readme):
             raise ValueError(f"README.md has no place for the table: <!-- {mark} --> ... <!-- /{mark} -->")
-        new[ROOT / "README.md"] = place.sub(lambda found, text=text: found[1] + text + "\n" + found[2], readme)
-    for rung, s in summaries.items():
-        path = ROOT / f"{rung}.py"
-        new[path] = re.sub(r"(?m)^(What it reaches on WikiText-2: ).*$", lambda found, s=s: found[1] + reaches(s),
-                           path.read_text(encoding="utf-8"), count=1)  # fmt: skip
-    for path, text in new.items():
-        if path.read_text(encoding="utf-8") != text:
-            stale.append(path.name)
-            if not check:
-                path.write_text(text, encoding="utf-8")
-    return stale
+        readme = place.sub(lambda found, text=text: f"{found[1]}{text.strip()}\n{found[2]}", readme)
+    if readme != before and not check:
+        path.write_text(readme, encoding="utf-8")
+    return readme == before
 
 
 def main(argv=None):
@@ -217,11 +202,11 @@ def main(argv=None):
     args = parser.parse_args(argv)
     if args.collect:
         collect()
-    stale = write(args.check)
+    current = write(args.check)
     if not args.check:
         plot(ROOT / "results" / "ladder.png")
-    print(f"{'not current' if args.check else 'written'}: {', '.join(stale) or 'nothing'}")
-    return 1 if args.check and stale else 0
+    print("README.md is current" if current else "README.md is not current" if args.check else "README.md is written")
+    return 1 if args.check and not current else 0
 
 
 if __name__ == "__main__":

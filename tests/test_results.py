@@ -20,21 +20,20 @@ def ladder(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("ladder", ROOT / "results" / "ladder.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    for name in ("README.md", *(f"{rung}.py" for rung in RUNGS)):
-        (tmp_path / name).write_bytes((ROOT / name).read_bytes())
+    (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
 
 def test_tables_are_what_the_committed_runs_say(ladder):
-    assert ladder.write(check=True) == []
+    assert ladder.write(check=True)
 
 
 def test_a_changed_number_is_noticed_and_mended(ladder):
     readme = ladder.ROOT / "README.md"
     bpb = f"{ladder.read_summaries()['v3']['val_bpb']:.4f}"
     readme.write_text(README.replace(bpb, "0.1234"), encoding="utf-8")
-    assert ladder.write(check=True) == ["README.md"]
+    assert not ladder.write(check=True)
     ladder.write(check=False)
     assert readme.read_text(encoding="utf-8") == README
 
@@ -52,7 +51,7 @@ def test_bits_per_byte_fall_from_rung_to_rung_on_the_same_text(ladder):
 @pytest.mark.parametrize("rung", RUNGS)
 def test_committed_runs_used_the_constants_of_the_scripts(rung):
     summary = json.loads((ROOT / "results" / "runs" / rung / "summary.json").read_text())
-    code = f"import json, {rung} as rung; print(json.dumps(rung.constants()))"
+    code = f"import json, harness, {rung}; print(json.dumps(harness.constants(vars({rung}))))"
     now = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     now = json.loads(now.splitlines()[-1])
     assert {**summary["hyperparameters"], "DEVICE": None} == {**now, "DEVICE": None}

@@ -1,0 +1,54 @@
+"""The training steps of a rung, made by the rung's own loop and counted by a benchmark."""
+
+import contextlib
+import sys
+import tempfile
+import time
+
+import torch
+
+import harness
+from data import Tokens
+
+
+class Steps(harness.Run):
+    """A run without evaluations and files. After each step it calls `on_step(seconds of all steps so far)`; training
+    ends when that returns False."""
+
+    def __init__(self, rung, on_step, folder):
+        super().__init__(vars(rung), OUT_DIR=folder)
+        self.on_step = on_step
+
+    def resume(self, model, *optimizers):
+        self.mark = time.perf_counter()
+        return self.state
+
+    def evaluation_due(self, step):
+        return False
+
+    def step(self, loss):
+        loss.item()  # on a GPU it is there when the step is done
+        self.state.step += 1
+        now = time.perf_counter()
+        self.seconds, self.mark = self.seconds + now - self.mark, now
+        if not self.on_step(self.seconds):
+            self.rung["MAX_STEPS"] = self.state.step  # where the loop of the rung ends
+
+
+def run_steps(rung, model, tokens, on_step):
+    """Train `model` of a rung on `tokens`, a tensor of ids, as its `train` does, until `on_step` returns False."""
+    rung.MAX_STEPS = 2**31 - 1
+    harness.keep_freed_memory()
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        contextlib.redirect_stdout(sys.stderr),
+        Steps(rung, on_step, folder) as run,
+    ):
+        rung.train(model, {"train": Tokens(tokens, len(tokens), len(tokens), "random", "none")}, run)
+
+
+def random_tokens(rung, vocab_size):
+    """Random ids that are enough for some different batches, (n,)."""
+    random = torch.Generator().manual_seed(rung.SEED)
+    n = (4 * rung.BATCH_SIZE + 1) * rung.BLOCK_SIZE + 1
+    return torch.randint(vocab_size, (n,), generator=random).to(torch.uint16)
