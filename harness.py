@@ -48,6 +48,7 @@ try:
 except ImportError:  # Windows
     fcntl = None
 
+DIVERGED = 1e12  # nats from which on a loss counts as not finite: no model comes back from there
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 KEPT_RUNS = 10  # earlier runs that are kept beside an OUT_DIR
 RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.jsonl", "summary.json", "sample.txt",
@@ -436,7 +437,7 @@ class Run:
             raise ValueError(f"OUT_DIR={self.out_dir} is a file; name a folder") from None
         except OSError as error:
             raise ValueError(f"OUT_DIR={self.out_dir} cannot be used: {error.strerror}") from None
-        if torch.device(self.device).type == "cpu":  # else parallel additions come in any order, and no two runs are the same
+        if self.device == "cpu":  # else parallel additions come in any order, and no two runs are the same
             usual = torch.are_deterministic_algorithms_enabled(), torch.utils.deterministic.fill_uninitialized_memory
             torch.use_deterministic_algorithms(True)
             torch.utils.deterministic.fill_uninitialized_memory = False  # nothing reads memory before it is written
@@ -633,7 +634,7 @@ class Run:
 
     def log(self, step, metrics):
         """Note an evaluation of the validation split: on the screen, in log.jsonl, and in a checkpoint."""
-        if not math.isfinite(metrics["loss"]):
+        if not metrics["loss"] < DIVERGED:
             raise ValueError(self._not_finite("validation loss", metrics["loss"], step))
         train_loss = torch.tensor(self.losses).mean().item() if self.losses else None
         self.records.append({
@@ -687,7 +688,7 @@ class Run:
         loss /= world_size()
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now
-        if not math.isfinite(loss):
+        if not loss < DIVERGED:
             raise ValueError(self._not_finite("loss", loss, self.state.step - 1))
         self.losses.append(loss)
         if self.saved and self.state.step == self.first_step + 1:
@@ -707,7 +708,7 @@ class Run:
         pace = (self.seconds - self.first_seconds) / steps
         left = self.constants["MAX_STEPS"] - self.state.step
         seconds_left = pace * left + self.evaluation_seconds * math.ceil(left / self.eval_interval)
-        if not self.estimated and left and (steps >= 10 or now - self.said > 10):
+        if not self.estimated and left and (steps >= 10 or self.seconds - self.first_seconds > 10):
             self.estimated = now
             self.bar.write(f"{left:,} more steps will take about {_duration(seconds_left)}")
         rate = self.constants["BATCH_SIZE"] * self.constants["BLOCK_SIZE"] / pace
@@ -721,6 +722,7 @@ class Run:
     def _not_finite(self, what, loss, step):
         """What to say of a loss that is not finite, and what the user can do."""
         rates = [name for name in self.constants if name.startswith("LEARNING_RATE")]
+        rates += ["WEIGHT_DECAY"] if self.constants.get("WEIGHT_DECAY", 0) > 1 else []
         values = ", ".join(f"{name}={self.constants[name]:g}" for name in rates)
         advice = [f"lower {' or '.join(rates)}"]
         advice += ["raise WARMUP_STEPS"] if "WARMUP_STEPS" in self.constants else []

@@ -85,12 +85,11 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
 
 
 def get_batch(ids, step):
-    """This process's part of batch number `step`: inputs (B, T) and, one token later, targets (B, T), B being
-    BATCH_SIZE / world size. Each window is seen once an epoch."""
+    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
-    starts = starts.view(harness.world_size(), -1)[harness.rank()]
+    starts = starts.view(harness.world_size(), -1)[harness.rank()]  # of several processes each takes its part
     windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 

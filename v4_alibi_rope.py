@@ -94,12 +94,11 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
 
 
 def get_batch(ids, step):
-    """This process's part of batch number `step`: inputs (B, T) and, one token later, targets (B, T), B being
-    BATCH_SIZE / world size. Each window is seen once an epoch."""
+    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
-    starts = starts.view(harness.world_size(), -1)[harness.rank()]
+    starts = starts.view(harness.world_size(), -1)[harness.rank()]  # of several processes each takes its part
     windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -537,10 +536,10 @@ def extrapolate(model, tokens):
 
 
 def single_tokens(texts, tokenizer):
-    """{text: id} of those `texts` that are a token each; if none is, of the first 40 merged tokens that are text."""
+    """{text: id} of those `texts` that are a token each; if few are, of the first 40 merged tokens that are text."""
     found = {text: ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1}
     first = {tokenizer.decode([i]): i for i in range(256, min(tokenizer.vocab_size, 296))}
-    return found or {text: i for text, i in first.items() if text.isprintable() and "\ufffd" not in text}
+    return found if len(found) > 2 else {text: i for text, i in first.items() if text.isprintable() and "\ufffd" not in text}
 
 
 def nearest_neighbours(model, tokenizer, n=6):
@@ -613,7 +612,7 @@ def compare(run, summaries, records):
     run.draw("loss.png", plot_schemes, losses, "tokens seen (millions)", "training")
     run.draw("extrapolation.png", plot_schemes, sizes, "tokens in a window", "length extrapolation")
     print(f"\nvalidation bits per byte by size of the window (trained on {BLOCK_SIZE} tokens)")
-    print("tokens".ljust(12) + "".join(f"{BLOCK_SIZE * times:9}" for times in EXTRAPOLATION))
+    print("tokens".ljust(12) + "".join(f"{n:9}" for n in next(iter(summaries.values()))["extrapolation_bpb"]))
     for position, summary in summaries.items():
         cells = ("-" if bpb is None else f"{bpb:.4f}" for bpb in summary["extrapolation_bpb"].values())
         print(position.ljust(12) + "".join(f"{cell:>9}" for cell in cells))

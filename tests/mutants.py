@@ -1,0 +1,447 @@
+"""Which faults do the tests notice? Plants them one at a time in a copy of the tree and runs the tests there.
+
+    python tests/mutants.py                    all of them: an hour and more
+    python tests/mutants.py v3 harness         those of these files
+    python tests/mutants.py --jobs 2           two at a time
+    python tests/mutants.py --list             say which there are
+
+A fault is noticed if a test fails. First the tests run that should notice it, then, if they do not, all those of
+models, training and the harness. A fault marked as equivalent changes nothing that a test could see, for the reason
+given.
+Exit code 1: a fault was not noticed, or could not be planted.
+"""
+
+import argparse
+import os
+import resource
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from queue import Queue
+
+ROOT = Path(__file__).resolve().parents[1]
+TESTS = ("test_models.py", "test_training.py", "test_harness.py", "test_survival.py")
+TIMEOUT = 900  # seconds for a run of the tests
+MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
+SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fault asks for them
+
+V1, V11, V4 = "v1.py", "v1_1.py", "v4_alibi_rope.py"
+EVALUATED = '            metrics = evaluate(model, tokens["val"])\n'
+TRAINED = '        x, y = get_batch(tokens["train"].ids, step)\n'
+NEXT = "        y = tokens.ids[start + 1 : start + len(x) + 1].long().to(DEVICE)\n"
+BEST = '                state.best, state.bad_evals = metrics["loss"], 0\n'
+
+# (file, what is broken, text, text with the fault[, tests to run first[, why it is equivalent]])
+FAULTS = [
+    # v0
+    ("v0.py", "targets are the inputs", "ids[i + 1 : i + BLOCK_SIZE + 1]", "ids[i : i + BLOCK_SIZE]"),
+    ("v0.py", "batches of the next seed", "default_rng((SEED, step))", "default_rng(SEED + step)"),
+    ("v0.py", "the last window is never drawn", "integers(len(ids) - BLOCK_SIZE,",
+     "integers(len(ids) - BLOCK_SIZE - 1,"),
+    ("v0.py", "columns instead of rows", "F.embedding(idx, self.table)", "F.embedding(idx, self.table.T)"),
+    ("v0.py", "random table at the start", "torch.zeros(vocab_size, vocab_size)",
+     "torch.randn(vocab_size, vocab_size)"),
+    ("v0.py", "the loss of another token", NEXT,
+     NEXT.replace("start + 1 : start + len(x) + 1", "start : start + len(x)")),
+    ("v0.py", "the last window is not evaluated", "(slice(0, whole), slice(whole, None))", "(slice(0, whole),)"),
+    ("v0.py", "nats instead of bits", "nats / (math.log(2) * tokens.n_bytes)", "nats / tokens.n_bytes"),
+    ("v0.py", "words are bytes", "nats / tokens.n_words", "nats / tokens.n_bytes"),
+    ("v0.py", "word perplexity overflows", "math.exp(min(nats / tokens.n_words, 700))",
+     "math.exp(nats / tokens.n_words)"),
+    ("v0.py", "another learning rate", "lr=LEARNING_RATE)", "lr=LEARNING_RATE / 2)"),
+    ("v0.py", "another optimizer", "torch.optim.Adam(", "torch.optim.SGD("),
+    ("v0.py", "gradients pile up", "        optimizer.zero_grad()\n", ""),
+    ("v0.py", "the sampler ignores the table", "torch.multinomial(logits.softmax(-1), 1)",
+     "torch.multinomial(torch.ones_like(logits), 1)"),
+    ("v0.py", "pairs in reverse", "ids[:-1].long() * vocab_size + ids[1:].long()",
+     "ids[1:].long() * vocab_size + ids[:-1].long()"),
+    ("v0.py", "counts of the validation split", 'compare_with_counts(model, tokens["train"].ids)',
+     'compare_with_counts(model, tokens["val"].ids)'),
+    ("v0.py", "patience counts better evaluations", BEST, BEST.replace(", 0\n", ", state.bad_evals\n")),
+    # v1
+    (V1, "windows are never shuffled", "random.permutation(n_batches * batch_size)",
+     "np.arange(n_batches * batch_size)"),
+    (V1, "windows begin at one offset", "random.integers(block_size) + block_size", "block_size"),
+    (V1, "one order in every epoch", "default_rng((seed, epoch))", "default_rng(seed)"),
+    (V1, "seeds share epochs", "default_rng((seed, epoch))", "default_rng(seed + epoch)"),
+    (V1, "the context begins a token too early", "self.context_size - 1, 0))  #",
+     "self.context_size, 0))[:, :-1]  #"),
+    (V1, "no tanh", "self.hidden(x).tanh()", "self.hidden(x)"),
+    (V1, "the loss is a sum", "F.cross_entropy(logits.flatten(0, 1), targets.flatten())",
+     'F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")'),
+    (V1, "trains on the validation split", TRAINED, TRAINED.replace("train", "val")),
+    (V1, "evaluates the training split", EVALUATED, EVALUATED.replace("val", "train")),
+    (V1, "gradients pile up", "        optimizer.zero_grad()\n", ""),
+    (V1, "samples from a longer context", "idx[:, -model.context_size :]", "idx[:, -1:]"),
+    (V1, "the last weights are kept", '            if metrics["loss"] < state.best:', "            if True:"),
+    # v1_1
+    (V11, "no memory is given back", "ctypes.CDLL(None).mallopt(-3, 1 << 20)", "pass", "memory"),
+    (V11, "logits are kept for the backward pass", "checkpoint(chunk_loss, x, targets, head, use_reentrant=False)",
+     "chunk_loss(x, targets, head)"),
+    (V11, "one chunk", "zip(x.split(CHUNK_SIZE), targets.split(CHUNK_SIZE))", "[(x, targets)]"),
+    (V11, "the sum of all tokens is not divided", "for x, targets in chunks) / len(targets)",
+     "for x, targets in chunks) / CHUNK_SIZE"),
+    (V11, "micro-batches count alike", "(len(micro_x) / len(x))", "(MICRO_BATCH_SIZE / len(x))"),
+    (V11, "micro-batches are not weighed", " * (len(micro_x) / len(x))", ""),
+    (V11, "the loss of the last micro-batch is logged", "loss += micro_loss.detach()",
+     "loss = micro_loss.detach()"),
+    (V11, "a batch at once", "zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE))", "[(x, y)]"),
+    # v2
+    ("v2.py", "gradients pile up", "        optimizer.zero_grad()\n", ""),
+    ("v2.py", "scores are not scaled", " / math.sqrt(C // self.n_head)", ""),
+    ("v2.py", "a token does not see itself", ".triu(1)", ".triu(0)"),
+    ("v2.py", "a token sees the next one", ".triu(1)", ".triu(2)"),
+    ("v2.py", "queries and keys exchanged", "        q, k, v = self.qkv(x)", "        k, q, v = self.qkv(x)"),
+    ("v2.py", "heads are not put side by side again", "y.transpose(1, 2).reshape(B, T, C)", "y.reshape(B, T, C)"),
+    ("v2.py", "no residual connection around attention", "x + self.attention(x)", "self.attention(x)"),
+    ("v2.py", "no residual connection around the MLP", "x + self.mlp(x)", "self.mlp(x)"),
+    ("v2.py", "GELU", "nn.ReLU()", "nn.GELU()"),
+    ("v2.py", "positions are forgotten", " + self.position_embedding.weight[: idx.size(1)]", ""),
+    ("v2.py", "the block size of another model", "idx[:, -model.block_size :]", "idx[:, -BLOCK_SIZE:]"),
+    ("v2.py", "micro-batches are not weighed", " * (len(micro_x) / len(x))", ""),
+    ("v2.py", "another learning rate", "lr=LEARNING_RATE,", "lr=1e-3,"),
+    # v3
+    ("v3.py", "never sets the learning rate", '            group["lr"] = LEARNING_RATE * lr_factor(step)',
+     "            pass"),
+    ("v3.py", "trains on the validation split", TRAINED, TRAINED.replace("train", "val")),
+    ("v3.py", "test metrics of the validation split", 'evaluate(model, tokens["test"])',
+     'evaluate(model, tokens["val"])'),
+    ("v3.py", "the last evaluation does not slide", 'evaluate(model, tokens["val"], STRIDE)',
+     'evaluate(model, tokens["val"])'),
+    ("v3.py", "an evaluation that does not slide", "stride = min(stride or size, size)", "stride = size"),
+    ("v3.py", "a stride may skip tokens", "stride = min(stride or size, size)", "stride = stride or size"),
+    ("v3.py", "tokens are counted twice", "old = torch.where(batch > 0, size - stride, 0)",
+     "old = torch.where(batch > 0, 0, 0)"),
+    ("v3.py", "too little of a window is new", "old = torch.where(batch > 0, size - stride, 0)",
+     "old = torch.where(batch >= 0, size - stride, 0)"),
+    ("v3.py", "top 4", "hits.sum().item()", "hits[:, :4].sum().item()"),
+    ("v3.py", "10 bins", "n, n_bins = len(tokens) - 1, 15", "n, n_bins = len(tokens) - 1, 10"),
+    ("v3.py", "confidence of the target", "p = (top.values[..., 0][fresh] - total)", "p = (target - total)"),
+    ("v3.py", "differences of calibration cancel out", "(bins[1] - bins[2]).abs().sum()",
+     "(bins[1] - bins[2]).sum().abs()"),
+    ("v3.py", "evaluates with dropout", "    model.eval()\n    size", "    size"),
+    ("v3.py", "stays in evaluation", "    bins = harness.all_reduce(bins)\n    model.train()\n",
+     "    bins = harness.all_reduce(bins)\n"),
+    ("v3.py", "evaluates in float32 always", "        with harness.autocast(DEVICE, DTYPE):\n            logits",
+     "        if True:\n            logits"),
+    ("v3.py", "all processes evaluate all", "[harness.rank() :: harness.world_size()]:  #", ":  #"),
+    ("v3.py", "all processes train on the first part", "[harness.rank()]\n", "[0]\n"),
+    ("v3.py", "one initial scale", "std=0.02 / math.sqrt(2 * N_LAYER)", "std=0.02"),
+    ("v3.py", "a wide beginning", "nn.init.normal_(p, std=0.02)", "nn.init.normal_(p, std=0.2)"),
+    ("v3.py", "random biases", "nn.init.zeros_(p)", "nn.init.normal_(p, std=0.01)"),
+    ("v3.py", "norms after the branches", "x = x + self.dropout(self.attention(self.norm_1(x)))",
+     "x = x + self.dropout(self.norm_1(self.attention(x)))"),
+    ("v3.py", "one norm for both branches", "self.mlp(self.norm_2(x))", "self.mlp(self.norm_1(x))"),
+    ("v3.py", "no last norm", "self.norm(self.blocks(self.dropout(x)))", "self.blocks(self.dropout(x))"),
+    ("v3.py", "attention branch is not dropped", "x + self.dropout(self.attention(self.norm_1(x)))",
+     "x + self.attention(self.norm_1(x))"),
+    ("v3.py", "embeddings are not dropped", "self.blocks(self.dropout(x))", "self.blocks(x)"),
+    ("v3.py", "dropout does not scale", "(keep * (256 / (256 - dropped)))", "keep"),
+    ("v3.py", "neighbours are dropped together", "random.view(torch.uint8)[: x.numel()]",
+     "random.view(torch.uint8)[::8].repeat_interleave(8)[: x.numel()]"),
+    ("v3.py", "dropout of another share", "min(255, round(256 * self.p))", "min(255, round(128 * self.p))"),
+    ("v3.py", "GELU with another constant", "0.044715", "0.04"),
+    ("v3.py", "scores of blocks are not scaled", "(q[:, :, start:stop] * scale)", "q[:, :, start:stop]"),
+    ("v3.py", "blocks of queries see the future", ".triu(start + 1)", ".triu(start + 2)"),
+    ("v3.py", "blocks of queries see too few keys",
+     "stop = min(start + 128, T)\n        scores = (q[:, :, start:stop] * scale) @ k[:, :, :stop].mT",
+     "stop = min(start + 128, T)\n        scores = (q[:, :, start:stop] * scale) @ k[:, :, :stop].mT.roll(1, -1)"),
+    ("v3.py", "attention is not causal", "is_causal=T > 1", "is_causal=False"),
+    ("v3.py", "logits stay bfloat16", "self.head(x).float()", "self.head(x)"),
+    ("v3.py", "vectors decay", '{"params": vectors, "weight_decay": 0.0}',
+     '{"params": vectors, "weight_decay": WEIGHT_DECAY}'),
+    ("v3.py", "nothing decays", '"weight_decay": WEIGHT_DECAY}', '"weight_decay": 0.0}'),
+    ("v3.py", "other betas", "betas=(0.9, 0.95)", "betas=(0.9, 0.999)"),
+    ("v3.py", "warm-up from zero", "return (step + 1) / WARMUP_STEPS", "return step / WARMUP_STEPS"),
+    ("v3.py", "the cosine ends above zero", "max(1, MAX_STEPS - WARMUP_STEPS))", "max(1, MAX_STEPS))"),
+    ("v3.py", "gradients are not clipped", "nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP)", "pass"),
+    ("v3.py", "clipped where it should not", "if GRAD_CLIP > 0:", "if True:"),
+    ("v3.py", "clips values instead of the norm", "clip_grad_norm_", "clip_grad_value_"),
+    ("v3.py", "the loss is not in the type of the run", "                with harness.autocast(DEVICE, DTYPE):\n",
+     "                if True:\n"),
+    ("v3.py", "gradients are exchanged too early", "now=done == len(x)", "now=True"),
+    ("v3.py", "all processes drop alike", "harness.seed(SEED, step, harness.rank())",
+     "harness.seed(SEED, step, 0)"),
+    ("v3.py", "all steps drop alike", "harness.seed(SEED, step, harness.rank())",
+     "harness.seed(SEED, 0, harness.rank())"),
+    ("v3.py", "random numbers go on as they come", "harness.seed(SEED, step, harness.rank())", "pass",
+     "test_training.py test_survival.py -k v3"),
+    ("v3.py", "early stop a step too late", "state.bad_evals >= PATIENCE", "state.bad_evals > PATIENCE"),
+    ("v3.py", "the best weights are not kept", "                run.save_best()\n", ""),
+    ("v3.py", "the worst weights are kept", 'if metrics["loss"] < state.best:',
+     'if metrics["loss"] > state.best or not step:'),
+    ("v3.py", "temperature multiplies", "[:, -1] / TEMPERATURE", "[:, -1] * TEMPERATURE"),
+    ("v3.py", "no temperature", "[:, -1] / TEMPERATURE", "[:, -1]"),
+    ("v3.py", "samples with dropout", "    model.eval()\n    idx", "    idx"),
+    ("v3.py", "the sample has another seed", "        torch.manual_seed(SEED)\n        sample", "        sample"),
+    ("v3.py", "the model is not compiled", "compiled(micro_x, micro_y)", "model(micro_x, micro_y)", "",
+     "the losses are the same but for rounding: it is slower"),
+    ("v3.py", "the model has the head count of another",
+     "        B, T, C = x.shape\n        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head)",
+     "        B, T, C = x.shape\n        q, k, v = self.qkv(x).view(B, T, 3, N_HEAD, C // N_HEAD)"),
+    # v4
+    (V4, "RMSNorm over all positions", "F.rms_norm(x, (x.size(-1),))", "F.rms_norm(x, x.shape[1:])"),
+    (V4, "LayerNorm", "F.rms_norm(x, (x.size(-1),))", "F.layer_norm(x, (x.size(-1),))"),
+    (V4, "ReLU is not squared", "F.relu(self.fc(x)).square()", "F.relu(self.fc(x))"),
+    (V4, "RoPE turns backwards", "[a * cos - b * sin, a * sin + b * cos]",
+     "[a * cos + b * sin, b * cos - a * sin]"),
+    (V4, "RoPE turns the queries alone", "q, k = apply_rope(q, rope), apply_rope(k, rope)",
+     "q = apply_rope(q, rope)"),
+    (V4, "RoPE with a base of its own", "rope = rope_table(positions, self.head_size, self.rope_base)",
+     "rope = rope_table(positions, self.head_size, 10000.0)"),
+    (V4, "RoPE forgets the cache", "positions = torch.arange(start, start + idx.size(1)",
+     "positions = torch.arange(idx.size(1)"),
+    (V4, "cosines before sines", "self.rope_base)[::-1], -1)", "self.rope_base), -1)"),
+    (V4, "slopes grow", "[2 ** (-8 * i / power) for i", "[2 ** (-8 / i / power) for i"),
+    (V4, "slopes of other head counts", "range(1, 2 * (n_head - power), 2)",
+     "range(2, 2 * (n_head - power) + 1, 2)"),
+    (V4, "ALiBi rewards distance", "torch.arange(K) - torch.arange(K - T, K)[:, None]",
+     "torch.arange(K - T, K)[:, None] - torch.arange(K)"),
+    (V4, "queries are the first tokens", "torch.arange(K - T, K)[:, None]  #", "torch.arange(T)[:, None]  #"),
+    (V4, "the fast ALiBi has another sign", "torch.arange(T, device=k.device) * math.sqrt(D)",
+     "-torch.arange(T, device=k.device) * math.sqrt(D)"),
+    (V4, "the fast ALiBi is scaled", " * math.sqrt(D)  # (H, T)", "  # (H, T)"),
+    (V4, "the bias is rounded", "bias = bias - parts[-1].float()", "bias = 0 * bias"),
+    (V4, "values are widened with ones", "F.pad(v, (0, 8))", "F.pad(v, (0, 8), value=1.0)"),
+    (V4, "the cache forgets when it grows", "memory[:, :, : self.length] = x[:, :, : self.length]", "pass"),
+    (V4, "the cache writes at its beginning", "memory[:, :, self.length : T] = x", "memory[:, :, : x.size(2)] = x"),
+    (V4, "the cache does not count", "cache.length += idx.size(1)", "cache.length += 1"),
+    (V4, "chunks see their own future", ".triu(K - T + 1)", ".triu(K - T + 2)"),
+    (V4, "chunks without a mask", "if bias is not None or 1 < T < K:", "if bias is not None:"),
+    (V4, "a bias without a mask", "masked_fill(future, -math.inf)  # (H, T, K)",
+     "masked_fill(future, 0.0)  # (H, T, K)"),
+    (V4, "no dropout behind the MLP", "x + self.dropout(self.mlp(norm(x)))", "x + self.mlp(norm(x))"),
+    (V4, "the attention branch has no norm", "self.attention(norm(x), rope, cache)",
+     "self.attention(x, rope, cache)"),
+    (V4, "embeddings have no norm", "x, rope = norm(self.embedding(idx)), None",
+     "x, rope = self.embedding(idx), None"),
+    (V4, "no last norm", "self.head(norm(x)).float()", "self.head(x).float()"),
+    (V4, "the head starts at random", 'if name.endswith("proj.weight") or name == "head.weight":',
+     'if name.endswith("proj.weight"):'),
+    (V4, "embeddings of another scale", 'std=0.1 if name == "embedding.weight"',
+     'std=0.02 if name == "embedding.weight"'),
+    (V4, "windows of one size", "size = size or model.block_size", "size = model.block_size"),
+    (V4, "an evaluation that does not slide", "stride = min(stride or size, size)", "stride = size"),
+    (V4, "too many tokens at once", "max(1, MICRO_BATCH_SIZE * model.block_size // size)", "MICRO_BATCH_SIZE"),
+    (V4, "another polynomial", "beta=-4.7750", "beta=-4.7"),
+    (V4, "four rounds", "for _ in range(5):\n        A", "for _ in range(4):\n        A"),
+    (V4, "the stack has one norm", "X.norm(dim=(-2, -1), keepdim=True)", "X.norm()"),
+    (V4, "tall matrices stay turned", "(X.mT if tall else X).type_as(G)", "X.reshape(G.shape).type_as(G)"),
+    (V4, "products in float32 always", "X = G.to(dtype)", "X = G.float()"),
+    (V4, "no look ahead", 'update = grad.lerp(state["momentum"], group["momentum"])', 'update = state["momentum"]'),
+    (V4, "momentum of another share", 'lerp_(grad, 1 - group["momentum"])', "lerp_(grad, 0.05)"),
+    (V4, "momentum starts anew", "            if not state:\n", "            if True:\n"),
+    (V4, "thirds are orthogonalized together", '{"params": [a.qkv.weight for a in attention], "split": 3}',
+     '{"params": [a.qkv.weight for a in attention]}'),
+    (V4, "tall matrices get no longer steps", "scale = max(1, rows / columns) ** 0.5", "scale = 1.0"),
+    (V4, "AdamW at Muon's rate", "lr=LEARNING_RATE_ADAMW", "lr=LEARNING_RATE"),
+    (V4, "AdamW decays", "weight_decay=0.0", "weight_decay=0.1"),
+    (V4, "blocks are trained twice", 'if not name.startswith("blocks")]', "if True]"),
+    (V4, "rates shrink step by step", 'group["lr"] = group["initial_lr"] * lr_factor(step)',
+     'group["lr"] = group["lr"] * lr_factor(step)'),
+    (V4, "AdamW keeps its rate", "        for optimizer in optimizers:\n            for group",
+     "        for optimizer in optimizers[:1]:\n            for group"),
+    (V4, "AdamW makes no step", "        for optimizer in optimizers:\n            optimizer.step()",
+     "        for optimizer in optimizers[:1]:\n            optimizer.step()"),
+    (V4, "no cooldown", "(MAX_STEPS - step) / max(1, COOLDOWN * MAX_STEPS))", "1)"),
+    (V4, "warm-up from zero", "(step + 1) / max(1, WARMUP_STEPS)", "step / max(1, WARMUP_STEPS)"),
+    (V4, "test metrics of the validation split", 'evaluate(model, tokens["test"])',
+     'evaluate(model, tokens["val"])'),
+    (V4, "the cache is never emptied", "cache is None or cache.length == size:", "cache is None:"),
+    (V4, "a quarter of the window is read anew", "max(1, size // 2)", "max(1, size // 4)"),
+    (V4, "a long prompt loses its end", "ids[-size if cache is None",
+     "ids[:size] if cache is None else ids[-size if False"),
+    (V4, "no temperature", "[:, -1] / TEMPERATURE", "[:, -1]"),
+    (V4, "learned positions beyond their table", 'if model.position != "learned" or', "if True or"),
+    (V4, "the token itself is its neighbour", " if i != id][:n]", "][:n]"),
+    (V4, "neighbours by length", "vectors = F.normalize(model.embedding.weight.detach().float(), dim=1)",
+     "vectors = model.embedding.weight.detach().float()"),
+    (V4, "principal components around the origin", "    vectors = vectors - vectors.mean(0)\n", ""),
+    (V4, "labels are lost", "figure.draw_without_rendering()", "pass"),
+    (V4, "the worst scheme is reported", "best = min(summaries.values()", "best = max(summaries.values()"),
+    (V4, "one scheme's curve for all", "record in records[position]]\n              for position in summaries}",
+     "record in records[position]]\n              for position in list(summaries)[:1]}", "",
+     "a curve is missing in a picture; the tests look at the function that draws"),
+    # harness
+    ("harness.py", "the last weights instead of the best",
+     '        model.load_state_dict(_load_file(self.out_dir / "model.pt", self.device, ("model",))["model"])\n',
+     ""),
+    ("harness.py", "the best record is the last",
+     'self.best = min(self.records, key=lambda record: record["val_loss"])', "self.best = self.records[-1]"),
+    ("harness.py", "runs are not repeatable", "torch.use_deterministic_algorithms(True)",
+     "torch.use_deterministic_algorithms(False)", "compiled"),
+    ("harness.py", "deterministic algorithms stay on",
+     "self.closing.callback(torch.use_deterministic_algorithms, usual[0])", "pass"),
+    ("harness.py", "seeds are added up", "np.random.SeedSequence(numbers)", "np.random.SeedSequence(sum(numbers))"),
+    ("harness.py", "bfloat16 is never used", 'enabled=resolve_dtype(device, dtype) == "bfloat16"', "enabled=False"),
+    ("harness.py", "the mean loss is that of the last step",
+     "torch.tensor(self.losses).mean().item() if self.losses", "self.losses[-1] if self.losses"),
+    ("harness.py", "losses since the beginning", "        self.losses = []\n        self._write_log()",
+     "        self._write_log()"),
+    ("harness.py", "the log is not written", "        self._write_log()\n        self.checkpoint()",
+     "        self.checkpoint()"),
+    ("harness.py", "no checkpoint at an evaluation", "        self._write_log()\n        self.checkpoint()",
+     "        self._write_log()"),
+    ("harness.py", "tokens are steps",
+     '"tokens_seen": step * self.constants["BATCH_SIZE"] * self.constants["BLOCK_SIZE"]', '"tokens_seen": step'),
+    ("harness.py", "the last step is not evaluated",
+     'due = step % self.eval_interval == 0 or step == self.constants["MAX_STEPS"]',
+     "due = step % self.eval_interval == 0"),
+    ("harness.py", "less than one evaluation an epoch",
+     'min(self.constants["EVAL_INTERVAL"], len(tokens["train"]) // step_tokens)',
+     'self.constants["EVAL_INTERVAL"]'),
+    ("harness.py", "a resumed run evaluates twice",
+     'return due and not (self.records and self.records[-1]["step"] == step)', "return due"),
+    ("harness.py", "resuming forgets the optimizer", "            optimizer.load_state_dict(state)\n", ""),
+    ("harness.py", "resuming forgets the weights", '        _load_weights(self.model, saved["model"], newest)\n', ""),
+    ("harness.py", "resuming forgets the step", 'SimpleNamespace(step=saved["step"]', "SimpleNamespace(step=0"),
+    ("harness.py", "resuming forgets the best loss", 'best=saved["best"]', "best=math.inf"),
+    ("harness.py", "resuming forgets the patience", 'bad_evals=saved["bad_evals"]', "bad_evals=0"),
+    ("harness.py", "resuming forgets the losses", 'saved["losses"].tolist()', "[]"),
+    ("harness.py", "resuming forgets the seconds",
+     'self.records, self.seconds, self.losses = saved["log"], saved["seconds"]',
+     'self.records, self.seconds, self.losses = saved["log"], 0.0'),
+    ("harness.py", "the rates of the checkpoint win", "                group.update(values)  #",
+     "                pass  #"),
+    ("harness.py", "another tokenizer is accepted", '        if saved["fingerprint"] != tokens.fingerprint:',
+     "        if False:"),
+    ("harness.py", "another text is accepted", '        if saved["dataset"] != tokens.dataset:',
+     "        if False:"),
+    ("harness.py", "other constants are accepted", "        if differ:\n            raise",
+     "        if False:\n            raise"),
+    ("harness.py", "a loss that is not finite is no error", "        if not math.isfinite(loss):",
+     "        if False:"),
+    ("harness.py", "Ctrl-C saves nothing", "else it has just been saved\n            self.checkpoint()",
+     "else it has just been saved\n            pass"),
+    ("harness.py", "no earlier checkpoint is kept", 'newest.replace(self.out_dir / "checkpoint_before.pt")',
+     "pass"),
+    ("harness.py", "a half-written file stays", "            beside.unlink(missing_ok=True)", "            pass"),
+    ("harness.py", "a file is written in place", 'beside = path.with_name("writing-" + path.name)',
+     "beside = path"),
+    ("harness.py", "two runs in one folder", "fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)", "pass"),
+    ("harness.py", "an earlier run is overwritten", "            path.rename(aside[number] / path.name)",
+     "            pass"),
+    ("harness.py", "any value is possible", "if type(value) not in kinds or not possible(value):",
+     "if type(value) not in kinds:"),
+    ("harness.py", "any type is possible", "if type(value) not in kinds or not possible(value):",
+     "if not possible(value):"),
+    ("harness.py", "unknown constants are accepted", "        if name not in known:\n            raise",
+     "        if False:\n            raise"),
+    ("harness.py", "a model of the constants' shape", "    with _temporarily(rung, shape):",
+     "    with _temporarily(rung, {}):"),
+    ("harness.py", "any pickle is opened", "map_location=device, weights_only=True",
+     "map_location=device, weights_only=False"),
+    ("harness.py", "exit code 0 after Ctrl-C", "        sys.exit(128 + (self.signals or [signal.SIGTERM])[0])",
+     "        sys.exit(0)"),
+    ("harness.py", "bytes of another text", 'round(last["tokens_seen"] * train.n_bytes / len(train))',
+     'round(last["tokens_seen"] * train.n_words / len(train))'),
+    ("harness.py", "epochs are steps", '"epochs": last["tokens_seen"] / len(train)', '"epochs": last["step"]'),
+    ("harness.py", "the compile step trains", "                model.zero_grad()\n", "", "compiled"),
+]  # fmt: skip
+
+
+def first_tests(file, chosen):
+    """Arguments of pytest for the tests that should notice a fault in `file`."""
+    if chosen in ("memory", "compiled"):
+        return [f"tests/{name}" for name in TESTS[1:]] + ["-k", chosen]
+    if chosen:
+        files, _, words = chosen.partition(" -k ")
+        return [f"tests/{name}" for name in files.split()] + ["-k", words]
+    rung, others = Path(file).stem, "not (v0 or v1 or v2 or v3 or gpt2)"
+    words = {"v0": "v0 or optimum", "v1": "v1 and not v1_1", "v1_1": "v1_1 or chunk", "v2": "v2",
+             "v3": "v3 or gelu or gpt2", "harness": "not v1 and not v2"}  # fmt: skip
+    order = reversed(TESTS) if rung == "harness" else TESTS[:2]
+    return [f"tests/{name}" for name in order] + ["-k", f"({words.get(rung, others)}) and not ({SLOW})"]
+
+
+def limit():
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+
+
+def run_tests(tree, arguments):
+    """What is wrong, as the first failed test says, or None."""
+    arguments = [a for a in arguments if not a.startswith("tests/") or (tree / a).exists()]
+    command = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "-o", "addopts=", *arguments]
+    try:
+        done = subprocess.run(command, cwd=tree, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True,
+                              text=True, timeout=TIMEOUT, preexec_fn=limit)  # fmt: skip
+    except subprocess.TimeoutExpired:
+        return "out of time"
+    if done.returncode in (0, 5):  # 5: no test was chosen
+        return None
+    failed = [line for line in done.stdout.splitlines() if line.startswith(("FAILED", "ERROR"))]
+    return failed[0].split(" - ")[0].split("::")[-1] if failed else f"exit code {done.returncode}"
+
+
+def copy_tree(folder):
+    """What the tests need, without what was made by earlier runs."""
+    ignore = shutil.ignore_patterns(".*", "runs", "*.pt", "__pycache__", "results", "notebooks")
+    shutil.copytree(ROOT, folder, ignore=ignore)
+    return folder
+
+
+def plant(tree, fault):
+    """(whether it was noticed, by what) of a fault in a copy of the tree; raises ValueError if it cannot be planted."""
+    file, _, text, wrong, *more = fault
+    path = tree / file
+    right = path.read_text(encoding="utf-8")
+    if right.count(text) != 1 or text == wrong:
+        raise ValueError(f"its text occurs {right.count(text)} times")
+    path.write_text(right.replace(text, wrong), encoding="utf-8")
+    try:
+        found = run_tests(tree, first_tests(file, more[0] if more else ""))
+        return found or run_tests(tree, [f"tests/{name}" for name in TESTS])
+    finally:
+        path.write_text(right, encoding="utf-8")
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("names", nargs="*", help="files, as v3 or harness, or words of what is broken")
+    parser.add_argument("--jobs", type=int, default=1)
+    parser.add_argument("--list", action="store_true")
+    arguments = parser.parse_args()
+    chosen = [f for f in FAULTS if not arguments.names or any(
+        name == Path(f[0]).stem or name in f[1] for name in arguments.names)]  # fmt: skip
+    if arguments.list:
+        print("\n".join(f"{file:18} {what}" for file, what, *_ in chosen))
+        return
+    trees, noticed, missed, equivalent, errors = Queue(), 0, [], [], []
+    with tempfile.TemporaryDirectory() as folder:
+        for job in range(arguments.jobs):
+            trees.put(copy_tree(Path(folder) / str(job)))
+
+        def one(fault):
+            tree, start = trees.get(), time.perf_counter()
+            try:
+                return fault, plant(tree, fault), time.perf_counter() - start
+            except ValueError as error:
+                return fault, error, 0.0
+            finally:
+                trees.put(tree)
+
+        with ThreadPoolExecutor(arguments.jobs) as pool:
+            for (file, what, _, _, *more), found, seconds in pool.map(one, chosen):
+                name = f"{file}: {what}"
+                if isinstance(found, ValueError):
+                    errors.append(f"{name} ({found})")
+                elif found:
+                    noticed += 1
+                elif len(more) > 1:
+                    equivalent.append(f"{name} ({more[1]})")
+                else:
+                    missed.append(name)
+                print(f"{name:64} {seconds:5.0f} s  {found or 'NOT NOTICED'}", flush=True)
+    print(f"\n{noticed} of {noticed + len(missed)} faults are noticed")
+    for title, lines in (("not noticed", missed), ("equivalent", equivalent), ("could not be planted", errors)):
+        for line in lines:
+            print(f"{title}: {line}")
+    sys.exit(1 if missed or errors else 0)
+
+
+if __name__ == "__main__":
+    main()

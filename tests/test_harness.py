@@ -1,0 +1,784 @@
+"""The frame around a run, in this process: constants, --help, the run's folder, pictures, resuming, PROMPT."""
+
+import contextlib
+import errno
+import importlib.util
+import io
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from common import ROOT, RUNGS, SMALL_VOCABULARY, V4, kept_weights, random_model, train, without_clock
+
+import data
+import harness
+from bpe_tokenizer import BPETokenizer
+
+LATE = ("v3", V4)
+SHORT = {"MAX_STEPS": 2, "EVAL_INTERVAL": 1}
+LONG = "a text with some words that is longer than a window of the model, which has thirty-two tokens, and goes on " * 4
+
+
+@pytest.fixture(autouse=True)
+def quick_pictures(request, monkeypatch):
+    """Pictures take most of the time of a short run: only the tests whose name says so draw them."""
+    if "draw" not in request.node.name and "picture" not in request.node.name:
+        monkeypatch.setattr(harness.Run, "draw", lambda run, name, *_: run.write(name, "a picture"))
+
+
+@pytest.fixture(autouse=True)
+def quick_source(monkeypatch):
+    """Every source is parsed once."""
+    read, known = harness._read_source, {}
+
+    def read_once(rung):
+        source = Path(rung["__file__"]).read_text(encoding="utf-8")
+        if source not in known:
+            known[source] = read(rung)
+        return known[source]
+
+    monkeypatch.setattr(harness, "_read_source", read_once)
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """start(module, "NAME=value", ...): (exit code, output, errors) of what `python <rung>.py NAME=value ...` does."""
+
+    def start(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+        capsys.readouterr()
+        code = 0
+        with monkeypatch.context() as patch:
+            patch.setattr(sys, "stdout", sys.stdout)  # put back, since it wraps them
+            patch.setattr(sys, "stderr", sys.stderr)
+            try:
+                harness.start(vars(module))
+            except SystemExit as end:
+                code = end.code
+        out, err = capsys.readouterr()
+        return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
+
+    return start
+
+
+def assert_refused(ended, *texts):
+    """Exit code 1, and one line that has all these texts."""
+    code, _, err = ended
+    assert code == 1, err
+    assert len(err.splitlines()) == 1, err
+    assert all(text in err for text in texts), err
+
+
+def run_folder(module):
+    """Where the weights of a run are."""
+    return Path(module.OUT_DIR) / (module.POSITION.split(",")[0] if module.__name__ == V4 else "")
+
+
+def read_log(folder):
+    return [json.loads(line) for line in (folder / "log.jsonl").read_text(encoding="utf-8").splitlines()]
+
+
+def names(folder):
+    return {path.name for path in Path(folder).iterdir()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Constants
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_unknown_names_are_refused_with_the_known_ones(name, load, start):
+    module = load(name)
+    for argument in ("NOSUCH=1", "batch_size=1", "Path=1", "=1", "", "--steps", "BATCH_SIZE 4", "__name__=x"):
+        assert_refused(start(module, argument), "there is no constant", "BATCH_SIZE", "BLOCK_SIZE", "OUT_DIR")
+
+
+IMPOSSIBLE = {  # values that no constant of the kind can have
+    int: ("-1", "8.0", "True", "1.5", "'4'", "four", "", "None", "[4]", "4 4", "{[]: 1}", "f(1)", "1e400", "9" * 5000,
+          "0x"),
+    float: ("-0.1", "nan", "True", "-1", "inf", "1e999", "1e300", "9" * 400, "a", "", "None", "1,2", "'1'"),
+    bool: ("1", "0", "true", "", "None", "yes"),
+    tuple: ("0", "1,0", "1.5", "1,a", "", "()", "True", "[1, 2]", "-1", "1,True", "9" * 30),
+}  # fmt: skip
+NO_ZERO = {"BATCH_SIZE", "MICRO_BATCH_SIZE", "CHUNK_SIZE", "BLOCK_SIZE", "CONTEXT_SIZE", "MAX_STEPS", "EVAL_INTERVAL",
+           "PATIENCE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "STRIDE", "SAMPLE_TOKENS", "TEMPERATURE",
+           "ROPE_BASE"}  # fmt: skip
+TEXTS = {
+    "VOCABULARY": ("none.json", "", "..", "input.txt", "a\0b"), "OUT_DIR": ("", " ", "a\0b"),
+    "DEVICE": ("toaster", "cuda:99", "meta", "", "cpu:0", "cpu:1", "\udc80"), "DTYPE": ("float16", "", "Float32"),
+    "POSITION": ("rotary", "", "alibi,", "alibi,Rope", "alibi rope"), "PROMPT": (),
+}  # fmt: skip
+LARGE = {"N_LAYER": "2147483647", "SEED": "2147483648", "MAX_STEPS": "2147483648", "BATCH_SIZE": "2147483647",
+         "DROPOUT": "1", "MOMENTUM": "1.0", "COOLDOWN": "1.01", "LEARNING_RATE": "1e38", "BLOCK_SIZE": "2147483647",
+         "EXTRAPOLATION": "2147483648", "N_HEAD": "3", "N_EMBD": "33"}  # fmt: skip
+POSSIBLE = {("v0", "BATCH_SIZE"), ("v1", "N_EMBD"), ("v1_1", "N_EMBD")}  # where there is enough memory
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_impossible_values_of_every_constant_are_refused_in_one_line(name, load, start):
+    module, kinds = load(name), set()
+    for constant, value in harness.constants(vars(module)).items():
+        values = TEXTS[constant] if constant in TEXTS else IMPOSSIBLE[type(value)]
+        values = values[:3] if type(value) in kinds else values  # all of them once for each kind
+        kinds.add(type(value) if constant not in TEXTS else None)
+        values += ("0",) if constant in NO_ZERO else ()
+        if constant in LARGE and (name, constant) not in POSSIBLE:
+            values += (LARGE[constant],)
+        for text in values:
+            load(name)  # back to what it was
+            assert_refused(start(module, f"{constant}={text}"))
+    assert not [path for path in Path(module.OUT_DIR).rglob("*.*")]  # nothing was begun
+
+
+@pytest.mark.parametrize("value", ["8.0", "'8'", "True", "None", "[8]", "__import__('numpy').int64(8)"])
+def test_a_constant_of_another_type_in_the_file_is_refused(value, load, start):
+    assert_refused(start(load("v1", BATCH_SIZE=eval(value))), "BATCH_SIZE=", "must be a whole number")
+    for constant in ("VOCABULARY", "DEVICE", "OUT_DIR", "POSITION", "DTYPE"):
+        assert_refused(start(load(V4, **{constant: 5})), f"{constant}=5 must be")
+        assert_refused(start(load(V4, **{constant: None})), f"{constant}=None must be")
+    assert_refused(start(load("v3", PROMPT=5)), "PROMPT=5 must be a text or None")
+    assert_refused(start(load(V4, EXTRAPOLATION=[1, 2])), "EXTRAPOLATION=[1, 2] must be whole numbers")
+
+
+@pytest.mark.parametrize(("name", "zeros"), [
+    ("v1", ("LEARNING_RATE", "SEED")), ("v3", ("DROPOUT", "WEIGHT_DECAY", "WARMUP_STEPS", "GRAD_CLIP")),
+    (V4, ("DROPOUT", "COOLDOWN", "MOMENTUM", "WARMUP_STEPS")),
+])  # fmt: skip
+def test_whole_numbers_may_stand_for_fractions(name, zeros, load, start):
+    """In the file and on the command line."""
+    in_file = start(load(name, **SHORT, **dict.fromkeys(zeros, 0)))
+    assert in_file[0] == 0, in_file
+    written = start(load(name, **SHORT), *(f"{constant}=0" for constant in zeros))
+    assert written[0] == 0, written
+    last = [re.findall("training loss .*", out)[-1] for _, out, _ in (in_file, written)]
+    assert last[0] == last[1]
+
+
+def test_a_name_that_the_rung_does_not_have_is_refused_with_the_nearest(load, monkeypatch, start):
+    module = load("v3", **SHORT)
+    monkeypatch.setattr(module, "N_LAYERS", 4, raising=False)
+    assert_refused(start(module), "there is no constant 'N_LAYERS'", "N_LAYER?")
+    with pytest.raises(ValueError, match="did you mean N_LAYER?"):
+        module.main()
+    assert not Path(module.OUT_DIR).exists()
+
+
+OWN = '''
+"""What a learner may write into a rung."""
+
+MY_RATE = 0.5  # a rate; "#" is allowed
+A_B, C_D = 1, 2
+ANNOTATED: int = 3
+for INDEX in range(3):
+    pass
+if True:
+    CONDITIONAL = "yes"
+
+
+class X:
+    pass
+
+
+LATER = 5
+
+
+def main():
+    global FROM_MAIN
+    FROM_MAIN = 1
+    check(globals())
+    print(MY_RATE)
+'''
+
+
+def test_constants_of_a_learner_are_constants(tmp_path, start, monkeypatch):
+    """Any name that the file sets somewhere is its own; those before the first function can be set."""
+    source = f"DEVICE = 'cpu'\nimport harness\ncheck = harness.check_constants\n{OWN}"
+    (tmp_path / "own.py").write_text(source, encoding="utf-8")
+    spec = importlib.util.spec_from_file_location("own", tmp_path / "own.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    module.__doc__ = "A rung."
+    code, out, err = start(module, "MY_RATE=0.25")
+    assert (code, out) == (0, "0.25\n"), err
+    assert harness.constants(vars(module)) == {"DEVICE": "cpu", "MY_RATE": 0.25}
+    assert_refused(start(module, "LATER=1"), "there is no constant 'LATER'; known are DEVICE, MY_RATE")
+    assert '  MY_RATE = 0.25                      a rate; "#" is allowed' in start(module, "--help")[1]
+
+
+def test_the_extrapolation_is_set_with_commas(load, start):
+    for text, value in (("1,2", (1, 2)), ("4", (4,)), ("(1, 3)", (1, 3)), ("1,", (1,))):
+        module = load(V4)
+        harness.set_constants(vars(module), [f"EXTRAPOLATION={text}"])
+        assert value == module.EXTRAPOLATION
+    code, out, _ = start(load(V4, **SHORT), "EXTRAPOLATION=1,3")
+    assert code == 0 and re.search(r"^tokens +32 +96$", out, re.M)
+
+
+def test_texts_are_taken_as_they_stand(load):
+    module = load("v3")
+    harness.set_constants(vars(module), ["OUT_DIR='a=b'", "PROMPT=12 = 3 * 4", "LEARNING_RATE=1", "MAX_STEPS=1_000"])
+    assert (module.OUT_DIR, module.PROMPT, module.MAX_STEPS) == ("'a=b'", "12 = 3 * 4", 1000)
+    assert module.LEARNING_RATE == 1.0 and type(module.LEARNING_RATE) is float
+
+
+def test_editing_the_file_while_it_trains_changes_nothing(load, monkeypatch, tmp_path):
+    """v4 begins its second scheme after hours, with the file as it was read."""
+    module = load(V4, **SHORT, POSITION="alibi,rope")
+    shutil.copy(module.__file__, tmp_path / f"{V4}.py")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / f"{V4}.py"))
+    make = module.make_optimizers
+
+    def edit_and_make(model):
+        (tmp_path / f"{V4}.py").write_text("NEW = 1\ndef half a line", encoding="utf-8")
+        return make(model)
+
+    monkeypatch.setattr(module, "make_optimizers", edit_and_make)
+    assert set(module.main()["schemes"]) == {"alibi", "rope"}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Command line
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("argument", ["--help", "-h"])
+@pytest.mark.parametrize("name", RUNGS)
+def test_help_has_the_docstring_and_the_constants_with_their_comments(name, argument, load, start):
+    module = load(name)
+    code, out, err = start(module, "NOSUCH=1", argument)
+    assert (code, err) == (0, "")
+    assert out.startswith(module.__doc__.strip())
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    for constant, value in harness.constants(vars(module)).items():
+        line = next(line for line in out.splitlines() if line.startswith(f"  {constant} = "))
+        assert line.startswith(f"  {constant} = {value!r}")
+        comment = re.search(rf"^{constant} = .*?(?:# (.*))?$", source, re.M)[1]
+        assert line.endswith(comment or repr(value))
+    assert not Path(module.OUT_DIR).exists()
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_rung_ends_with_its_command_line(name):
+    source = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    assert source.endswith('\n\nif __name__ == "__main__":\n    harness.start(globals())\n')
+
+
+def test_a_rung_can_be_started_in_another_folder(tmp_path):
+    done = subprocess.run([sys.executable, str(ROOT / "v0.py"), "MAX_STEPS=0"], cwd=tmp_path, capture_output=True,
+                          text=True, timeout=60)  # fmt: skip
+    assert (done.returncode, done.stdout) == (1, "")
+    assert done.stderr == "v0.py: MAX_STEPS=0 must be a whole number from 1 to 2147483647\n"
+
+
+def test_a_mistake_of_the_program_keeps_its_traceback(load, monkeypatch, start):
+    module = load("v0")
+    for error in (RuntimeError("a shape is wrong"), TypeError("x"), KeyError("y")):
+        monkeypatch.setattr(module, "train", lambda *_, error=error: (_ for _ in ()).throw(error))
+        with pytest.raises(type(error)):
+            start(module)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The folder of a run
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ["v1", V4])
+def test_a_second_run_moves_the_first_aside_and_leaves_what_is_not_of_it(name, load, start):
+    module = load(name, **SHORT)
+    out, part = Path(module.OUT_DIR), run_folder(module)
+    (out / "plots").mkdir(parents=True)
+    own = [out / "mine.png", out / "notes.txt", out / "plots" / "loss.png", out / "my_checkpoint.pt"]
+    for path in own:
+        path.write_text("mine")
+    assert "earlier run" not in start(module)[1]
+    first = names(part)
+    weights = kept_weights(module, part.name if name == V4 else "")
+    text = start(module, "SEED=1")[1]
+    aside = out.with_name(f"{name}.1")
+    assert text.count(f"the earlier run in {out} is now in {aside}\n") == 1
+    assert all(path.read_text() == "mine" for path in own)
+    moved = aside / part.relative_to(out)
+    assert names(moved) | {"lock", "mine.png", "notes.txt", "my_checkpoint.pt", "plots"} >= first
+    assert "summary.json" in names(aside)
+    again = torch.load(moved / "model.pt", weights_only=True)["model"]
+    assert all(torch.equal(p, weights[key]) for key, p in again.items())
+    assert json.loads((aside / "summary.json").read_text())["seed"] == 1337
+    assert {line["step"] for line in read_log(part)} == {0, 1, 2}
+    assert json.loads((out / "summary.json").read_text())["seed"] == 1
+
+
+def test_v4_moves_the_schemes_of_the_earlier_run_too(load, start):
+    start(load(V4, **SHORT, POSITION="alibi,rope"))
+    module = load(V4, **SHORT, POSITION="rope")
+    assert start(module)[1].count("is now in") == 1
+    assert "alibi" not in names(module.OUT_DIR)
+    assert names(Path(module.OUT_DIR).with_name(f"{V4}.1")) >= {"alibi", "rope", "summary.json", "extrapolation.png"}
+
+
+def test_a_run_that_is_refused_moves_nothing(load, start):
+    module = load("v1", **SHORT)
+    start(module)
+    before = names(module.OUT_DIR)
+    for argument in ("BATCH_SIZE=100000", "BLOCK_SIZE=100000", "VOCABULARY=x", "DEVICE=x", "NOSUCH=1"):
+        load("v1", **SHORT)
+        assert start(module, argument)[0] == 1
+    assert names(module.OUT_DIR) == before
+    assert names(Path(module.OUT_DIR).parent) == {"v1"}
+
+
+def test_of_many_earlier_runs_the_least_trained_goes(load, start, monkeypatch):
+    monkeypatch.setattr(harness, "KEPT_RUNS", 2)
+    module = load("v1", **SHORT)
+    beside = Path(module.OUT_DIR).parent
+    for seconds in (50, 5, 70):
+        assert start(module)[0] == 0
+        log = Path(module.OUT_DIR) / "log.jsonl"
+        log.write_text(log.read_text().replace('"seconds": ', f'"seconds": {seconds}'))
+    (beside / "v1.7").mkdir()
+    (beside / "v1.7" / "lock").touch()  # the OUT_DIR of another run: it may not go, nor count
+    text = start(module)[1]
+    assert f"{beside / 'v1.2'}, which had trained least, is deleted" in text
+    assert names(beside) == {"v1", "v1.1", "v1.7", "v1.8"}
+    assert names(beside / "v1.8") >= {"log.jsonl", "model.pt"}
+
+
+@pytest.mark.parametrize("out", [".", "sub/..", "a.b", "[1]", "link"])
+def test_folders_with_unusual_names(out, load, start, monkeypatch, tmp_path):
+    (tmp_path / "here" / "sub").mkdir(parents=True)
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "here" / "link").symlink_to(tmp_path / "elsewhere")
+    monkeypatch.chdir(tmp_path / "here")
+    module = load("v1", **SHORT, OUT_DIR=out)
+    for k in (1, 2):
+        code, text, err = start(module)
+        assert code == 0, err
+        aside = {".": "here.", "sub/..": "here.", "link": "elsewhere."}.get(out, f"here/{out}.") + str(k)
+        assert not (tmp_path / aside).exists()
+    start(module)
+    assert "model.pt" in names(tmp_path / aside)
+    assert (tmp_path / "here" / "link").is_symlink()
+
+
+def test_a_folder_that_cannot_be_used_is_refused(load, start, tmp_path):
+    (tmp_path / "file").write_text("mine")
+    for out in (tmp_path / "file", tmp_path / "file" / "below", "/proc/nowhere", tmp_path / ("x" * 300)):
+        assert_refused(start(load("v1", OUT_DIR=str(out))), f"OUT_DIR={out} ")
+    assert start(load("v1", **SHORT, OUT_DIR=str(tmp_path / "other")))[0] == 0
+    assert (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
+def test_a_file_system_without_locks(number, load, start, monkeypatch):
+    def flock(file, flags):
+        raise OSError(number, os.strerror(number))
+
+    monkeypatch.setattr(harness.fcntl, "flock", flock)
+    module = load("v1", **SHORT)
+    code, out, err = start(module)
+    assert code == 0, err
+    assert f"{module.OUT_DIR} cannot be locked ({os.strerror(number)}): do not start a second run in it\n" in out
+
+
+def test_a_system_without_fcntl(load, start, monkeypatch):
+    monkeypatch.setattr(harness, "fcntl", None)
+    assert start(load("v1", **SHORT))[0] == 0
+
+
+def test_a_file_is_written_whole_or_not_at_all(tmp_path):
+    harness.atomic_write(tmp_path / "a.txt", lambda file: file.write(b"first"))
+
+    def fail(file):
+        file.write(b"half")
+        raise RuntimeError("no space\nmore lines")
+
+    with pytest.raises(OSError, match="cannot write .*a.txt: disk full. no space; make room, or choose .*OUT_DIR$"):
+        harness.atomic_write(tmp_path / "a.txt", fail)
+    with pytest.raises(OSError, match="cannot write .*No such file"):
+        harness.atomic_write(tmp_path / "gone" / "a.txt", lambda file: None)
+    with pytest.raises(KeyboardInterrupt):
+        harness.atomic_write(tmp_path / "a.txt", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+    assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "first")]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Results, and what is said of them
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_results_are_on_the_disk_before_the_sample_is_printed(name, load, monkeypatch):
+    module, seen = load(name, **SHORT), []
+    expected = {"summary.json", "sample.txt", "loss.png", "model.pt", "log.jsonl", "checkpoint.pt"}
+
+    class Watch(io.StringIO):
+        def write(self, text):
+            if "--- sample ---" in text:
+                seen.append(names(run_folder(module)))
+            return super().write(text)
+
+    monkeypatch.setattr(sys, "stdout", Watch())
+    module.main()
+    assert seen[0] >= expected | ({"embeddings.png"} if name == V4 else set())
+
+
+@pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-16"])
+def test_an_output_in_another_encoding_costs_no_results(encoding, load, monkeypatch):
+    module = load(V4, **SHORT, VOCABULARY="bpe_vocab.json", TEMPERATURE=5.0, SAMPLE_TOKENS=60)
+    out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "stderr", sys.stderr)
+    monkeypatch.setattr(sys, "argv", [f"{V4}.py"])
+    harness.start(vars(module))
+    assert b"\\u" in out.buffer.getvalue() or encoding == "utf-16"
+    assert "summary.json" in names(module.OUT_DIR)
+
+
+@pytest.mark.parametrize("name", ["v0", V4])
+def test_pictures_that_cannot_be_drawn_cost_a_line(name, load, start, monkeypatch):
+    def fail(*arguments):
+        raise RuntimeError("no font\nmore lines")
+
+    module = load(name, **SHORT)
+    for plot in ("plot_embeddings", "plot_schemes"):
+        monkeypatch.setattr(module, plot, fail, raising=False)
+    monkeypatch.setattr(harness, "plot_loss", fail)
+    code, out, err = start(module)
+    assert (code, err) == (0, "")
+    pictures = {"v0": {"loss.png"}, V4: {"loss.png", "embeddings.png", "extrapolation.png"}}[name]
+    assert all(f"{picture} was not drawn: no font\n" in out for picture in pictures)
+    assert "summary.json" in names(module.OUT_DIR) and not [*Path(module.OUT_DIR).rglob("*.png")]
+
+
+def test_without_matplotlib_a_run_has_all_but_its_pictures(load, start, monkeypatch):
+    monkeypatch.setitem(sys.modules, "matplotlib.figure", None)
+    module = load(V4, **SHORT)
+    code, out, err = start(module)
+    assert (code, err) == (0, "")
+    assert "loss.png was not drawn: " in out and "embeddings.png was not drawn: " in out
+    assert names(run_folder(module)) >= {"summary.json", "sample.txt", "model.pt", "log.jsonl"}
+
+
+VOCABULARIES = {  # texts that vocabularies without the English words of v4 are learned on
+    "tiny": "the cat sat on the mat and the rat saw the cat " * 30,
+    "Chinese": "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏" * 40 + "天地玄黄" * 60,
+    "code": "$x = $y{'$a'}; $_ =~ s/$^A/$$/g; print $x->{'$b$'}, \"$x_{1}^2$\"; \\frac $\\alpha$ " * 40,
+}
+
+
+@pytest.mark.parametrize("kind", VOCABULARIES)
+def test_embeddings_are_drawn_with_any_vocabulary(kind, load, monkeypatch, tmp_path):
+    module = load(V4)
+    tokenizer = BPETokenizer.train(VOCABULARIES[kind], 300)
+    model = random_model(module, tokenizer.vocab_size)
+    figure = module.plot_embeddings(model, tokenizer)
+    figure.savefig(tmp_path / "a.png")
+    assert figure.axes[0].texts
+    found = module.nearest_neighbours(model, tokenizer)
+    assert found and all(len(neighbours) == 6 for neighbours in found.values())
+
+
+@pytest.mark.parametrize("vocabulary", [SMALL_VOCABULARY, "bpe_vocab.json"])
+def test_embeddings_are_drawn_with_the_vocabularies_of_the_project(vocabulary, load):
+    module = load(V4)
+    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary))
+    figure = module.plot_embeddings(random_model(module, tokenizer.vocab_size), tokenizer)
+    assert len(figure.axes[0].texts) == len(module.single_tokens(
+        [" " + word for words in module.WORDS.values() for word in words.split()], tokenizer))  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Going on
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_resuming_without_a_checkpoint_begins_and_says_so(name, load, start):
+    module = load(name, **SHORT)
+    code, out, err = start(module, "RESUME=True")
+    assert code == 0, err
+    assert f"there is no checkpoint in {run_folder(module)} yet: RESUME=True begins a run\n" in out
+    code, out, err = start(module, "RESUME=True")
+    assert "yet" not in out and "going on from step 2\n" in out
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_finished_run_with_more_steps_goes_on(name, load, start):
+    module = load(name, MAX_STEPS=8, EVAL_INTERVAL=4)
+    start(module)
+    code, out, err = start(module, "RESUME=True", "MAX_STEPS=12")
+    assert code == 0, err
+    assert "going on with other constants: MAX_STEPS was 8 and is 12\n" in out and "going on from step 8\n" in out
+    jump = re.search("^MAX_STEPS decides the schedule: the learning rate goes from (\\S+) to (\\S+) here", out, re.M)
+    assert bool(jump) == (name in LATE)
+    if name == "v3":  # warm-up of 4, then half a cosine to step 12
+        assert float(jump[2]) == pytest.approx(module.LEARNING_RATE * module.lr_factor(8), rel=1e-2)
+    assert [line["step"] for line in read_log(run_folder(module))] == [0, 4, 8, 12]
+    assert_refused(start(module, "RESUME=True", "MAX_STEPS=11"), "has made 12 steps; MAX_STEPS=11 must not be less")
+    assert [line["step"] for line in read_log(run_folder(module))] == [0, 4, 8, 12]
+
+
+@pytest.fixture
+def trained(load, start):
+    """trained(rung, ...): the rung after two steps, its constants as they were."""
+
+    def trained(name, **constants):
+        module = load(name, **{**SHORT, **constants})
+        code, _, err = start(module)
+        assert code == 0, err
+        return module
+
+    return trained
+
+
+MUST_STAY = {"N_EMBD": 8, "N_LAYER": 1, "N_HEAD": 1, "SEED": 5, "BATCH_SIZE": 4, "BLOCK_SIZE": 16, "N_HIDDEN": 8,
+             "CONTEXT_SIZE": 2, "ROPE_BASE": 100.0, "VOCABULARY": "bpe_vocab.json"}  # fmt: skip
+MAY_CHANGE = {"LEARNING_RATE": 0.01, "LEARNING_RATE_ADAMW": 0.02, "WARMUP_STEPS": 1, "COOLDOWN": 0.1, "MOMENTUM": 0.5,
+              "WEIGHT_DECAY": 0.3, "GRAD_CLIP": 0.5, "DROPOUT": 0.2, "DTYPE": "bfloat16", "MICRO_BATCH_SIZE": 1,
+              "CHUNK_SIZE": 30, "MAX_STEPS": 3}  # fmt: skip
+IN_SILENCE = {"EVAL_INTERVAL": 2, "PATIENCE": 7, "SAMPLE_TOKENS": 5, "TEMPERATURE": 0.5, "STRIDE": 8,
+              "EXTRAPOLATION": (1,)}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_what_a_resumed_run_may_change(name, trained, load, start):
+    module = trained(name)
+    known = harness.constants(vars(module))
+    assert known.keys() - {"POSITION", "COMPILE", "DEVICE", "OUT_DIR", "RESUME", "PROMPT"} <= {
+        *MUST_STAY, *MAY_CHANGE, *IN_SILENCE}  # fmt: skip
+    for constant in MUST_STAY.keys() & known.keys():
+        load(name, **SHORT, RESUME=True, **{constant: MUST_STAY[constant]})
+        assert_refused(start(module), "set back what differs", f"{constant} was {known[constant]!r} and is ")
+    changed = {k: v for k, v in MAY_CHANGE.items() if k in known}
+    silent = {k: v for k, v in IN_SILENCE.items() if k in known}
+    load(name, **{**SHORT, **changed, **silent, "RESUME": True})
+    code, out, err = start(module)
+    assert code == 0, err
+    line = next(line for line in out.splitlines() if line.startswith("going on with other constants: "))
+    assert {part.split(" was ")[0] for part in line.partition(": ")[2].split("; ")} == changed.keys()
+    assert read_log(run_folder(module))[-1]["step"] == 3
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_the_rates_of_a_resumed_run_are_those_of_the_constants(name, trained, load, monkeypatch, start):
+    module, rates = trained(name, MAX_STEPS=4, EVAL_INTERVAL=2, WARMUP_STEPS=0), []
+    step = harness.Run.step
+    monkeypatch.setattr(harness.Run, "step", lambda run, loss: (rates.append(run._rates()), step(run, loss)))
+    load(name, MAX_STEPS=8, EVAL_INTERVAL=2, WARMUP_STEPS=0, RESUME=True, LEARNING_RATE=0.5)
+    assert start(module)[0] == 0
+    assert rates[0][0] == pytest.approx(0.5 * module.lr_factor(4))
+
+
+@pytest.mark.parametrize("name", ["v1", *LATE])
+def test_resuming_with_another_text_or_tokenizer_is_refused(name, trained, start):
+    module = trained(name)
+    path = run_folder(module) / "checkpoint.pt"
+    saved = torch.load(path, weights_only=True)
+    torch.save({**saved, "dataset": "another"}, path)
+    assert_refused(start(module, "RESUME=True"), "the text was another and is sample")
+    torch.save({**saved, "fingerprint": "0123456789abcdef"}, path)
+    assert_refused(start(module, "RESUME=True"), "the tokenizer was 0123456789abcdef and is ")
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_type_that_auto_chose_is_kept(dtype, trained, load, start, monkeypatch):
+    """On another machine, or at another load, auto would choose anew."""
+    monkeypatch.setattr(harness, "_dtypes", {"cpu": dtype})
+    module = trained("v3", DTYPE="auto")
+    other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
+    monkeypatch.setattr(harness, "_dtypes", {"cpu": other})
+    code, out, err = start(module, "RESUME=True", "MAX_STEPS=4")
+    assert code == 0, err
+    assert "matrix products" not in out
+    assert json.loads((Path(module.OUT_DIR) / "summary.json").read_text())["dtype"] == dtype
+    monkeypatch.setattr(harness, "_dtypes", {"cpu": dtype})
+    load("v3", **SHORT)
+    code, out, err = start(module, "RESUME=True", "MAX_STEPS=6", f"DTYPE={other}")
+    assert code == 0, err
+    assert f"matrix products were {dtype} and are {other} from here on\n" in out
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_model_that_is_not_compiled_any_more_is_named(name, trained, load, start, monkeypatch):
+    monkeypatch.setattr(torch, "compile", lambda model: model)
+    module = trained(name, COMPILE=True)
+    load(name, **{**SHORT, "COMPILE": True, "MAX_STEPS": 4, "RESUME": True})
+    out = start(module)[1]
+    assert "rounding" not in out and "compiling the model" in out
+
+    def fail(model):
+        raise RuntimeError("no compiler\nmore lines")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    load(name, **{**SHORT, "COMPILE": True, "MAX_STEPS": 6, "RESUME": True})
+    code, out, err = start(module)
+    assert code == 0, err
+    assert "training without torch.compile: no compiler\n" in out
+    assert re.search("with torch.compile.*: losses may differ by rounding", out)
+
+
+def test_another_number_of_threads_is_named(trained, start):
+    module, threads = trained("v3"), torch.get_num_threads()
+    torch.set_num_threads(threads + 1)
+    try:
+        out = start(module, "RESUME=True", "MAX_STEPS=4")[1]
+    finally:
+        torch.set_num_threads(threads)
+    assert re.search(rf"{threads} threads.* goes on with .*{threads + 1} threads.*: losses may differ by rounding", out)
+
+
+class Bomb:
+    """Unpickled by plain pickle, it makes a file."""
+
+    def __init__(self, path):
+        self.path = str(path)
+
+    def __reduce__(self):
+        return open, (self.path, "w")
+
+
+def damage(path, kind, bomb):
+    content = path.read_bytes()
+    if kind == "other":
+        torch.save([1, 2], path)
+    elif kind == "bomb":
+        torch.save({**torch.load(path, weights_only=True), "hyperparameters": Bomb(bomb)}, path)
+    elif kind == "folder":
+        path.unlink()
+        path.mkdir()
+    else:
+        path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello\n",
+                          "changed": content[:-2000] + bytes(2000)}[kind])  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "other", "model", "bomb", "folder", "changed"])
+@pytest.mark.parametrize("name", ["v0", V4])
+def test_damaged_files_are_refused_in_one_line(name, kind, trained, start, tmp_path):
+    module = trained(name)
+    folder = run_folder(module)
+    for path in (folder / "checkpoint.pt", folder / "checkpoint_before.pt", folder / "model.pt"):
+        if kind == "model":  # it has no optimizer and no log
+            if path.name != "model.pt":
+                shutil.copy(folder / "model.pt", path)
+        else:
+            damage(path, kind, tmp_path / "went off")
+    assert_refused(start(module, "RESUME=True"), "checkpoint_before.pt is damaged")
+    if name == V4 and kind != "model":
+        module.RESUME = False
+        assert_refused(start(module, "PROMPT=a"), "model.pt is damaged")
+    assert not (tmp_path / "went off").exists()
+    if kind != "folder":
+        module.RESUME, module.PROMPT = False, None
+        assert start(module)[0] == 0  # train again, as the message says
+
+
+@pytest.mark.parametrize("name", ["v1", "v3"])
+def test_a_checkpoint_of_a_changed_model_is_refused(name, trained, start, monkeypatch):
+    module = trained(name)
+
+    class Changed(module.LanguageModel):
+        def __init__(self, vocab_size):
+            super().__init__(vocab_size)
+            self.more = torch.nn.Linear(2, 2)
+
+    monkeypatch.setattr(module, "LanguageModel", Changed)
+    assert_refused(start(module, "RESUME=True"), "do not fit this model")
+    if name == "v3":
+        module.RESUME = False
+        assert_refused(start(module, "PROMPT=a"), "model.pt do not fit this model")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# PROMPT
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("prompt", ["", LONG, " a \U0001f600 smile \U0001f600", "\n", "\0", "<|endoftext|>"])
+@pytest.mark.parametrize("name", LATE)
+def test_a_prompt_is_continued_by_the_model_as_trained(name, prompt, trained, load, start, monkeypatch, tmp_path):
+    """Whatever the constants of its shape are now; without token files."""
+    module = trained(name, SAMPLE_TOKENS=40, N_LAYER=1, BLOCK_SIZE=16)
+    (tmp_path / "data").mkdir()
+    shutil.copy(data.DATA_DIR / SMALL_VOCABULARY, tmp_path / "data")
+    load(name, PROMPT=prompt, SAMPLE_TOKENS=40, N_LAYER=2, N_EMBD=33, N_HEAD=3, BLOCK_SIZE=4, VOCABULARY="none.json")
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path / "data")
+    code, out, err = start(module)
+    assert (code, err) == (0, "")
+    assert out.startswith(prompt) and len(out) > len(prompt) + 10
+    assert start(module)[1] == out  # the seed decides
+    assert (module.N_LAYER, module.N_EMBD, module.VOCABULARY) == (2, 33, "none.json")
+
+
+def test_a_prompt_finds_the_scheme_that_was_trained(trained, load, start):
+    module = trained(V4, POSITION="rope")
+    load(V4, PROMPT=" The", POSITION="alibi,rope")
+    code, out, err = start(module)
+    assert code == 0 and out.startswith(" The"), err
+
+
+def test_a_prompt_finds_the_run_of_the_repository(trained, start, monkeypatch, tmp_path):
+    module = trained("v3")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    shutil.copy(module.__file__, tmp_path / "v3.py")
+    monkeypatch.setattr(module, "__file__", str(tmp_path / "v3.py"))
+    code, out, err = start(module, "PROMPT=a", "OUT_DIR=v3")
+    assert code == 0 and out.startswith("a"), err
+    assert_refused(start(module, "PROMPT=a", "OUT_DIR=none"), f"no trained model in {tmp_path}/elsewhere/none or "
+                   f"{tmp_path}/none", "python v3.py", "name its folder as OUT_DIR")  # fmt: skip
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_prompts_that_cannot_be_continued_are_refused(name, trained, load, start):
+    module = trained(name)
+    assert_refused(start(module, "PROMPT=\udc80"), "surrogate")
+    for argument in ("DEVICE=toaster", "TEMPERATURE=0", "SAMPLE_TOKENS=0", "OUT_DIR=", "OUT_DIR=a\0b", "OUT_DIR=none"):
+        load(name)
+        assert_refused(start(module, "PROMPT=a", argument))
+    load(name)
+    path = run_folder(module) / "model.pt"
+    torch.save({**torch.load(path, weights_only=True), "fingerprint": "0123456789abcdef"}, path)
+    assert_refused(start(module, "PROMPT=a"), f"trained with another {SMALL_VOCABULARY}")
+
+
+@pytest.mark.parametrize("other", ["v0", "v1", "v2"])
+def test_the_model_of_another_rung_is_refused(other, trained, load, start):
+    out = trained(other).OUT_DIR
+    assert_refused(start(load("v3", PROMPT="a", OUT_DIR=out)), out)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What the frame may not do
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_no_clipping_without_grad_clip(load, monkeypatch):
+    """GRAD_CLIP=0 trains as a limit does that no gradient reaches."""
+    losses = {}
+    for clip in (0.0, 1e30, 1e-3):
+        records, _, _ = train(load("v3", **SHORT, GRAD_CLIP=clip, WARMUP_STEPS=0, LEARNING_RATE=0.1))
+        losses[clip] = without_clock(records)[-1]["val_loss"]
+    assert losses[0.0] == losses[1e30] != losses[1e-3]
+
+
+def test_the_process_is_left_as_it_was(load):
+    """A notebook or a test goes on in it, after a run and after one that failed."""
+
+    def state():
+        signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        return signals, torch.are_deterministic_algorithms_enabled(), harness.constants(vars(module))
+
+    for constants, error in ((SHORT, None), ({**SHORT, "LEARNING_RATE": 1e30, "WARMUP_STEPS": 0}, ValueError)):
+        module = load("v3", **constants)
+        before = state()
+        with pytest.raises(error, match="not finite|loss is nan") if error else contextlib.nullcontext():
+            module.main()
+        assert state() == before
