@@ -413,12 +413,12 @@ class Muon(torch.optim.Optimizer):
     itself, the matrices of a group are stacked.
     """
 
-    def __init__(self, params, lr, momentum, dtype=torch.float32):
+    def __init__(self, params, lr, momentum):
         super().__init__(params, {"lr": lr, "momentum": momentum, "split": 1})
-        self.dtype = dtype  # of the products in `orthogonalize`
 
     @torch.no_grad()
     def step(self):
+        dtype = getattr(torch, harness.resolve_dtype(DEVICE, DTYPE))
         for group in self.param_groups:
             grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, columns)
             state = self.state[group["params"][0]]
@@ -427,7 +427,7 @@ class Muon(torch.optim.Optimizer):
             state["momentum"].lerp_(grad, 1 - group["momentum"])
             update = grad.lerp(state["momentum"], group["momentum"])  # Nesterov's look ahead
             rows, columns = update.size(1) // group["split"], update.size(2)
-            update = orthogonalize(update.reshape(-1, rows, columns), self.dtype).reshape(update.shape)
+            update = orthogonalize(update.reshape(-1, rows, columns), dtype).reshape(update.shape)
             scale = max(1, rows / columns) ** 0.5  # a tall matrix makes longer outputs of the same input
             for p, u in zip(group["params"], update):
                 p.sub_(u, alpha=group["lr"] * scale)
@@ -445,7 +445,6 @@ def make_optimizers(model):
         ],
         lr=LEARNING_RATE,
         momentum=MOMENTUM,
-        dtype=getattr(torch, harness.resolve_dtype(DEVICE, DTYPE)),
     )
     others = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
     adamw = torch.optim.AdamW(others, lr=LEARNING_RATE_ADAMW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
@@ -538,8 +537,9 @@ def extrapolate(model, tokens):
 def single_tokens(texts, tokenizer):
     """{text: id} of those `texts` that are a token each; if few are, of the first 40 merged tokens that are text."""
     found = {text: ids[0] for text in texts if len(ids := tokenizer.encode(text)) == 1}
-    first = {tokenizer.decode([i]): i for i in range(256, min(tokenizer.vocab_size, 296))}
-    return found if len(found) > 2 else {text: i for text, i in first.items() if text.isprintable() and "\ufffd" not in text}
+    first = {text: i for i in range(256, min(tokenizer.vocab_size, 296))
+             if (text := tokenizer.decode([i])).isprintable() and "\ufffd" not in text}  # fmt: skip
+    return found if len(found) > 2 else first
 
 
 def nearest_neighbours(model, tokenizer, n=6):

@@ -231,7 +231,9 @@ def measure_gpu(shape, batches, device, dtype, peers, *duration):
     for name in ("v3", *peers):
         for batch in batches:
             own = {**shape, "BATCH_SIZE": batch, "MICRO_BATCH_SIZE": batch, "DEVICE": device, "DROPOUT": 0.0}
-            maker = (peer_steps, peers[name], own, 0.0, False, device, True) if name in peers else (rung_steps, "v3", own)
+            maker = (rung_steps, "v3", own)
+            if name in peers:
+                maker = (peer_steps, peers[name], own, 0.0, False, device, True)
             contestant = start(*maker)
             if not contestant.recv():
                 break

@@ -479,6 +479,7 @@ def assert_finite(out, name):
 
 
 @pytest.mark.parametrize(("name", "rate", "lower"), [
+    ("v0", "LEARNING_RATE", 0.03), ("v1", "LEARNING_RATE", 0.003), ("v1_1", "LEARNING_RATE", 0.003),
     ("v2", "LEARNING_RATE", 0.003), ("v3", "LEARNING_RATE", 0.003), (V4, "LEARNING_RATE_ADAMW", 0.01),
 ])  # fmt: skip
 def test_a_loss_that_is_not_finite_ends_the_run_which_a_lower_rate_continues(name, rate, lower, run, tmp_path):

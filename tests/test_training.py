@@ -432,10 +432,13 @@ def test_v4_trains_every_parameter_once(load):
         assert sorted(held) == sorted(id(p) for p in model.parameters())
 
 
-def test_muon_multiplies_in_the_type_that_the_run_uses(load):
+def test_muon_multiplies_in_the_type_that_the_run_uses(load, monkeypatch):
     for dtype in ("float32", "bfloat16"):
-        module = load(V4, DTYPE=dtype)
-        assert module.make_optimizers(module.LanguageModel(50, "rope"))[0].dtype == getattr(torch, dtype)
+        module, seen, p = load(V4, DTYPE=dtype), [], torch.nn.Parameter(torch.eye(4))
+        monkeypatch.setattr(module, "orthogonalize", lambda G, dtype, seen=seen: seen.append(dtype) or G)
+        p.grad = torch.ones(4, 4)
+        module.Muon([p], lr=0.1, momentum=0.9).step()
+        assert seen == [getattr(torch, dtype)]
 
 
 def test_the_learning_rate_of_v3(load):
