@@ -374,8 +374,9 @@ def load(rung, *folders):
     places = [base / folder for base in dict.fromkeys((Path.cwd(), here)) for folder in folders]
     path = next((place / "model.pt" for place in places if (place / "model.pt").exists()), None)
     if path is None:
-        raise FileNotFoundError(f"there is no trained model in {' or '.join(map(str, places))}; train first with "
-                                f"python {name}, or name its folder as OUT_DIR")  # fmt: skip
+        looked = dict.fromkeys(str(place.parent if len(folders) > 1 else place) for place in places)
+        raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; train first with python {name}, "
+                                "or name its folder as OUT_DIR")  # fmt: skip
     saved = _load_file(path, rung["DEVICE"], ("model", "hyperparameters", "fingerprint"))
     shape = {k: v for k, v in saved["hyperparameters"].items() if k in SHAPE and k in rung}
     tokenizer = BPETokenizer.load(vocabulary_file(shape["VOCABULARY"]))

@@ -26,6 +26,7 @@ from common import (
     losses,
     make_model,
     same_weights,
+    short_tokens,
     train,
     without_clock,
 )
@@ -195,6 +196,26 @@ def test_two_schemes_are_compared(load, capsys):
 def test_an_unknown_scheme_is_refused(position, load):
     with pytest.raises(ValueError, match="known are alibi, rope, learned, sinusoidal, none"):
         load(V4, POSITION=position).main()
+
+
+def test_when_evaluations_come_and_what_they_say_of_training(load):
+    """Every EVAL_INTERVAL steps, at least one in an epoch, and at the end. The training loss is the mean since the one
+    before."""
+    module = load("v2", MAX_STEPS=7, EVAL_INTERVAL=1, PATIENCE=100)
+    tokens = short_tokens(module)
+    every = train(module, tokens=tokens)[0]
+    assert [record["step"] for record in every] == list(range(8))
+    assert every[0]["train_loss"] is None
+    module.EVAL_INTERVAL = 4
+    some = train(module, tokens=tokens)[0]
+    assert [record["step"] for record in some] == [0, 4, 7]
+    for record, steps in zip(some[1:], (every[1:5], every[5:8])):
+        assert record["train_loss"] == pytest.approx(np.mean([one["train_loss"] for one in steps]), rel=1e-6)
+        assert record["val_loss"] == steps[-1]["val_loss"]
+        assert record["tokens_seen"] == record["step"] * 8 * 32
+    module.EVAL_INTERVAL = 1000
+    tokens["train"].ids = tokens["train"].ids[: 3 * 8 * 32 + 40]  # three batches
+    assert [record["step"] for record in train(module, tokens=tokens)[0]] == [0, 3, 6, 7]
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -405,7 +426,7 @@ def test_v3_trains_as_gpt2_with_adamw_warm_up_cosine_and_clipping(grad_clip, loa
 
 @pytest.mark.parametrize("scheme", ["rope", "learned"])
 def test_v4_trains_with_muon_and_adamw(scheme, load):
-    rates = {"LEARNING_RATE": 0.02, "LEARNING_RATE_ADAMW": 0.005, "MOMENTUM": 0.8}
+    rates = {"LEARNING_RATE": 0.02, "LEARNING_RATE_ADAMW": 0.03, "MOMENTUM": 0.8}
     module = load(V4, MAX_STEPS=12, COOLDOWN=0.5, WARMUP_STEPS=3, MICRO_BATCH_SIZE=3, **rates, **EVERY_STEP)
     torch.manual_seed(module.SEED)
     model = make_model(module, 500, scheme)
@@ -416,7 +437,7 @@ def test_v4_trains_with_muon_and_adamw(scheme, load):
             if name.startswith("blocks"):
                 muon(p, grad, memory, 0.02 * factor, 0.8, "qkv" in name)
             else:
-                adam(p, grad, memory, 0.005 * factor, (0.9, 0.95))
+                adam(p, grad, memory, 0.03 * factor, (0.9, 0.95))
 
     expected = by_hand(module, model, model, 12, update)
     records, trained, _ = train(module, scheme)
