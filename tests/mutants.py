@@ -6,8 +6,8 @@
     python tests/mutants.py --list             say which there are
 
 A fault is noticed if a test fails; without any, all pass, which is tried before. First the tests run that should
-notice a fault, then, if they do not, all those of models, training and the harness. A fault marked as equivalent changes
-nothing that a test could see, for the reason given.
+notice a fault, then, if they do not, all those of models, training and the harness. A fault marked as equivalent
+changes nothing that a test could see, for the reason given.
 Exit code 1: a fault was not noticed, or could not be planted.
 """
 
