@@ -164,10 +164,28 @@ def test_what_a_run_reports_is_of_its_best_weights(name, load, monkeypatch):
     assert (out / "sample.txt").read_bytes().decode() == sample
 
 
-def test_two_schemes_are_compared(load, capsys):
+def test_a_resumed_run_knows_its_best_evaluation_and_its_patience(load):
+    """Interrupted between the best evaluation and the early stop, it stops where it would have, with the same best
+    weights."""
+    module = load("v2", PATIENCE=3, MAX_STEPS=500, EVAL_INTERVAL=2, **FAST["v2"])
+    tokens = short_tokens(module)
+    tokens["train"].ids = tokens["train"].ids[:800]
+    straight, weights = without_clock(train(module, tokens=tokens)[0]), kept_weights(module)
+    assert len(straight) > 4 and straight[-1]["step"] < 500
+    for missing in (2, 1):
+        module.OUT_DIR, module.RESUME, module.MAX_STEPS = f"{module.OUT_DIR}_", False, straight[-1 - missing]["step"]
+        train(module, tokens=tokens)
+        module.RESUME, module.MAX_STEPS = True, 500
+        assert without_clock(train(module, tokens=tokens)[0]) == straight
+        assert same_weights(kept_weights(module), weights)
+
+
+def test_two_schemes_are_compared(load, capsys, monkeypatch):
     """Each is trained as if it were alone."""
-    constants = {"MAX_STEPS": 4, "EVAL_INTERVAL": 2}
+    constants, drawn = {"MAX_STEPS": 4, "EVAL_INTERVAL": 2}, []
     module = load(V4, POSITION="alibi,rope", **constants)
+    plot = module.plot_schemes
+    monkeypatch.setattr(module, "plot_schemes", lambda curves, *labels: drawn.append(curves) or plot(curves, *labels))
     summary, top = module.main(), Path(module.OUT_DIR)
     printed = capsys.readouterr().out
     for scheme in ("alibi", "rope"):
@@ -184,6 +202,10 @@ def test_two_schemes_are_compared(load, capsys):
     assert [(line["position"], line["step"]) for line in read_log(top)] == [
         (scheme, step) for scheme in ("alibi", "rope") for step in (0, 2, 4)
     ]
+    assert drawn[0] == {scheme: [(line["tokens_seen"] / 1e6, line["val_bpb"]) for line in read_log(top / scheme)]
+                        for scheme in ("alibi", "rope")}  # fmt: skip
+    assert drawn[1] == {scheme: list(summary["schemes"][scheme]["extrapolation_bpb"].items())
+                        for scheme in ("alibi", "rope")}  # fmt: skip
     assert json.loads((top / "summary.json").read_text()) == json.loads(json.dumps(summary))
     assert list(summary["schemes"]) == ["alibi", "rope"]
     assert summary["val_bpb"] == min(one["val_bpb"] for one in summary["schemes"].values())
