@@ -5,7 +5,7 @@ time. Only the class BPETokenizer calls it:
 
     counts = count_pretokens(texts, pattern)              # pre-tokens of a corpus and how often each occurs
     merges = learn_merges(counts, n_merges)               # the merges to learn from them
-    encoder = BulkEncoder(merge_id, pattern, dtype)       # encoder.encode(texts) gives arrays of ids
+    encoder = BulkEncoder(merge_id, pattern, dtype)       # encoder.encode(parts(texts)) gives arrays of ids
     ids = encode_long_pretoken(pretoken, merge_id)        # where the textbook's loop would take too long
 
 Four ideas make it fast:
@@ -18,13 +18,16 @@ Four ideas make it fast:
    applies, and it makes several merges at a time where their order cannot matter (`learn_merges`).
 4. Encoding looks up pairs of ids in a table made of arrays (`PairTable`).
 
-Inside, texts are UTF-8 bytes. `pattern` is the compiled pattern whose findall gives the pre-tokens of a string; it
-must have GPT-2's boundaries, which `find_cuts` relies on.
+Inside, texts are UTF-8 bytes, and two bytes that UTF-8 never has mark their structure. A part is what is pre-tokenized
+by itself: a document, or what stands between special tokens. 0xFE ends each part, and a part that 0xFF begins is no
+text but a special token, whose id follows in decimal. `pattern` is the compiled pattern whose findall gives the
+pre-tokens of a part, GPT-2's or GPT-4's: both have a boundary wherever `find_cuts` cuts.
 """
 
 import heapq
 import itertools
 import os
+import re
 from array import array
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
@@ -32,12 +35,14 @@ from collections.abc import Iterable, Mapping
 import numpy as np
 
 BLOCK_BYTES = 1 << 18  # of a text that are looked at together: they stay in the processor's cache
-FEW_BYTES = 4096  # of a text that are too few for the table of chunks to pay
+FEW_BYTES = 1024  # of a text that are too few for the table of chunks to pay
 SHORT_BYTES = 15  # of a chunk that two 64-bit numbers hold, beside its length
 LONG_BYTES = 64  # of a pre-token beyond which rescanning it for every merge costs more than a heap
 NONE = np.iinfo(np.int64).max  # the id of a pair that no merge joins: larger than every id
 
-_MAY_BE_SPACE = np.isin(np.arange(256), list(b"\t\n\v\f\r \xc2\xe1\xe2\xe3"))  # bytes that may start white space
+END, SPECIAL = b"\xfe", b"\xff"  # end of a part; begin of a special token
+
+_NO_CUT = np.isin(np.arange(256), list(b"\t\n\v\f\r \xc2\xe1\xe2\xe3" + END))  # may start white space, or end a part
 _MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # selects the first n of 8 bytes
 _PAIR = 1 << 32  # the pair of ids a and b is the number a * _PAIR + b, so pairs compare as numbers do
 
@@ -74,14 +79,52 @@ def each_utf8(texts):
     return map(utf8, texts)
 
 
-def _no_file_names(texts):
-    """The items of `texts`, an iterator of bytes. Raises ValueError at its end if every one is the name of a file."""
-    text, only_names = b"", True
-    for text in texts:
-        only_names = only_names and len(text) < 4096 and os.path.isfile(text)
-        yield text
-    if text and only_names:
-        raise ValueError(f"the text is nothing but the name of a file, {text.decode()!r}: {_HOW_TO_READ}")
+def parts(texts, special_id=()):
+    """The concatenation of `texts`, an iterable of strings or a single one, as bytes in which parts are marked.
+
+    special_id: {name of a special token to recognize: its id}. Of the names that fit at a place the longest is taken.
+    A name may be split over several texts, so the last bytes of each wait for the next.
+    Raises as `utf8` does.
+    """
+    texts = each_utf8(texts)
+    return itertools.chain(_mark(texts, special_id) if special_id else texts, [END])
+
+
+def _mark(texts, special_id):
+    marks = {utf8(name): END + SPECIAL + b"%d" % id + END for name, id in special_id.items()}
+    longest = max(map(len, marks))
+    names = re.compile(b"(" + b"|".join(map(re.escape, sorted(marks, key=len, reverse=True))) + b")")
+    waiting = b""
+    for text in itertools.chain(texts, [END * (longest - 1)]):  # no part of a name, and it lets all before it go
+        text = waiting + text
+        n = len(text) - (longest - 1)  # a name that starts here or later may go on in the next text
+        *pieces, rest = names.split(text)  # text, name, text, name, ..., text
+        while pieces and len(text) - len(rest) - len(pieces[-1]) >= n:
+            rest = b"".join([*pieces[-2:], rest])
+            del pieces[-2:]
+        pieces[1::2] = map(marks.get, pieces[1::2])
+        done = len(text) - len(rest)
+        n = max(n, done)
+        yield b"".join(pieces) + text[done:n]
+        waiting = text[n:]
+
+
+def documents(texts, special=None):
+    """Each of `texts`, an iterable of strings or a single one, as a part, bytes, after the special token `special`, an
+    id, if there is one. Raises as `utf8` does."""
+    mark = b"" if special is None else SPECIAL + b"%d" % special + END
+    return (mark + text + END for text in each_utf8(texts))
+
+
+def _no_file_names(documents):
+    """The items of `documents`, an iterator. Raises ValueError at its end if every one is the name of a file."""
+    name, only_names = b"", True
+    for document in documents:
+        name = document[:4096].removesuffix(END)
+        only_names = only_names and len(name) < 4096 and os.path.isfile(name)
+        yield document
+    if name and only_names:
+        raise ValueError(f"the text is nothing but the name of a file, {name.decode()!r}: {_HOW_TO_READ}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -90,15 +133,21 @@ def _no_file_names(texts):
 
 
 def find_cuts(data):
-    """Where a text may be cut so that pre-tokenizing the parts equals pre-tokenizing the whole.
+    """Where a text may be cut so that pre-tokenizing the pieces equals pre-tokenizing the whole.
 
-    data: (n,) uint8, the UTF-8 bytes of the text. Returns places in it, ascending, int64.
-    Those are the places before a space that a non-space follows. GPT-2's pattern has a boundary there whatever comes
-    before: no pre-token holds a space after a non-space, and a run of white space gives up its last character. A
-    place where the next byte only may start a white-space character is passed over.
+    data: (n,) uint8, the UTF-8 bytes of the text, its parts marked. Returns places in it, ascending, int64.
+    Those are the ends of parts, and the places before a space that a non-space follows. Both patterns have a boundary
+    there whatever comes before: no pre-token holds a space after a non-space, and a run of white space gives up its
+    last character if that is a space. Where the next byte only may start a white-space character there is no cut.
     """
     spaces = np.flatnonzero(data[:-1] == ord(" "))
-    return spaces[~_MAY_BE_SPACE.take(data.take(spaces + 1))]
+    cuts = spaces[~_NO_CUT.take(data.take(spaces + 1))]
+    ends = np.flatnonzero(data == END[0]) + 1
+    if not len(ends):
+        return cuts
+    is_cut = np.zeros(len(data) + 1, bool)
+    is_cut[cuts] = is_cut[ends] = True
+    return np.flatnonzero(is_cut)
 
 
 def split_blocks(texts):
@@ -150,8 +199,7 @@ class Chunks:
         n = len(block)
         data = np.frombuffer(block + bytes(16), np.uint8)
         start = find_cuts(data[:n])
-        if not len(start) or start[0] > 0:
-            start = np.concatenate([[0], start])
+        start = np.concatenate([[0], start[np.searchsorted(start, 1) : np.searchsorted(start, n)]])
         length = np.diff(start, append=n)
         is_long = length > SHORT_BYTES
         index = np.empty(len(start), np.int64)
@@ -201,10 +249,16 @@ class Chunks:
 
 
 def _pretokenize(chunk, pattern):
-    """Pre-tokens of a chunk, as bytes."""
-    if chunk[:1] == b" " and chunk[1:].isalpha():  # a space and ASCII letters are one: no need to ask the pattern
+    """Pre-tokens of a chunk, as bytes; of a special token the chunk itself."""
+    text = chunk.removesuffix(END)
+    if text.removeprefix(b" ").isalpha():  # a space and ASCII letters are one: no need to ask the pattern
+        return [text]
+    if chunk[:1] == SPECIAL:
         return [chunk]
-    return [pretoken.encode() for pretoken in pattern.findall(chunk.decode())]
+    if len(text) < len(chunk):
+        return [pretoken.encode() for pretoken in pattern.findall(text.decode())]
+    # A space and a non-space come next. They must be seen: white space at the end of a part is cut otherwise.
+    return [pretoken.encode() for pretoken in pattern.findall(chunk.decode() + " x")[:-1]]
 
 
 def count_pretokens(texts, pattern):
@@ -214,14 +268,10 @@ def count_pretokens(texts, pattern):
     files, for a vocabulary of file names is never what is wanted.
     """
     counts, chunks, times = Counter(), Chunks(), np.zeros(0, np.int64)
-    for text in _no_file_names(each_utf8(texts)):
-        if len(text) < FEW_BYTES:
-            counts.update(pretoken.encode() for pretoken in pattern.findall(text.decode()))
-            continue
-        for block in split_blocks([text]):
-            index = chunks.index(block)
-            times = np.pad(times, (0, len(chunks.chunks) - len(times)))
-            times += np.bincount(index, minlength=len(times))
+    for block in split_blocks(_no_file_names(documents(texts))):
+        index = chunks.index(block)
+        times = np.pad(times, (0, len(chunks.chunks) - len(times)))
+        times += np.bincount(index, minlength=len(times))
     for chunk, n in zip(chunks.chunks, times.tolist()):
         for pretoken in _pretokenize(chunk, pattern):
             counts[pretoken] += n
@@ -473,24 +523,20 @@ class PairTable:
 class BulkEncoder:
     """Encodes corpora with the merges `merge_id`, {(left id, right id): id of the merged token}.
 
-    pattern: the compiled pre-tokenization pattern; dtype: an integer numpy type that holds every id.
+    pattern: the compiled pre-tokenization pattern; dtype: an integer numpy type that holds every id; byte_id: the id of
+    each byte, 256 bytes, or None where they are the same.
     """
 
-    def __init__(self, merge_id, pattern, dtype):
-        self.merge_id, self.pattern, self.dtype = merge_id, pattern, dtype
+    def __init__(self, merge_id, pattern, dtype, byte_id=None):
+        self.merge_id, self.pattern, self.dtype, self.byte_id = merge_id, pattern, dtype, byte_id
         self.pair_table = PairTable(merge_id)
         left, right = np.divmod(np.arange(1 << 16), 256)
-        self.byte_pairs = self.pair_table.find(left, right)  # by left byte * 256 + right byte
+        self.byte_pairs = self.pair_table.find(left, right)  # by left id * 256 + right id
 
     def encode(self, texts):
-        """Ids of the concatenation of `texts`, an iterable of strings or a single one: an iterator of arrays of
-        `dtype`, one for each block.
-
-        Memory grows with the number of distinct chunks and not with the length of the text. Raises as `utf8` does.
-        """
-        return self._encode_blocks(split_blocks(each_utf8(texts)))
-
-    def _encode_blocks(self, blocks):
+        """Ids of `texts`, an iterable of bytes in which parts are marked: an iterator of arrays of `dtype`, one for
+        each block. Memory grows with the number of distinct chunks and not with the length of the text."""
+        blocks = split_blocks(texts)
         chunks = Chunks()
         ids, lengths = np.empty(0, self.dtype), np.empty(0, np.int64)  # of all chunks so far, end to end
         while group := list(itertools.islice(blocks, 32)):  # the new chunks of many blocks are encoded together
@@ -511,7 +557,7 @@ class BulkEncoder:
         number = defaultdict(itertools.count().__next__)
         index = np.fromiter(map(number.__getitem__, pretokens), np.int64, len(pretokens))
         ids, lengths = self.encode_pretokens(list(number))
-        ends = np.cumsum(lengths[index])[np.cumsum(sizes) - 1]
+        ends = np.append(0, np.cumsum(lengths[index]))[np.cumsum(sizes)]
         return gather(ids, lengths, index).astype(self.dtype), np.diff(ends, prepend=0)
 
     def encode_pretokens(self, pretokens):
@@ -519,11 +565,11 @@ class BulkEncoder:
 
         pretokens: list of bytes. Returns (ids of all of them end to end, number of ids of each), both int64.
         """
-        long = [len(pretoken) > LONG_BYTES for pretoken in pretokens]
-        short = [b"" if is_long else pretoken for pretoken, is_long in zip(pretokens, long)]
-        ids = np.frombuffer(b"".join(short), np.uint8).astype(np.int64)
+        alone = [len(pretoken) > LONG_BYTES or pretoken[:1] == SPECIAL for pretoken in pretokens]
+        short = [b"" if is_alone else pretoken for pretoken, is_alone in zip(pretokens, alone)]
+        ids = np.frombuffer(b"".join(short).translate(self.byte_id), np.uint8).astype(np.int64)
         owner = np.repeat(np.arange(len(pretokens)), [len(pretoken) for pretoken in short])
-        done = [(np.array(encode_long_pretoken(pretokens[i], self.merge_id)), i) for i in np.flatnonzero(long).tolist()]
+        done = [(np.array(self._encode_alone(pretokens[i])), i) for i in np.flatnonzero(alone).tolist()]
         done = [(new, np.full(len(new), i)) for new, i in done]
         new_id = self.byte_pairs.take(ids * 256 + np.roll(ids, -1))  # what each id and the next one are merged to
         new_id[np.diff(owner, append=-1) != 0] = NONE  # the next one belongs to another pre-token
@@ -547,3 +593,9 @@ class BulkEncoder:
         ids = np.concatenate([some for some, _ in done] or [ids])
         owner = np.concatenate([some for _, some in done] or [owner])
         return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(pretokens))
+
+    def _encode_alone(self, pretoken):
+        """Ids of a special token or of a long pre-token, bytes, as a list of int."""
+        if pretoken[:1] == SPECIAL:
+            return [int(pretoken[1:-1])]
+        return encode_long_pretoken(pretoken.translate(self.byte_id), self.merge_id)

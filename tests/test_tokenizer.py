@@ -6,6 +6,7 @@ import copy
 import json
 import os
 import random
+import re
 import subprocess
 import sys
 import unicodedata
@@ -24,7 +25,8 @@ from hypothesis import strategies as st
 
 import bpe_fast
 import bpe_tokenizer
-from bpe_tokenizer import GPT2_PATTERN, PRETOKEN, BPETokenizer, encode_pretoken, learn_merges
+import unicode_classes
+from bpe_tokenizer import PATTERNS, PRETOKEN, PRETOKENS, BPETokenizer, encode_pretoken, learn_merges
 
 ROOT = Path(bpe_tokenizer.__file__).resolve().parent
 DATA = ROOT / "data"
@@ -106,10 +108,23 @@ def nasty_vocab():
     return BPETokenizer.train(NASTY, 1000)
 
 
+def in_gpt2_order(tokenizer, special_tokens=(END,)):
+    """The same merges with the bytes numbered as GPT-2 does."""
+    order = bytes([*range(33, 127), *range(161, 173), *range(174, 256), *range(33), *range(127, 161), 173])
+    merges = [tuple(order.index(i) if i < 256 else i for i in pair) for pair in tokenizer.merges]
+    return BPETokenizer(merges, special_tokens, tokenizer.pattern, order)
+
+
 @pytest.fixture(scope="module")
-def references(vocab, nasty_vocab):
-    """(tokenizer, tiktoken's encoder of its merges, Hugging Face's) of both vocabularies."""
-    return [(t, tiktoken_encoder(t), hugging_face_encoder(t)) for t in (vocab, nasty_vocab)]
+def gpt4_vocab(sample):
+    return BPETokenizer.train([*NASTY, sample[:100_000]], 1500, pattern="gpt4")
+
+
+@pytest.fixture(scope="module")
+def references(vocab, nasty_vocab, gpt4_vocab):
+    """(tokenizer, tiktoken's encoder of its merges, Hugging Face's), for both patterns and both orders of bytes."""
+    tokenizers = vocab, nasty_vocab, gpt4_vocab, in_gpt2_order(nasty_vocab), in_gpt2_order(gpt4_vocab)
+    return [(t, tiktoken_encoder(t), hugging_face_encoder(t)) for t in tokenizers]
 
 
 @pytest.fixture
@@ -125,12 +140,25 @@ def saved(tmp_path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def tiktoken_encoder(tokenizer):
+# As tiktoken has them (tiktoken_ext/openai_public.py), not taken from the module that is tested.
+TIKTOKEN_PATTERNS = {
+    "gpt2": r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s""",
+    "gpt4": r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"""
+            r"""|\s++$|\s*[\r\n]|\s+(?!\S)|\s""",
+}
+
+
+def tiktoken_of(tokenizer):
     n = 256 + len(tokenizer.merges)
     ranks = {tokenizer.token_bytes(i): i for i in range(n)}
     assert len(ranks) == n  # tiktoken merges by the bytes of a token, so no two tokens may have the same
-    theirs = tiktoken.Encoding(name="ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
-    return theirs.encode_ordinary
+    special = {name: n + k for k, name in enumerate(tokenizer.special_tokens)}
+    return tiktoken.Encoding("ours", pat_str=TIKTOKEN_PATTERNS[tokenizer.pattern], mergeable_ranks=ranks,
+                             special_tokens=special)
+
+
+def tiktoken_encoder(tokenizer):
+    return tiktoken_of(tokenizer).encode_ordinary
 
 
 def hugging_face_encoder(tokenizer):
@@ -141,12 +169,16 @@ def hugging_face_encoder(tokenizer):
     token = ["".join(alphabet[b] for b in tokenizer.token_bytes(i)) for i in range(256 + len(tokenizer.merges))]
     merges = [(token[a], token[b]) for a, b in tokenizer.merges]
     theirs = tokenizers.Tokenizer(tokenizers.models.BPE({t: i for i, t in enumerate(token)}, merges))
-    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
+    pre = tokenizers.pre_tokenizers
+    theirs.pre_tokenizer = pre.ByteLevel(add_prefix_space=False, use_regex=tokenizer.pattern == "gpt2")
+    if tokenizer.pattern == "gpt4":  # to Oniguruma, x{1,3}+ is (x{1,3})+, and $ the end of a line
+        pattern = TIKTOKEN_PATTERNS["gpt4"].replace("{1,3}+", "{1,3}").replace("$", r"\z")
+        theirs.pre_tokenizer = pre.Sequence([pre.Split(tokenizers.Regex(pattern), "isolated"), theirs.pre_tokenizer])
     return lambda text: theirs.encode(text).ids
 
 
-def pretokens(text):
-    return regex.findall(GPT2_PATTERN, text)
+def pretokens(text, pattern="gpt2"):
+    return regex.findall(TIKTOKEN_PATTERNS[pattern], text)
 
 
 def slow_merge(ids, a, b, new_id):
@@ -157,8 +189,8 @@ def slow_merge(ids, a, b, new_id):
     return ids
 
 
-def slow_train(texts, n_merges):
-    words = Counter(tuple(word.encode()) for text in texts for word in pretokens(text))
+def slow_train(texts, n_merges, pattern="gpt2"):
+    words = Counter(tuple(word.encode()) for text in texts for word in pretokens(text, pattern))
     merges = []
     while len(merges) < n_merges:
         pairs = Counter()
@@ -183,21 +215,24 @@ def slow_encode_piece(piece, merges):
     return ids
 
 
-def slow_encode(text, merges):
-    return [i for word in pretokens(text) for i in slow_encode_piece(word.encode(), merges)]
+def slow_encode(text, merges, pattern="gpt2"):
+    return [i for word in pretokens(text, pattern) for i in slow_encode_piece(word.encode(), merges)]
 
 
-def assert_same_ids(tokenizer, text, expected):
-    """encode, encode_array and encode_stream give `expected`, and decode gives the text again."""
+def assert_same_ids(tokenizer, text, expected, special=()):
+    """encode and encode_array, both on the textbook's path and on the one for long texts, and encode_stream give
+    `expected`, and decode and decode_stream give the text again."""
     expected = np.asarray(expected, np.int64)
-    array = tokenizer.encode_array(text)
-    assert array.dtype == tokenizer.dtype
-    assert np.array_equal(array, expected)
-    ids = tokenizer.encode(text)
-    assert isinstance(ids, list) and np.array_equal(np.array(ids, np.int64), expected)
+    for few in (0, 10**9):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(bpe_fast, "FEW_BYTES", few)
+            array, ids = tokenizer.encode_array(text, special), tokenizer.encode(text, special)
+        assert array.dtype == tokenizer.dtype and isinstance(ids, list)
+        assert np.array_equal(array, expected)
+        assert np.array_equal(np.array(ids, np.int64), expected)
     thirds = [text[: len(text) // 3], text[len(text) // 3 : len(text) // 2], "", text[len(text) // 2 :]]
-    assert np.array_equal(np.concatenate(list(tokenizer.encode_stream(thirds))), expected)
-    assert tokenizer.decode(array) == text
+    assert np.array_equal(np.concatenate(list(tokenizer.encode_stream(thirds, special))), expected)
+    assert tokenizer.decode(array) == "".join(tokenizer.decode_stream(ids)) == text
 
 
 @st.composite
@@ -259,6 +294,26 @@ def test_decode_of_partial_utf8_gives_replacement_characters():
     assert tokenizer.decode_bytes([256]) == b"\xe2\x82"
 
 
+@checked(300)
+@given(st.lists(st.sampled_from([*b"a\xe2\x82\xac\xc3\xa9\xf0\x9f\x98\x80\xff\x80", 256, 257, 258]), max_size=30))
+def test_decoding_a_stream_equals_decoding_the_whole(ids):
+    tokenizer = BPETokenizer([(0xE2, 0x82), (0x80, 0xF0)], ["<|\u00e9|>"])
+    pieces = list(tokenizer.decode_stream(iter(ids)))
+    assert "".join(pieces) == tokenizer.decode(ids)
+    assert len(ids) <= len(pieces) <= len(ids) + 1
+
+
+def test_a_character_comes_whole_with_its_last_byte(vocab):
+    assert list(BPETokenizer([]).decode_stream("a\u20ac\u00e9".encode())) == ["a", "", "", "\u20ac", "", "\u00e9"]
+    assert list(BPETokenizer([]).decode_stream(b"a\xe2\x82")) == ["a", "", "", "\ufffd"]
+    assert list(vocab.decode_stream([])) == []
+    ids = iter([*vocab.encode("The lighthouse"), 10**6])
+    stream = vocab.decode_stream(ids)
+    assert next(stream) == vocab.decode(vocab.encode("The lighthouse")[:1])  # the id that is none is not read yet
+    with pytest.raises(ValueError, match="1000000"):
+        list(stream)
+
+
 @pytest.mark.parametrize("merges", [[(97, 256)], [(257, 97)], [(-1, 97)], [(97, 98), (97, 98)], [(97, 10**30)]])
 def test_impossible_merges_are_value_errors(merges):
     with pytest.raises(ValueError, match="merge"):
@@ -288,53 +343,105 @@ def test_dtype_is_the_smallest_that_holds_every_id():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_every_assigned_character_has_its_unicode_class():
-    """Which of the pattern's four classes a character is in shows in what it joins: a letter, a digit, a "!", ..."""
-    everything = [c for c in map(chr, range(sys.maxunicode + 1)) if unicodedata.category(c) not in ("Cs", "Cn")]
-    found = PRETOKEN.findall
-    joins = {probe: {c for c in everything if len(found(probe + c)) == 1} for probe in "a1!\n"}
-    letters = {c for c in everything if unicodedata.category(c)[0] == "L"}
-    numbers = {c for c in everything if unicodedata.category(c)[0] == "N"}
-    assert joins["a"] == letters
-    assert joins["1"] == numbers
-    assert joins["\n"] == set(WHITE_SPACE)
-    assert joins["!"] == set(everything) - letters - numbers - set(WHITE_SPACE)
-    # The same for the `regex` module, whose Unicode is another version's.
-    assert letters == set(regex.findall(r"\p{L}", "".join(everything)))
-    assert numbers == set(regex.findall(r"\p{N}", "".join(everything)))
-    assert set(WHITE_SPACE) == set(regex.findall(r"\s", "".join(everything)))
+EVERY = [c for c in map(chr, range(sys.maxunicode + 1)) if not "\ud800" <= c <= "\udfff"]
 
 
+def matches_of_tiktoken(pattern, text):
+    """What `pattern` matches in `text`, end to end; tiktoken drops the rest."""
+    ranks = {bytes([i]): i for i in range(256)}
+    theirs = tiktoken.Encoding("", pat_str=pattern, mergeable_ranks=ranks, special_tokens={})
+    return theirs.decode(theirs.encode_ordinary(text))
+
+
+@pytest.fixture(scope="module")
+def classes():
+    """{pattern: the characters of all that tiktoken takes for it}"""
+    return {name: set(matches_of_tiktoken(name, "".join(EVERY))) for name in (r"\p{L}", r"\p{N}", r"\s")}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_every_code_point_is_cut_as_its_class_is(classes, pattern):
+    """With "a", "1" or "!" in place of each letter, number and other sign the boundaries are the same."""
+    letters, numbers, spaces = classes.values()
+    assert spaces == set(WHITE_SPACE)
+    alike = {c: "a" if c in letters else "1" if c in numbers else "!" for c in EVERY if c > "\x7f" and c not in spaces}
+    alike = str.maketrans(alike)
+    some = [*EVERY[:0x33000], *EVERY[0x33000::97]]  # few are assigned beyond
+    for text in ("".join(EVERY), "".join(f" x{c}" for c in some), "".join(f"{c}1" for c in some)):
+        lengths = [*map(len, PRETOKENS[pattern].findall(text))]
+        assert lengths == [*map(len, pretokens(text.translate(alike), pattern))]
+
+
+def test_tables_are_those_of_tiktoken_and_hugging_face(classes):
+    for name, table in ((r"\p{L}", unicode_classes.LETTERS), (r"\p{N}", unicode_classes.NUMBERS)):
+        codes = sorted(map(ord, classes[name]))
+        starts = [c for c, before in zip(codes, [-2, *codes]) if c != before + 1]
+        ends = [c for c, after in zip(codes, [*codes[1:], -2]) if c + 1 != after]
+        assert table.split() == [f"{a:x}-{b:x}" if a < b else f"{a:x}" for a, b in zip(starts, ends)]
+        removed = tokenizers.normalizers.Replace(tokenizers.Regex(name + "+"), "")
+        assert set(EVERY) - set(removed.normalize_str("".join(EVERY))) == classes[name]
+
+
+def test_classes_of_assigned_characters_are_those_of_python_and_regex(classes):
+    """Other versions of Unicode, but a character keeps its class."""
+    old = [c for c in EVERY if unicodedata.category(c) != "Cn"]
+    for name, members in classes.items():
+        assert set(regex.findall(name, "".join(old))) == members & set(old)
+        if name != r"\s":
+            assert {c for c in old if unicodedata.category(c)[0] == name[3]} == members & set(old)
+
+
+def test_newer_letters_do_not_depend_on_python(vocab):
+    """U+A7CB is a letter since Unicode 16.0, U+A7CE since 17.0, U+10D4A since 16.0."""
+    assert PRETOKEN.findall(" x\ua7cb x\ua7ce \U00010d4a\U00010d4b") == [
+        " x\ua7cb", " x", "\ua7ce", " \U00010d4a\U00010d4b"]  # fmt: skip
+
+
+def test_letters_of_gpt4_contractions_are_of_both_cases():
+    """(?i:s) of tiktoken also matches U+017F, the long s; no other character of all."""
+    for before, after in ("'", ""), ("'l", ""), ("'", "e"), ("'v", ""), ("'r", ""):
+        text = "".join(f"{before}{c}{after}!" for c in EVERY)
+        ours = re.findall(PATTERNS["gpt4"].split("|[^")[0], text)
+        assert "".join(ours) == matches_of_tiktoken(r"'(?i:[sdmt]|ll|ve|re)", text)
+        assert before != "'" or after or set(ours) == {"'" + c for c in "sSdDmMtT\u017f"}
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
 @pytest.mark.parametrize("text", NASTY)
-def test_pretokens_of_nasty_strings(text):
-    assert PRETOKEN.findall(text) == pretokens(text)
+def test_pretokens_of_nasty_strings(text, pattern):
+    assert PRETOKENS[pattern].findall(text) == pretokens(text, pattern)
 
 
 @checked(400)
-@given(texts)
-def test_pretokens_equal_those_of_the_regex_module(text):
-    assert PRETOKEN.findall(text) == pretokens(text)
-    assert "".join(PRETOKEN.findall(text)) == text
+@given(texts, st.sampled_from(list(PATTERNS)))
+def test_pretokens_equal_those_of_the_regex_module(text, pattern):
+    found = PRETOKENS[pattern].findall(text)
+    assert found == pretokens(text, pattern)
+    assert "".join(found) == text
 
 
 @checked(600)
-@given(st.one_of(crowded, st.text(st.sampled_from("  \n\t\xa0a1!'s"), max_size=25)))
-def test_a_text_may_be_cut_before_every_space_that_a_non_space_follows(text):
+@given(st.one_of(crowded, st.text(st.sampled_from("  \n\t\xa0a1!'s"), max_size=25)), st.sampled_from(list(PATTERNS)))
+@example("a \n  b", "gpt4")
+def test_a_text_may_be_cut_before_every_space_that_a_non_space_follows(text, pattern):
+    """If each piece but the last sees that a space and a non-space come next."""
     cuts = [0, *(i for i in range(len(text) - 1) if text[i] == " " and text[i + 1] not in WHITE_SPACE), len(text)]
-    assert [p for i, j in zip(cuts, cuts[1:]) for p in pretokens(text[i:j])] == pretokens(text)
+    pieces = [text[i:j] for i, j in zip(cuts, cuts[1:])]
+    apart = [p for piece in pieces[:-1] for p in pretokens(piece + " x", pattern)[:-1]]
+    assert apart + pretokens(pieces[-1], pattern) == pretokens(text, pattern)
 
 
 @checked(200)
-@given(texts, st.sampled_from([1, 7, 64]))
-def test_counts_of_pretokens(text, block):
-    """The counts that training starts from, with blocks so small that a text has many."""
+@given(texts, st.sampled_from([1, 7, 64]), st.sampled_from(list(PATTERNS)))
+@example("a \n  b\n ", 64, "gpt4")
+def test_counts_of_pretokens(text, block, pattern):
+    """The counts that training starts from, each text by itself, with blocks so small that a text has many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe_fast, "BLOCK_BYTES", block)
-        expected = Counter(piece.encode() for piece in pretokens(text) + pretokens(text[:5]))
-        assert bpe_fast.count_pretokens([text, text[:5]], PRETOKEN) == expected
-        assert bpe_tokenizer.count_pretokens(text) + bpe_tokenizer.count_pretokens(text[:5]) == expected
-        patch.setattr(bpe_fast, "FEW_BYTES", 1)
-        assert bpe_fast.count_pretokens([text, text[:5]], PRETOKEN) == expected
+        several = [text, text[:5], "", text[5:]]
+        expected = Counter(piece.encode() for text in several for piece in pretokens(text, pattern))
+        assert bpe_fast.count_pretokens(several, PRETOKENS[pattern]) == expected
+        assert sum((bpe_tokenizer.count_pretokens(text, pattern) for text in several), Counter()) == expected
 
 
 @checked(400)
@@ -391,15 +498,18 @@ def test_each_chunk_is_kept_once(block, numbers, distinct):
 def test_sample_equals_tiktoken_and_hugging_face(references, sample):
     for tokenizer, theirs, hugging_face in references:
         expected = theirs(sample)
-        assert hugging_face(sample) == expected
-        assert_same_ids(tokenizer, sample, expected)
+        assert hugging_face(sample) == tokenizer.encode(sample) == expected
+        assert_same_ids(tokenizer, sample[:30_000], theirs(sample[:30_000]))
 
 
 def test_wikitext_equals_tiktoken_and_hugging_face(references, wiki_valid):
-    tokenizer, theirs, hugging_face = references[0]
-    expected = theirs(wiki_valid)
-    assert hugging_face(wiki_valid) == expected
-    assert_same_ids(tokenizer, wiki_valid, expected)
+    for tokenizer, theirs, hugging_face in (references[0], references[-1]):
+        expected = theirs(wiki_valid)
+        assert hugging_face(wiki_valid) == expected
+        array = tokenizer.encode_array(wiki_valid)
+        assert array.tolist() == tokenizer.encode(wiki_valid) == expected
+        pieces = (wiki_valid[i : i + 99_991] for i in range(0, len(wiki_valid), 99_991))
+        assert np.concatenate(list(tokenizer.encode_stream(pieces))).tolist() == expected
 
 
 @pytest.mark.parametrize("text", NASTY)
@@ -431,7 +541,7 @@ def test_100_000_random_strings_equal_tiktoken(references):
         some = draw.choices(scripts, k=draw.choice([1, 1, 2, 5]))
         return "".join(character(*draw.choice(some)) if draw.random() < 0.8 else draw.choice(pieces) for _ in range(n))
 
-    for _ in range(100):
+    for k in range(100):
         strings = [string() for _ in range(1000)]
         for text in strings:
             ids = tokenizer.encode(text)
@@ -439,9 +549,11 @@ def test_100_000_random_strings_equal_tiktoken(references):
             assert tokenizer.decode(ids) == text
         together = "".join(strings)
         assert tokenizer.encode_array(together).tolist() == theirs(together)
+        for other, theirs_of_other, _ in references[1:] if k < 8 else ():
+            assert other.encode_array(together).tolist() == theirs_of_other(together)
 
 
-@checked(300)
+@checked(150)
 @given(text=texts)
 def test_any_text_equals_tiktoken_and_hugging_face(references, text):
     for tokenizer, theirs, hugging_face in references:
@@ -485,12 +597,12 @@ def test_long_pieces_of_random_bytes(vocab):
 
 
 @checked(400)
-@given(texts, st.lists(st.integers(0, 200), max_size=8), st.sampled_from([1, 7, 64]))
-@example("a b " + " " * 7 + "\n c", [3, 4], 1)
-def test_stream_cut_anywhere_equals_whole(text, cuts, block):
+@given(texts, st.lists(st.integers(0, 200), max_size=8), st.sampled_from([1, 7, 64]), st.sampled_from(list(PATTERNS)))
+@example("a b " + " " * 7 + "\n c", [3, 4], 1, "gpt2")
+def test_stream_cut_anywhere_equals_whole(text, cuts, block, pattern):
     """With blocks so small that a text has many."""
-    tokenizer = BPETokenizer([(32, 97), (256, 97), (10, 32), (32, 32), (258, 259), (115, 39)])
-    expected = slow_encode(text, tokenizer.merges)
+    tokenizer = BPETokenizer([(32, 97), (256, 97), (10, 32), (32, 32), (258, 259), (115, 39)], (), pattern)
+    expected = slow_encode(text, tokenizer.merges, pattern)
     cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[i:j] for i, j in zip(cuts, cuts[1:])]
     with pytest.MonkeyPatch.context() as patch:
@@ -498,6 +610,7 @@ def test_stream_cut_anywhere_equals_whole(text, cuts, block):
         arrays = list(tokenizer.encode_stream(iter(pieces)))
         assert all(array.dtype == tokenizer.dtype for array in arrays)
         assert np.concatenate(arrays).tolist() == expected
+        patch.setattr(bpe_fast, "FEW_BYTES", 0)
         assert tokenizer.encode_array(text).tolist() == expected
         assert b"".join(bpe_fast.split_blocks(map(str.encode, pieces))) == text.encode()
 
@@ -505,7 +618,7 @@ def test_stream_cut_anywhere_equals_whole(text, cuts, block):
 @pytest.mark.parametrize("block", [7, 64, 5000])
 def test_sample_in_small_blocks(monkeypatch, vocab, sample, block):
     text = sample[:40_000]
-    expected = vocab.encode(text)
+    expected = tiktoken_encoder(vocab)(text)
     monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", block)
     arrays = list(vocab.encode_stream(text[i : i + 997] for i in range(0, len(text), 997)))
     assert len(arrays) > len(text) / block / 3  # it really came in blocks
@@ -576,6 +689,9 @@ def test_unknown_special_token_is_a_value_error(names):
         BPETokenizer([], ["<|a|>"]).encode("x", allowed_special=names)
     with pytest.raises(ValueError, match="no special token"):
         BPETokenizer([]).encode("x", allowed_special=names)
+    for encode in (BPETokenizer([]).encode_array, BPETokenizer([]).encode_stream):
+        with pytest.raises(ValueError, match="no special token"):
+            encode("x", allowed_special=names)
 
 
 @pytest.mark.parametrize("names", [["<|a|>", "<|a|>b"], ["<|a|>b", "<|a|>"]])
@@ -591,6 +707,81 @@ def test_special_token_of_pattern_characters_is_read_literally():
     assert tokenizer.encode("x.*a|b(a", allowed_special=[".*", "a|b", "("]) == [120, 256, 257, 258, 97]
 
 
+SPECIAL = (END, "<|a|>", "<|a|>b", "a b", "  ", " <s> ", "\n\u3000", "<|\u00e9|>", "aa", "aba")
+
+
+@checked(250)
+@given(
+    st.lists(st.one_of(st.sampled_from([*SPECIAL, *SPECIAL, " ", "  ", "\n", "a", "b", "x", " a", "<|"]), crowded),
+             max_size=8).map("".join),
+    st.sets(st.sampled_from(SPECIAL)), st.sampled_from(list(PATTERNS)), st.sampled_from([1, 7, 64]),
+    st.lists(st.integers(0, 60), max_size=5))
+@example("a  <|endoftext|> \n <|endoftext|><|endoftext|>  b", {END}, "gpt4", 7, [9])
+@example("x <|a|>b <|a|>", {"<|a|>", "<|a|>b"}, "gpt2", 64, [7])
+@example("aaaababa aaa", {"aa", "aba"}, "gpt2", 64, [3, 4, 5, 6, 7])
+def test_special_tokens_in_any_text(text, allowed, pattern, block, cuts):
+    """By every way to encode, and in pieces that cut a name: as if the parts between them were texts of their own."""
+    tokenizer = BPETokenizer([(32, 32), (32, 97), (10, 32), (97, 98), (256, 256)], SPECIAL, pattern)
+    names, expected, rest = sorted(allowed, key=len, reverse=True), [], ""
+    i = 0
+    while i <= len(text):
+        name = next((name for name in names if text.startswith(name, i)), None)
+        if name or i == len(text):
+            expected += slow_encode(rest, tokenizer.merges, pattern)
+            rest = ""
+        if name:
+            expected.append(256 + 5 + SPECIAL.index(name))
+        else:
+            rest += text[i : i + 1]
+        i += len(name or " ")
+    cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
+        assert_same_ids(tokenizer, text, expected, allowed)
+        pieces = (text[i:j] for i, j in zip(cuts, cuts[1:]))
+        assert np.concatenate(list(tokenizer.encode_stream(pieces, allowed))).tolist() == expected
+
+
+def test_special_tokens_equal_tiktoken(references, sample):
+    for tokenizer, _, _ in references:
+        text = sample[:60_000].replace(" \n", END).replace("the", END) + END
+        expected = tiktoken_of(tokenizer).encode(text, allowed_special="all")
+        assert expected.count(256 + len(tokenizer.merges)) > 500
+        assert_same_ids(tokenizer, text, expected, [END])
+
+
+@checked(200)
+@given(st.lists(st.one_of(texts, st.sampled_from(["", END, " ", "a \n "])), max_size=6),
+       st.sampled_from(list(PATTERNS)), st.sampled_from([1, 64, 1 << 18]))
+@example(["", "a", "", ""], "gpt2", 64)
+def test_documents_are_encoded_by_themselves(documents, pattern, block):
+    tokenizer = BPETokenizer([(32, 97), (32, 32), (10, 32), (60, 124)], ["<|x|>", END], pattern)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
+        for separator in tokenizer.special_tokens:
+            [special] = tokenizer.encode(separator, [separator])
+            arrays = list(tokenizer.encode_documents(iter(documents), separator))
+            assert all(array.dtype == tokenizer.dtype for array in arrays)
+            expected = [i for text in documents for i in [special, *slow_encode(text, tokenizer.merges, pattern)]]
+            assert sum((array.tolist() for array in arrays), []) == expected
+
+
+def test_many_short_documents_come_in_few_arrays(vocab, sample):
+    lines, end = sample.split("\n") * 3, vocab.vocab_size - 1
+    arrays = list(vocab.encode_documents(lines))
+    assert len(arrays) < 10
+    assert np.concatenate(arrays).tolist() == [i for line in tiktoken_of(vocab).encode_ordinary_batch(lines)
+                                               for i in [end, *line]]
+
+
+def test_separator_is_a_special_token(vocab):
+    for name in ("<|other|>", "", "the"):
+        with pytest.raises(ValueError, match="no special token"):
+            vocab.encode_documents(["a"], name)
+    assert_refuses(lambda: vocab.encode_documents(["a"], None), ValueError, "list of names")
+    assert_refuses(lambda: vocab.encode_documents(5), TypeError, "iterable of str, not 5")
+
+
 def test_text_around_special_tokens_is_tokenized_by_itself(vocab):
     end = vocab.vocab_size - 1
     for left, right in [("the cat ", " sat"), ("  ", "  x"), ("a\n", "\nb")]:
@@ -604,32 +795,35 @@ def test_text_around_special_tokens_is_tokenized_by_itself(vocab):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def rust_tokens(text, vocab_size):
+def rust_tokens(text, vocab_size, pattern="gpt2"):
     """Tokens by rank of rustbpe, which like us merges the smaller of two equally frequent pairs."""
     theirs = rustbpe.Tokenizer()
-    theirs.train_from_iterator([text], vocab_size, pattern=GPT2_PATTERN)
+    theirs.train_from_iterator([text], vocab_size, pattern=TIKTOKEN_PATTERNS[pattern])
     return [token for token, _ in sorted(theirs.get_mergeable_ranks(), key=lambda pair: pair[1])]
 
 
-def test_merges_of_sample_equal_rustbpe(sample):
-    ours = BPETokenizer.train(sample, 2048, special_tokens=())
-    assert [ours.token_bytes(i) for i in range(2048)] == rust_tokens(sample, 2048)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_merges_of_sample_equal_rustbpe(sample, pattern):
+    ours = BPETokenizer.train(sample, 2048, special_tokens=(), pattern=pattern)
+    assert [ours.token_bytes(i) for i in range(2048)] == rust_tokens(sample, 2048, pattern)
 
 
-def test_merges_of_wikitext_equal_rustbpe(wiki_valid):
-    ours = BPETokenizer.train(wiki_valid, 4096, special_tokens=())
-    assert [ours.token_bytes(i) for i in range(4096)] == rust_tokens(wiki_valid, 4096)
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_merges_of_wikitext_equal_rustbpe(wiki_valid, pattern):
+    ours = BPETokenizer.train(wiki_valid, 4096, special_tokens=(), pattern=pattern)
+    assert [ours.token_bytes(i) for i in range(4096)] == rust_tokens(wiki_valid, 4096, pattern)
 
 
 @checked(150)
-@given(st.one_of(few_letters, st.lists(texts, min_size=1, max_size=3)))
-def test_training_equals_recounting_every_round(texts):
-    merges = slow_train(texts, 30)
-    tokenizer = BPETokenizer.train(texts, 256 + 30 + 1)
+@given(st.one_of(few_letters, st.lists(texts, min_size=1, max_size=3)), st.sampled_from(list(PATTERNS)))
+def test_training_equals_recounting_every_round(texts, pattern):
+    merges = slow_train(texts, 30, pattern)
+    tokenizer = BPETokenizer.train(texts, 256 + 30 + 1, pattern=pattern)
     assert tokenizer.merges == merges
-    assert learn_merges(sum(map(bpe_tokenizer.count_pretokens, texts), Counter()), 30) == merges
+    counts = sum((bpe_tokenizer.count_pretokens(text, pattern) for text in texts), Counter())
+    assert learn_merges(counts, 30) == merges
     for text in texts:
-        assert_same_ids(tokenizer, text, slow_encode(text, merges))
+        assert_same_ids(tokenizer, text, slow_encode(text, merges, pattern))
 
 
 def test_merges_of_sample_equal_the_textbook(sample):
@@ -890,10 +1084,219 @@ def test_a_failed_save_keeps_the_old_file(saved, monkeypatch):
     assert [p.name for p in path.parent.iterdir()] == [path.name]
 
 
+def test_fingerprints_of_natural_order_and_gpt2_pattern_are_those_of_always(vocab):
+    assert vocab.fingerprint == json.loads((DATA / "bpe_vocab.json").read_text(encoding="utf-8"))["fingerprint"]
+    same = BPETokenizer(vocab.merges, vocab.special_tokens, "gpt2", range(256))
+    assert same.fingerprint == vocab.fingerprint and same.byte_order is None
+
+
+def test_saving_and_loading_patterns_and_orders_of_bytes(references, tmp_path):
+    prints = set()
+    for tokenizer, _, _ in references:
+        tokenizer.save(tmp_path / "vocab.json")
+        again = BPETokenizer.load(tmp_path / "vocab.json")
+        assert (again.merges, again.special_tokens) == (tokenizer.merges, tokenizer.special_tokens)
+        assert (again.pattern, again.byte_order) == (tokenizer.pattern, tokenizer.byte_order)
+        prints.add(again.fingerprint)
+        stored = json.loads((tmp_path / "vocab.json").read_text(encoding="utf-8"))
+        assert ("byte_order" in stored) == (tokenizer.byte_order is not None)
+    assert len(prints) == len(references)
+
+
+@pytest.mark.parametrize("pattern", ["gpt3", None, 5, ["gpt2"], PATTERNS["gpt2"]], ids=repr)
+def test_pattern_is_one_of_two_names(pattern):
+    assert_refuses(lambda: BPETokenizer([], pattern=pattern), ValueError, "pattern must be one of gpt2, gpt4")
+    assert_refuses(lambda: BPETokenizer.train("a", 300, pattern=pattern), ValueError, "pattern must be one of")
+
+
+@pytest.mark.parametrize("order", [b"", range(255), [0] * 256, range(1, 257), 5, "a" * 256, [1.5] * 256, [10**30]],
+                         ids=lambda order: repr(order)[:12])
+def test_byte_order_holds_each_byte_once(order):
+    assert_refuses(lambda: BPETokenizer([], byte_order=order), ValueError, "each of the 256 bytes once")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files of GPT-2 and of Hugging Face
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def gpt2_folder(tmp_path_factory, sample):
+    """A vocabulary of 2000 that Hugging Face trained and wrote in GPT-2's form, and tiktoken's reading of it."""
+    theirs = tokenizers.Tokenizer(tokenizers.models.BPE())
+    theirs.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
+    theirs.decoder = tokenizers.decoders.ByteLevel()
+    trainer = tokenizers.trainers.BpeTrainer(vocab_size=1999, show_progress=False,
+                                             initial_alphabet=tokenizers.pre_tokenizers.ByteLevel.alphabet())
+    theirs.train_from_iterator([sample[:200_000], *NASTY], trainer)
+    theirs.add_special_tokens([END])
+    folder = tmp_path_factory.mktemp("gpt2")
+    theirs.save(str(folder / "tokenizer.json"))
+    theirs.model.save(str(folder))  # vocab.json, merges.txt
+    ids = json.loads((folder / "vocab.json").read_text(encoding="utf-8"))
+    (folder / "vocab.json").write_text(json.dumps({**ids, END: 1999}), encoding="utf-8")  # as GPT-2's has it
+    return folder
+
+
+def gpt2_files(folder, source, *names):
+    """Copies of files in `folder`, from those of these kinds in `source`."""
+    kinds = {"encoder.json": "vocab.json", "vocab.bpe": "merges.txt", "my.json": "tokenizer.json"}
+    for name in names:
+        (folder / name).write_bytes((source / kinds.get(name, name)).read_bytes())
+    return folder
+
+
+def test_vocabulary_of_hugging_face_gives_the_ids_of_both_libraries(gpt2_folder, wiki_valid):
+    ours = BPETokenizer.from_gpt2(gpt2_folder)
+    assert (ours.vocab_size, ours.special_tokens, ours.pattern) == (2000, (END,), "gpt2")
+    assert ours.byte_order[:3] == b"!\"#" and ours.byte_order[-2:] == b"\xa0\xad"
+    theirs, tik = tokenizers.Tokenizer.from_file(str(gpt2_folder / "tokenizer.json")), tiktoken_of(ours)
+    for text in [*NASTY, END.join(NASTY), wiki_valid[:300_000]]:
+        expected = theirs.encode(text).ids
+        assert tik.encode(text, allowed_special="all") == expected
+        assert ours.encode(text, [END]) == ours.encode_array(text, [END]).tolist() == expected
+        assert ours.decode(expected) == text
+
+
+def test_every_form_of_the_files_is_the_same_vocabulary(gpt2_folder, tmp_path):
+    expected = BPETokenizer.from_gpt2(gpt2_folder / "tokenizer.json").fingerprint
+    for k, names in enumerate([["merges.txt", "vocab.json"], ["vocab.bpe", "encoder.json"], ["vocab.bpe", "vocab.json"],
+                               ["merges.txt", "encoder.json"]]):
+        (tmp_path / str(k)).mkdir()
+        folder = gpt2_files(tmp_path / str(k), gpt2_folder, *names)
+        for path in (folder, str(folder), *map(folder.joinpath, names)):
+            assert BPETokenizer.from_gpt2(path).fingerprint == expected
+    gpt2_files(tmp_path, gpt2_folder, "my.json")
+    stored = json.loads((tmp_path / "my.json").read_text(encoding="utf-8"))
+    stored["model"]["merges"] = [" ".join(pair) for pair in stored["model"]["merges"]]  # as older releases write them
+    stored["model"]["vocab"][END] = 1999
+    del stored["model"]["type"], stored["pre_tokenizer"]["use_regex"]
+    stored["post_processor"] = {"type": "ByteLevel", "add_prefix_space": True, "trim_offsets": False}
+    (tmp_path / "my.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert BPETokenizer.from_gpt2(tmp_path / "my.json").fingerprint == expected
+    assert BPETokenizer.from_gpt2(gpt2_folder / "vocab.json").fingerprint == expected  # and not tokenizer.json
+
+
+@pytest.mark.parametrize("names", [[], ["merges.txt"], ["vocab.json"], ["vocab.bpe"], ["my.json"]])
+def test_missing_files_of_gpt2(gpt2_folder, tmp_path, names):
+    gpt2_files(tmp_path, gpt2_folder, *names)
+    for path in (tmp_path, tmp_path / "merges.txt", tmp_path / "tokenizer.json", tmp_path / "none"):
+        with pytest.raises(FileNotFoundError) as caught:
+            BPETokenizer.from_gpt2(path)
+        message = str(caught.value)
+        assert str(path) in message and "vocab.bpe" in message and len(message.splitlines()) == 1
+
+
+LIKE_BERT = {"model": {"type": "WordPiece", "vocab": {"[UNK]": 0}}, "pre_tokenizer": {"type": "BertPreTokenizer"}}
+GPT4_ELSEWHERE = {"type": "Sequence", "pretokenizers": [
+    {"type": "Split", "pattern": {"Regex": TIKTOKEN_PATTERNS["gpt4"]}, "behavior": "Isolated", "invert": False},
+    {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": False}]}  # {1,3}+ differs
+OTHER_KINDS = {
+    "WordPiece": (lambda d: d.update(LIKE_BERT), "WordPiece"),
+    "no model": (lambda d: d.pop("model"), "another kind"),
+    "another pre_tokenizer": (lambda d: d.update(pre_tokenizer={"type": "Whitespace"}), "pre_tokenizer"),
+    "no pre_tokenizer": (lambda d: d.update(pre_tokenizer=None), ""),
+    "space in front": (lambda d: d["pre_tokenizer"].update(add_prefix_space=True), "pre_tokenizer"),
+    "no pattern": (lambda d: d["pre_tokenizer"].update(use_regex=False), "pre_tokenizer"),
+    "another pattern": (lambda d: d.update(pre_tokenizer=GPT4_ELSEWHERE), "pre_tokenizer"),
+    "normalizer": (lambda d: d.update(normalizer={"type": "NFC"}), "normalizer"),
+    "byte fallback": (lambda d: d["model"].update(byte_fallback=True), "byte_fallback"),
+    "ignores merges": (lambda d: d["model"].update(ignore_merges=True), "ignore_merges"),
+    "dropout": (lambda d: d["model"].update(dropout=0.1), "dropout"),
+    "suffix": (lambda d: d["model"].update(end_of_word_suffix="</w>"), "end_of_word_suffix"),
+    "truncation": (lambda d: d.update(truncation={"max_length": 5}), "truncation"),
+    "tokens around": (lambda d: d.update(post_processor={"type": "TemplateProcessing"}), "post_processor"),
+    "special token strips": (lambda d: d["added_tokens"][0].update(lstrip=True), "lstrip"),
+    "special token first": (lambda d: (d["model"].update(vocab={t: i + 1 for t, i in d["model"]["vocab"].items()}),
+                                       d["added_tokens"][0].update(id=0)), "not the bytes"),
+    "special token beyond a gap": (lambda d: d["added_tokens"][0].update(id=2005), "ids"),
+    "no added tokens": (lambda d: (d["model"]["vocab"].update({END: 1999}), d.pop("added_tokens")), END),
+    "a token less": (lambda d: d["model"]["vocab"].popitem(), "ids"),
+    "a merge less": (lambda d: d["model"]["merges"].pop(), "token"),
+    "a merge more": (lambda d: d["model"]["merges"].append(["a", "b"]), "merge 1743"),
+    "merges swapped": (lambda d: d["model"]["merges"].insert(0, d["model"]["merges"].pop(1)), "merge 0"),
+    "unknown part": (lambda d: d["model"]["merges"].__setitem__(3, ["a", "?!?"]), "merge 3"),
+    "merge of three": (lambda d: d["model"]["merges"].__setitem__(3, "a b c"), "merge 3"),
+    "merge of numbers": (lambda d: d["model"]["merges"].__setitem__(3, [1, 2]), "merge 3"),
+    "merge null": (lambda d: d["model"]["merges"].__setitem__(3, None), ""),
+    "no merges": (lambda d: d["model"].pop("merges"), ""),
+    "ids as text": (lambda d: d["model"]["vocab"].update({"a": "64"}), ""),
+    "vocab as list": (lambda d: d["model"].update(vocab=[["a", 0]]), ""),
+}
+
+
+def assert_gpt2_refused(path, word=""):
+    with pytest.raises(ValueError) as caught:
+        BPETokenizer.from_gpt2(path)
+    message = str(caught.value)
+    assert type(caught.value) is ValueError and len(message.splitlines()) == 1 and len(message) < 400
+    assert str(path) in message and word in message
+
+
+@pytest.mark.parametrize("kind", OTHER_KINDS)
+def test_tokenizer_json_of_another_kind(gpt2_folder, tmp_path, kind):
+    change, word = OTHER_KINDS[kind]
+    stored = json.loads((gpt2_folder / "tokenizer.json").read_text(encoding="utf-8"))
+    change(stored)
+    (tmp_path / "tokenizer.json").write_text(json.dumps(stored), encoding="utf-8")
+    assert_gpt2_refused(tmp_path / "tokenizer.json", word)
+
+
+def test_truncated_files_of_gpt2(gpt2_folder, tmp_path):
+    gpt2_files(tmp_path, gpt2_folder, "merges.txt", "vocab.json", "my.json")
+    for name in ("merges.txt", "vocab.json", "my.json"):
+        path = tmp_path / name
+        content = path.read_bytes()
+        for size in [0, 1, 20, len(content) // 2, *range(len(content) - 60, len(content) - 2, 3)]:
+            path.write_bytes(content[:size])
+            assert_gpt2_refused(path)
+        path.write_bytes(content)
+    for content in (b"[" * 100_000, b"null", b"[]", b"3", b"\xff", b"{}"):
+        (tmp_path / "vocab.json").write_bytes(content)
+        (tmp_path / "my.json").write_bytes(content)
+        assert_gpt2_refused(tmp_path / "vocab.json")
+        assert_gpt2_refused(tmp_path / "my.json")
+
+
+ODD_SPECIAL = (END, "<|\u00e9|>", "<|\u00e9|>\u00e9", "<| x|>", "<|\u4e2d|>", "\u0120.*[a]", " \u00e9")
+
+
+@pytest.fixture(scope="module")
+def exported(references):
+    """(tokenizer with odd special tokens, Hugging Face's reading of it) for both patterns and orders."""
+    ours = [BPETokenizer(t.merges, ODD_SPECIAL, t.pattern, t.byte_order) for t, _, _ in references]
+    return [(t, tokenizers.Tokenizer.from_str(json.dumps(t.hf_tokenizer_json()))) for t in ours]
+
+
+@checked(300)
+@given(text=st.lists(st.one_of(texts, st.sampled_from(ODD_SPECIAL)), max_size=5).map("".join))
+@example(text="a \n " + END + "  \n" + "".join(ODD_SPECIAL))
+@example(text="\n".join([*NASTY, *ODD_SPECIAL]))
+def test_written_tokenizer_json_gives_the_same_ids(exported, text):
+    for ours, theirs in exported:
+        ids = ours.encode(text, ODD_SPECIAL)
+        assert theirs.encode(text).ids == ids
+        assert theirs.decode(ids, skip_special_tokens=False) == text
+        assert theirs.decode(ids) == ours.decode([i for i in ids if i < 256 + len(ours.merges)])
+
+
+def test_written_tokenizer_json_reads_back(exported, tmp_path):
+    for ours, theirs in exported:
+        for content in (json.dumps(ours.hf_tokenizer_json()), theirs.to_str()):
+            (tmp_path / "tokenizer.json").write_text(content, encoding="utf-8")
+            assert BPETokenizer.from_gpt2(tmp_path).fingerprint == ours.fingerprint
+
+
+@pytest.mark.parametrize("given", [([(97, 98), (256, 99), (98, 99), (97, 258)],), ([], ["a"]), ([(97, 98)], ["ab"]),
+                                   ([(195, 169)], ["\u00e9"])], ids=repr)
+def test_tokens_that_look_alike_cannot_be_written(given):
+    assert_refuses(BPETokenizer(*given).hf_tokenizer_json, ValueError, "same bytes")
+
+
 def test_fingerprint_changes_with_whatever_decides_the_ids():
     variants = [([], ()), ([(97, 98)], ()), ([(98, 97)], ()), ([(97, 98), (98, 97)], ()), ([(98, 97), (97, 98)], ()),
                 ([(97, 98)], ["<|a|>"]), ([(97, 98)], ["<|b|>"]), ([(97, 98)], ["<|a|>", "<|b|>"]),
-                ([(97, 98)], ["<|b|>", "<|a|>"])]
+                ([(97, 98)], ["<|b|>", "<|a|>"]), ([], (), "gpt4"), ([], (), "gpt2", range(255, -1, -1))]
     prints = [BPETokenizer(*variant).fingerprint for variant in variants]
     assert len(set(prints)) == len(prints)
     assert [BPETokenizer(*variant).fingerprint for variant in variants] == prints
@@ -947,6 +1350,10 @@ DAMAGE = {
     "no version": lambda d: d.pop("version"),
     "pattern": lambda d: d.update(pattern=r"\w+|\s+"),
     "no pattern": lambda d: d.pop("pattern"),
+    "another pattern of ours": lambda d: d.update(pattern=PATTERNS["gpt4"]),
+    "order of bytes": lambda d: d.update(byte_order=[*range(255, -1, -1)]),
+    "order of few bytes": lambda d: d.update(byte_order=[1, 0]),
+    "order of bytes as a number": lambda d: d.update(byte_order=256),
     "fingerprint": lambda d: d.update(fingerprint="0" * 16),
     "no fingerprint": lambda d: d.pop("fingerprint"),
     "no merges": lambda d: d.pop("merges"),
