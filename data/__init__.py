@@ -13,7 +13,9 @@ from bpe_tokenizer import BPETokenizer
 DATA_DIR = Path(__file__).absolute().parent  # not resolved: data/ may be a symbolic link to a folder elsewhere
 SPLITS = ("train", "val", "test")
 VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
-FORMAT, VERSION = "llm-from-scratch tokens", 2  # of the token files
+FORMAT, VERSION = "llm-from-scratch tokens", 3  # of the token files
+COMMAND_FILE = "prepared.txt"  # in a home other than data/: the command that made it
+BYTES_PER_WORD = 20  # above which white space does not separate words: English has 6, Chinese some hundreds
 
 
 @dataclass
@@ -22,25 +24,50 @@ class Tokens:
 
     ids: torch.Tensor  # (n,) uint16, memory-mapped
     n_bytes: int  # of the UTF-8 text
-    n_words: int  # white-space separated words plus one end-of-line a line
+    n_words: int  # white-space separated words plus one end-of-line a line; 0 if white space does not separate words
     dataset: str
     fingerprint: str  # of the tokenizer
+    start: tuple = ()  # ids with which a sample of the text begins
 
     def __len__(self):
         return len(self.ids)
 
 
-def vocabulary_file(name):
-    """Path of the vocabulary `name` in data/. Raises FileNotFoundError, listing those that are there."""
-    if not (DATA_DIR / name).is_file():
-        known = ", ".join(sorted(path.name for path in DATA_DIR.glob("bpe_vocab*.json") if path.is_file()))
-        raise FileNotFoundError(f"there is no vocabulary data/{name}; known are {known or 'none'}")
-    return DATA_DIR / name
+def home_dir(home):
+    """The folder of the text `home`: "data" is that of this repository; another is looked for below the current folder,
+    then below the repository."""
+    if Path(home) == Path("data"):
+        return DATA_DIR
+    beside = DATA_DIR.parent / home
+    return beside if beside.is_dir() and not Path(home).is_dir() else Path(home)
 
 
-def token_file(split, vocabulary):
+def vocabulary_file(name, home="data"):
+    """Path of the vocabulary `name` in `home`. Raises FileNotFoundError, listing those that are there."""
+    folder = home_dir(home)
+    if not folder.is_dir():
+        raise FileNotFoundError(f"there is no text in {home}; make it with python data/prepare.py --from TEXT --to "
+                                f"{shlex.quote(str(home))}")  # fmt: skip
+    if not (folder / name).is_file():
+        known = ", ".join(sorted(path.name for path in folder.glob("bpe_vocab*.json") if path.is_file()))
+        raise FileNotFoundError(f"there is no vocabulary {home}/{name}; known are {known or 'none'}")
+    return folder / name
+
+
+def token_file(split, vocabulary, home="data"):
     """Path of the token file of `split` for the vocabulary file `vocabulary`: bpe_vocab_500.json -> *_ids_500.pt."""
-    return DATA_DIR / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
+    return home_dir(home) / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
+
+
+def _command(vocabulary, home):
+    """What makes the token files of `home` again, to be told to the user."""
+    try:
+        return (home_dir(home) / COMMAND_FILE).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):  # a home that is not made by a command
+        pass
+    parts = ["--to", shlex.quote(str(home))] if home_dir(home) != DATA_DIR else []
+    parts += ["--vocabulary", shlex.quote(vocabulary)] if vocabulary not in VOCABULARIES else []
+    return " ".join(["python data/prepare.py", *parts])
 
 
 def _read(path):
@@ -55,7 +82,7 @@ def _read(path):
         return None
 
 
-def _flaw(content, split, vocabulary, tokenizer):
+def _flaw(content, split, vocabulary, tokenizer, home):
     """What is wrong with the contents of a token file, or None."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return "is damaged or no token file"
@@ -63,7 +90,7 @@ def _flaw(content, split, vocabulary, tokenizer):
     if type(version) is not int or version != VERSION:
         return f"has version {version!r}, not {VERSION}"
     types = {"ids": torch.Tensor, "n_tokens": int, "n_bytes": int, "n_words": int, "dataset": str, "split": str,
-             "tokenizer": str, "fingerprint": str, "preparation": str}  # fmt: skip
+             "tokenizer": str, "fingerprint": str, "preparation": str, "start": list}  # fmt: skip
     if not all(type(content.get(key)) is kind for key, kind in types.items()):
         return "is damaged or no token file"
     ids = content["ids"]
@@ -72,47 +99,49 @@ def _flaw(content, split, vocabulary, tokenizer):
     if content["n_tokens"] < 2 or content["n_bytes"] < 1 or content["n_words"] < 1:  # metrics divide by them
         return "is damaged: it says that its text is empty"
     if content["fingerprint"] != tokenizer.fingerprint:
-        return f"was made by another tokenizer than data/{vocabulary}"
+        return f"was made by another tokenizer than {home}/{vocabulary}"
     if content["split"] != split:
         return f"holds the split {content['split']!r}: it was renamed"
+    start = content["start"]
+    if not start or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in start):
+        return "is damaged: a sample cannot begin with what it says"
     if int(ids.numpy().max()) >= tokenizer.vocab_size:
         return "is damaged: it has ids outside of the vocabulary"
 
 
-def load_tokens(vocabulary):
-    """{"train": Tokens, "val": Tokens, "test": Tokens} for the vocabulary file `vocabulary` in data/.
+def load_tokens(vocabulary, home="data"):
+    """{"train": Tokens, "val": Tokens, "test": Tokens} of the text `home` for the vocabulary file `vocabulary` in it.
 
-    Makes the token files first if there are none. Raises OSError if a file cannot be read or written and ValueError
-    if one is damaged, or was made by another tokenizer, or not together with its neighbours.
+    Makes the token files of data/ first if there are none. Raises OSError if a file cannot be read or written and
+    ValueError if one is damaged, or was made by another tokenizer, or not together with its neighbours.
     """
-    tokenizer = BPETokenizer.load(vocabulary_file(vocabulary))
-    command = "python data/prepare.py"
-    if vocabulary not in VOCABULARIES:
-        command += f" --vocabulary {shlex.quote(vocabulary)}"
-    again = f"make the token files again with {command} (and with --from or --dataset, if you gave them)"
-    missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary)).exists()]
+    tokenizer = BPETokenizer.load(vocabulary_file(vocabulary, home))
+    command = _command(vocabulary, home)
+    again = f"make the token files again with {command}"
+    again += " (and with --from or --dataset, if you gave them)" if "--from" not in command else ""
+    missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary, home)).exists()]
     if len(missing) == len(SPLITS):
-        if any(DATA_DIR.glob("train_ids*.pt")):
-            raise FileNotFoundError(f"there are token files, but not for {vocabulary}; {again}")
+        if home_dir(home) != DATA_DIR or any(DATA_DIR.glob("train_ids*.pt")):
+            raise FileNotFoundError(f"there are no token files in {home} for {vocabulary}; {again}")
         from data.prepare import prepare  # only here: no run needs it whose token files are there
 
         print("There are no token files yet: preparing them.", file=sys.stderr)
         together = tuple(VOCABULARIES) if vocabulary in VOCABULARIES else (vocabulary,)
         prepare(vocabularies=together, only_missing=True)
     elif missing:
-        raise FileNotFoundError(f"data/{missing[0]} is missing beside the other splits; {again}")
+        raise FileNotFoundError(f"{home}/{missing[0]} is missing beside the other splits; {again}")
     contents = {}
     for split in SPLITS:
-        path = token_file(split, vocabulary)
+        path = token_file(split, vocabulary, home)
         if not path.is_file():
-            raise OSError(f"data/{path.name} is no file; remove it, then {again}")
+            raise OSError(f"{home}/{path.name} is no file; remove it, then {again}")
         try:
             contents[split] = _read(path)
         except OSError as error:
-            raise OSError(f"data/{path.name} cannot be read ({error.strerror or error}); {again}") from None
-        if flaw := _flaw(contents[split], split, vocabulary, tokenizer):
-            raise ValueError(f"data/{path.name} {flaw}; {again}")
-    files = ", ".join(token_file(split, vocabulary).name for split in SPLITS)
+            raise OSError(f"{home}/{path.name} cannot be read ({error.strerror or error}); {again}") from None
+        if flaw := _flaw(contents[split], split, vocabulary, tokenizer, home):
+            raise ValueError(f"{home}/{path.name} {flaw}; {again}")
+    files = ", ".join(token_file(split, vocabulary, home).name for split in SPLITS)
     names = {split: content["dataset"] for split, content in contents.items()}
     if len(set(names.values())) > 1:
         raise ValueError(f"the token files {files} come from different data sets ({names}); {again}")
@@ -120,5 +149,9 @@ def load_tokens(vocabulary):
         raise ValueError(f"the token files {files} were not made together, so their texts may differ; {again}")
     if names["train"] == "sample":
         print(f"The text is the small bundled sample, data/input.txt. For WikiText-2: {command}")
-    fields = ("ids", "n_bytes", "n_words", "dataset", "fingerprint")
+    n_bytes, n_words = (sum(content[key] for content in contents.values()) for key in ("n_bytes", "n_words"))
+    if n_bytes > BYTES_PER_WORD * n_words:
+        for content in contents.values():
+            content["n_words"] = 0
+    fields = ("ids", "n_bytes", "n_words", "dataset", "fingerprint", "start")
     return {split: Tokens(**{key: content[key] for key in fields}) for split, content in contents.items()}

@@ -3,17 +3,26 @@
     python data/prepare.py                             WikiText-2 from the Hugging Face hub, or the bundled sample
     python data/prepare.py --from DIR                  from local files: wiki.{train,valid,test}.tokens or .raw, or
                                                        the hub's parquet files
+    python data/prepare.py --from novel.txt --to data/novel    a text of your own, with vocabularies of its own; then
+                                                               python v3.py DATA=data/novel
     python data/prepare.py --dataset wikitext-103-v1   a larger text
     python data/prepare.py --sample                    the bundled sample, data/input.txt
     python data/prepare.py --vocab-size 8192           with a vocabulary of its own, data/bpe_vocab_8192.json
-    python data/prepare.py --vocabulary NAME           with the vocabulary data/NAME, as it is
+    python data/prepare.py --vocabulary NAME           with the vocabulary data/NAME, or any vocabulary file, as it is
     python data/prepare.py --from DIR --train-vocab    make the two committed vocabularies again, from WikiText-2
 
+A text has a home, the folder --to (data/): it holds its token files and vocabularies, and the constant DATA of a rung
+names it. In data/ the text takes the committed vocabularies; any other home learns its own from the training split.
+
+--from takes text files, .jsonl and .parquet files (a document in each row), .gz of these, and folders of them. Files
+named train, valid and test are the splits; other text is split 90 / 5 / 5 by bytes: by documents where there are many,
+else where a paragraph or a line ends. If a text has several documents, <|endoftext|> stands before each of them.
+
 For each split it writes `{train,val,test}_ids.pt`, and with the small vocabulary of v0 `{train,val,test}_ids_500.pt`.
-A rung that finds none of its files has `data.load_tokens` call `prepare()`.
+A rung that finds none of its files in data/ has `data.load_tokens` call `prepare()`.
 
 The text is tokenized exactly as it is, line ends kept, so that bytes and words are those of the published counts:
-words are the white-space separated words plus one end-of-line a line.
+words are the white-space separated words plus one end-of-line a line. Separators are tokens, and no bytes of the text.
 """
 
 import argparse
@@ -23,6 +32,7 @@ import http.client
 import os
 import re
 import secrets
+import shlex
 import signal
 import sys
 import threading
@@ -55,7 +65,8 @@ import torch
 from tqdm import tqdm
 
 import data
-from bpe_tokenizer import BPETokenizer
+from bpe_tokenizer import PATTERNS, BPETokenizer
+from data.texts import Reading, read_texts
 
 SAMPLE = "input.txt"
 LOCK = "prepare.lock"
@@ -63,6 +74,7 @@ HUB_DATASET = "Salesforce/wikitext"
 DATASETS = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 HUB_TIMEOUT = 8  # seconds until the hub counts as out of reach
 BLOCK = 1 << 20  # characters read at a time
+END = "<|endoftext|>"  # before each document
 
 # Words of the training splits as published (Merity et al. 2016, arXiv:1609.07843, table 1, end-of-lines included).
 PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
@@ -77,8 +89,17 @@ def say(line, file=None):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Sources: each is a dict from split to (size in bytes or None, function that opens a stream of strings)
+# Sources
 # ----------------------------------------------------------------------------------------------------------
+
+
+class Source(dict):
+    """{split: (size in bytes or None, function that opens a stream of strings)}. `documents`: whether each string is a
+    document, else they are pieces of one text. `own`: whether it is a text of the user's."""
+
+    def __init__(self, splits, documents=False, own=False):
+        super().__init__(splits)
+        self.documents, self.own = documents, own
 
 
 def _first_line(error):
@@ -92,9 +113,8 @@ def _read_text(path):
             while lines := file.readlines(BLOCK):
                 yield "".join(lines)
         except UnicodeDecodeError as error:
-            raise ValueError(
-                f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as published"
-            ) from None
+            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as "
+                             "published") from None
 
 
 def _join_rows(batches):
@@ -137,29 +157,59 @@ def _unchanged(paths, read):
     return stream
 
 
+def _is_wikitext(path):
+    """Whether a parquet file has WikiText in the hub's form: its first line is a title. Raises as `_read_parquet`."""
+    text = next(_read_parquet([path]), "").lstrip("\n ")
+    return re.match(r"= [^\n]+ = \n", text) is not None
+
+
 def folder_source(folder, dataset):
-    """WikiText as local files. Raises FileNotFoundError if `folder` does not hold all three splits."""
-    if not os.path.isdir(folder):
-        raise FileNotFoundError(f"{str(folder)!r} is no folder; give --from the folder that holds the WikiText files")
+    """WikiText as local files, or None if `folder` holds something else. Raises FileNotFoundError if it holds a part of
+    WikiText only, or `dataset` was asked for."""
     folder = Path(folder)
     for place in (folder, folder / (dataset or DATASETS[0])):
         for ending in ("tokens", "raw"):
             paths = [place / f"wiki.{name}.{ending}" for name in ("train", "valid", "test")]
             if all(path.is_file() for path in paths):
-                return {
+                return Source({
                     split: (path.stat().st_size, _unchanged([path], lambda path=path: _read_text(path)))
                     for split, path in zip(data.SPLITS, paths)
-                }
+                })
         shards = [sorted(place.glob(f"{name}-*.parquet")) for name in ("train", "validation", "test")]
-        if all(shards):
-            return {
+        if all(shards) and (dataset or _is_wikitext(shards[0][0])):
+            return Source({
                 split: (None, _unchanged(paths, lambda paths=paths: _read_parquet(paths)))
                 for split, paths in zip(data.SPLITS, shards)
-            }
-    raise FileNotFoundError(
-        f"{folder} does not hold WikiText: expected wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or "
-        ".raw), or train-*.parquet, validation-*.parquet and test-*.parquet"
-    )
+            })
+    if dataset or any(folder.glob("wiki.*.tokens")) or any(folder.glob("wiki.*.raw")):
+        raise FileNotFoundError(
+            f"{folder} does not hold WikiText: expected wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or "
+            ".raw), or train-*.parquet, validation-*.parquet and test-*.parquet"
+        )
+
+
+def _pieces(documents):
+    """A stream of the strings of a text, cut behind ends of lines so that no word is in two of them."""
+    for document in documents:
+        start = 0
+        while start < len(document):
+            end = document.find(b"\n", start + BLOCK) + 1 or len(document)
+            yield document[start:end].decode()
+            start = end
+
+
+def own_source(paths, reading):
+    """A text of the user's in files and folders. Raises as `read_texts` does."""
+    splits, documents = read_texts(paths, reading, lambda line: say(line, sys.stderr))
+    mark = END.encode()
+    if reading.separator is None and (n := sum(text.count(mark) for some in splits.values() for text in some)):
+        say(f"The text holds {END} {n:,} times, as plain text; --separator '{END}' makes documents of it.", sys.stderr)
+
+    def stream(texts):
+        return map(bytes.decode, texts) if documents else _pieces(texts)
+
+    return Source({split: (sum(map(len, texts)), lambda texts=texts: stream(texts)) for split, texts in splits.items()},
+                  documents, own=True)
 
 
 def _hub_answers():
@@ -195,10 +245,10 @@ def hub_source(dataset):
     except Exception as error:  # the package has no common base class for "could not be had"
         raise ConnectionError(f"{HUB_DATASET} could not be loaded ({_first_line(error)}); connect, or give local "
                               "files with --from DIR") from error
-    return {
+    return Source({
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
         for split, rows in zip(data.SPLITS, (splits["train"], splits["validation"], splits["test"]))
-    }
+    })
 
 
 def sample_source():
@@ -208,23 +258,32 @@ def sample_source():
     parts = {split: [] for split in data.SPLITS}
     for i, article in enumerate(articles):
         parts["test" if i % 12 == 5 else "val" if i % 12 == 11 else "train"].append(article)
-    return {
+    return Source({
         split: (sum(len(article.encode()) for article in part), lambda part=part: iter(part))
         for split, part in parts.items()
-    }
+    })
 
 
-def _folder_name(folder):
-    """The name of a folder, as the name of its text: in one line, and not the name of the sample."""
-    folder = Path(folder).resolve()
-    name = " ".join((folder.name or str(folder)).encode("utf-8", "replace").decode().split())
-    return f"{folder.parent.name}/{name}" if name == "sample" else name
+def _name_of(paths):
+    """The name of files or a folder, as the name of their text: in one line, and not that of another text."""
+    path = Path(paths[0]).resolve()
+    name = path.name if path.is_dir() else path.name.split(".")[0]
+    name = " ".join((name or str(path)).encode("utf-8", "replace").decode().split())
+    name = f"{path.parent.name}/{name}" if name == "sample" else name
+    return name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def open_source(folder=None, dataset=None, sample=False):
-    """(source, name of the data set or of its folder). Where the hub is out of reach it is the sample, and said so."""
-    if folder is not None:
-        return folder_source(folder, dataset), dataset or _folder_name(folder)
+def open_source(paths=None, dataset=None, sample=False, reading=None):
+    """(source, name of the data set or of its files). Where the hub is out of reach it is the sample, and said so.
+
+    paths: a file or folder, or a list of them. reading: how files of one's own are read, a `Reading`.
+    """
+    if paths is not None:
+        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        source = folder_source(paths[0], dataset) if len(paths) == 1 and os.path.isdir(paths[0]) else None
+        if dataset and source is None:
+            raise FileNotFoundError(f"{str(paths[0])!r} is no folder that holds WikiText, which --dataset asks for")
+        return source or own_source(paths, reading or Reading()), dataset or _name_of(paths)
     if not sample:
         try:
             return hub_source(dataset or DATASETS[0]), dataset or DATASETS[0]
@@ -245,8 +304,9 @@ def open_source(folder=None, dataset=None, sample=False):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def tokenize(stream, tokenizer, bar, n_words=None):
-    """Tokenize a stream of strings, whose words are counted unless `n_words` says how many there are.
+def tokenize(stream, tokenizer, bar, n_words=None, documents=False):
+    """Tokenize a stream of strings, whose words are counted unless `n_words` says how many there are. If they are
+    `documents`, END stands before each of them.
 
     Returns (ids array, bytes, words).
     """
@@ -261,13 +321,14 @@ def tokenize(stream, tokenizer, bar, n_words=None):
             bar.update(n_bytes)
             yield text
 
-    ids = np.concatenate(list(tokenizer.encode_stream(counted())))
+    encode = tokenizer.encode_documents if documents else tokenizer.encode_stream
+    ids = np.concatenate(list(encode(counted())))
     return ids, counts["bytes"], counts["words"]
 
 
 @contextlib.contextmanager
-def only_one():
-    """Within, no other process prepares token files: one that does so already is waited for.
+def only_one(home):
+    """Within, no other process prepares token files in `home`: one that does so already is waited for.
 
     Gives whether it holds the lock, which ends with the process. Where files cannot be locked, it says so.
     """
@@ -276,7 +337,7 @@ def only_one():
         try:
             if fcntl is None:
                 raise OSError("this system has no flock")
-            file = stack.enter_context(open(data.DATA_DIR / LOCK, "a"))
+            file = stack.enter_context(open(data.home_dir(home) / LOCK, "a"))
             try:
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:
@@ -284,7 +345,7 @@ def only_one():
                 fcntl.flock(file, fcntl.LOCK_EX)
             locked = True
         except OSError as error:
-            say(f"data/ cannot be locked ({error.strerror or error}): prepare token files in one process at a time.",
+            say(f"{home}/ cannot be locked ({error.strerror or error}): prepare token files in one process at a time.",
                 sys.stderr)
         yield locked
 
@@ -336,19 +397,33 @@ def atomic_writes():
                 beside.unlink(missing_ok=True)
 
 
-def learn_vocabulary(source, vocabulary, vocab_size):
+def learn_vocabulary(source, vocabulary, vocab_size, home="data", pattern="gpt2"):
     """A tokenizer with the vocabulary that the training split teaches: of `vocab_size` tokens, or of fewer, which it
     says, if the text has no more pairs to merge."""
-    text = "".join(source["train"][1]())
+    texts = source["train"][1]()
     with tqdm(total=vocab_size, desc=f"learning {vocabulary}", unit="token", disable=None) as bar:
-        tokenizer = BPETokenizer.train(text, vocab_size, progress=lambda _: bar.update())
+        tokenizer = BPETokenizer.train(texts if source.documents else "".join(texts), vocab_size, pattern=pattern,
+                                       progress=lambda _: bar.update())  # fmt: skip
     if tokenizer.vocab_size < vocab_size:
-        say(f"The text has no more pairs to merge: data/{vocabulary} has {tokenizer.vocab_size:,} tokens instead of "
+        say(f"The text has no more pairs to merge: {home}/{vocabulary} has {tokenizer.vocab_size:,} tokens instead of "
             f"{vocab_size:,}.", sys.stderr)  # fmt: skip
     return tokenizer
 
 
-def _tokenize_source(source, name, tokenizers, write):
+def _beginning(source, tokenizer):
+    """Ids with which a sample of the text begins: END, where documents begin with it; in WikiText what is before the
+    title of an article; else the first line, or what eight tokens hold of it."""
+    if source.documents:
+        return tokenizer.encode(END, [END])
+    start = next(text for text in source["train"][1]() if text)[:1000]
+    if start.startswith(" \n ="):
+        return tokenizer.encode(" \n =")
+    line = re.match(r"\s*[^\n]*\n?", start)[0]
+    ids = tokenizer.encode(line)
+    return next(ids[:n] for n in range(8, 13) if n >= len(ids) or "\ufffd" not in tokenizer.decode(ids[:n]))  # whole
+
+
+def _tokenize_source(source, name, tokenizers, write, home):
     """Tokenize all splits with each of `tokenizers` (vocabulary -> tokenizer) and `write` the token files. Gives a line
     about each."""
     sizes = [size for size, _ in source.values()]
@@ -357,64 +432,79 @@ def _tokenize_source(source, name, tokenizers, write):
     words = {}  # of each split
     with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
         for vocabulary, tokenizer in tokenizers.items():
+            start = None
             for split in data.SPLITS:
-                ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar, words.get(split))
+                ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar, words.get(split), source.documents)
                 words[split] = n_words
                 if len(ids) < 2 or n_words < 1:
+                    advice = "give a longer text" if source.own else "give the files as published"
                     raise ValueError(f"the {split} split of this source is too short: it needs two tokens and a word, "
-                                     f"and has {len(ids)} and {n_words}; give the files as published")
+                                     f"and has {len(ids)} and {n_words}; {advice}")
                 if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
                     words_removed = any("<unk>" in text for text in source[split][1]())
                     name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
-                path = data.token_file(split, vocabulary)
+                start = start or _beginning(source, tokenizer)
+                path = data.token_file(split, vocabulary, home)
                 content = {
                     "format": data.FORMAT, "version": data.VERSION, "preparation": preparation, "dataset": name,
                     "split": split, "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes,
-                    "n_words": n_words, "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
+                    "n_words": n_words, "start": start, "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
                 }  # fmt: skip
                 write(lambda beside: torch.save(content, beside), path)
-                yield (f"data/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
+                yield (f"{home}/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
                        f"{n_bytes / len(ids):.2f} bytes per token")
 
 
-def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab_sizes=None, only_missing=False):
-    """Tokenize all splits of a source with each of `vocabularies` (names of files in data/).
+def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab_sizes=None, only_missing=False,
+            home="data", given=None, pattern="gpt2", command=None):  # fmt: skip
+    """Tokenize all splits of a source with each of `vocabularies` (names of files in `home`).
 
     source: from `open_source`, which is asked if there is none; name: of the data set. The name of a folder gives way
     to that of the data set if the words of its training split are as many as published.
-    vocab_sizes: {vocabulary: size in tokens} of those that are learned first, from the training split.
+    vocab_sizes: {vocabulary: size in tokens} of those that are learned first, from the training split, which `pattern`
+    cuts into pre-tokens. given: {vocabulary: tokenizer} of those that are written into `home` as they are.
     only_missing: leave vocabularies alone that have token files by now.
+    command: what the user gave, kept in a home other than data/ for messages that say how to make its files again.
     The files that were there are replaced once all new ones are complete. Raises OSError if a file cannot be read or
     written and ValueError if the source or a vocabulary cannot be used.
     """
-    lines, tokenizers, vocab_sizes = [], {}, vocab_sizes or {}
-    with only_one() as locked:
+    lines, tokenizers, vocab_sizes, given = [], {}, vocab_sizes or {}, given or {}
+    folder = data.home_dir(home)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise OSError(f"{home} cannot be a folder for the text ({error.strerror}); name another with --to") from None
+    with only_one(home) as locked:
         if only_missing:  # another process may have made them while this one waited
-            vocabularies = [v for v in vocabularies if not any(data.token_file(s, v).exists() for s in data.SPLITS)]
+            vocabularies = [name for name in vocabularies
+                            if not any(data.token_file(split, name, home).exists() for split in data.SPLITS)]
             if not vocabularies:
                 return
-        if not os.access(data.DATA_DIR, os.W_OK):
-            raise PermissionError(f"{data.DATA_DIR} cannot be written, and the token files must go there")
+        if not os.access(folder, os.W_OK):
+            raise PermissionError(f"{folder} cannot be written, and the token files must go there")
         if locked:  # whoever left a temporary file was killed
-            for pattern in ("*_ids*.pt.*.tmp", "bpe_vocab*.json.*.tmp"):
-                for left in data.DATA_DIR.glob(pattern):
+            for files in ("*_ids*.pt.*.tmp", "bpe_vocab*.json.*.tmp"):
+                for left in folder.glob(files):
                     left.unlink(missing_ok=True)
         if source is None:
             source, name = open_source()
         with atomic_writes() as write:
             for vocabulary in vocabularies:
-                if vocabulary in vocab_sizes:
-                    tokenizer = learn_vocabulary(source, vocabulary, vocab_sizes[vocabulary])
-                    write(tokenizer.save, data.DATA_DIR / vocabulary)
-                    lines.append(f"data/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint "
+                if vocabulary in vocab_sizes or vocabulary in given:
+                    tokenizer = given.get(vocabulary) or learn_vocabulary(
+                        source, vocabulary, vocab_sizes[vocabulary], home, pattern)  # fmt: skip
+                    write(tokenizer.save, folder / vocabulary)
+                    lines.append(f"{home}/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint "
                                  f"{tokenizer.fingerprint}")  # fmt: skip
                 else:
-                    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary))
+                    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary, home))
                 if tokenizer.vocab_size > 1 << 16:
-                    raise ValueError(f"data/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits name "
-                                     "65,536; take a smaller vocabulary")  # fmt: skip
+                    raise ValueError(f"{home}/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits "
+                                     "name 65,536; take a smaller vocabulary")  # fmt: skip
                 tokenizers[vocabulary] = tokenizer
-            lines += _tokenize_source(source, name, tokenizers, write)
+            lines += _tokenize_source(source, name, tokenizers, write, home)
+            if command:
+                write(lambda beside: beside.write_text(command + "\n", encoding="utf-8"), folder / data.COMMAND_FILE)
     for line in lines:
         say(line)
 
@@ -424,32 +514,76 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
 # ----------------------------------------------------------------------------------------------------------
 
 
+def _choose_vocabularies(parser, args):
+    """(names of the vocabularies, {name: size} of those to learn, {name: tokenizer} of those to copy) that the command
+    line asks for."""
+    in_data = data.home_dir(args.home) == data.DATA_DIR
+    names = dict(data.VOCABULARIES)
+    if args.vocabulary is not None:
+        if args.vocab_size is not None or args.train_vocab or args.pattern:
+            parser.error("--vocabulary is used as it is: leave --vocab-size, --train-vocab and --pattern out, or "
+                         "--vocabulary")  # fmt: skip
+        path, folder = Path(args.vocabulary), data.home_dir(args.home)
+        if path.is_file() and path.resolve().parent != folder.resolve():  # from elsewhere
+            name = f"bpe_vocab_{path.resolve().parent.name}.json" if in_data else "bpe_vocab.json"
+            return [name], {}, {name: BPETokenizer.load(path)}
+        if not path.is_file() and not folder.is_dir():
+            raise FileNotFoundError(f"there is no vocabulary file {args.vocabulary!r}")
+        return [data.vocabulary_file(path.name if path.is_file() else args.vocabulary, args.home).name], {}, {}
+    if args.vocab_size is not None:
+        if not 257 <= args.vocab_size <= 1 << 16:
+            parser.error(f"--vocab-size {args.vocab_size} must lie between 257 and 65536, since ids take 16 bits")
+        names = {f"bpe_vocab_{args.vocab_size}.json": args.vocab_size}
+        if in_data and not args.train_vocab and not data.VOCABULARIES.keys().isdisjoint(names):
+            parser.error(f"a vocabulary of {args.vocab_size} tokens is committed already: leave --vocab-size out")
+        return list(names), names, {}
+    return list(names), {} if in_data and not args.train_vocab else names, {}
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the token files that the rungs train on.")
-    parser.add_argument("--from", dest="folder", metavar="DIR", help="read WikiText from local files")
+    parser.add_argument("--from", dest="paths", metavar="PATH", nargs="+", help="read text files, or folders of them: "
+                        "WikiText's, or a text of your own")  # fmt: skip
+    parser.add_argument("--to", dest="home", metavar="DIR", default="data", help="home of the text (default: data)")
     parser.add_argument("--dataset", choices=DATASETS, help=f"which WikiText (default: {DATASETS[0]})")
     parser.add_argument("--sample", action="store_true", help="use the bundled sample")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="learn a vocabulary of N tokens and use it")
-    parser.add_argument("--vocabulary", metavar="NAME", help="use the vocabulary data/NAME, as it is")
+    parser.add_argument("--vocabulary", metavar="FILE", help="use a vocabulary as it is, of the home or any other file")
     parser.add_argument("--train-vocab", action="store_true", help="learn the two committed vocabularies again")
+    parser.add_argument("--pattern", choices=PATTERNS, help="how a vocabulary that is learned cuts the text into words "
+                        "(default: gpt2)")  # fmt: skip
+    parser.add_argument("--separator", metavar="TEXT", help=f"what separates documents in text files, such as {END!r}")
+    parser.add_argument("--column", metavar="NAME", help="the column of .jsonl and .parquet files (default: text)")
+    parser.add_argument("--encoding", metavar="NAME", help="encoding of text files (default: utf-8)")
+    parser.add_argument("--errors", choices=("strict", "replace"), help="replace: read on over bytes that are no text")
     args = parser.parse_args(argv)
-    if args.sample and (args.folder is not None or args.dataset):
+    if args.sample and (args.paths is not None or args.dataset):
         parser.error("--sample is a text of its own: leave --from and --dataset out, or --sample")
-    vocabularies = dict(data.VOCABULARIES)
-    if args.vocabulary is not None:
-        if args.vocab_size is not None or args.train_vocab:
-            parser.error("--vocabulary is used as it is: leave --vocab-size and --train-vocab out, or --vocabulary")
-        vocabularies = {args.vocabulary: None}
-        data.vocabulary_file(args.vocabulary)  # before the text is fetched
-    elif args.vocab_size is not None:
-        if not 257 <= args.vocab_size <= 1 << 16:
-            parser.error(f"--vocab-size {args.vocab_size} must lie between 257 and 65536, since ids take 16 bits")
-        vocabularies = {f"bpe_vocab_{args.vocab_size}.json": args.vocab_size}
-        if not args.train_vocab and not data.VOCABULARIES.keys().isdisjoint(vocabularies):
-            parser.error(f"a vocabulary of {args.vocab_size} tokens is committed already: leave --vocab-size out")
-    source, name = open_source(args.folder, args.dataset, args.sample)
-    learn = args.vocab_size is not None or args.train_vocab
-    prepare(source, name, tuple(vocabularies), vocabularies if learn else {})
+    given = {name: value for name in ("separator", "column", "encoding", "errors") if (value := vars(args)[name])}
+    if given and args.paths is None:
+        parser.error(f"--{next(iter(given))} says how files are read: name them with --from")
+    if args.separator == "":
+        parser.error("--separator must not be empty")
+    try:
+        bytes(8).decode(args.encoding or "utf-8", "replace")
+    except LookupError as error:
+        parser.error(f"--encoding: {error}")
+    vocabularies, vocab_sizes, files = _choose_vocabularies(parser, args)  # before the text is fetched
+    if args.pattern and not vocab_sizes:
+        parser.error("--pattern is of a vocabulary that is learned: name a home of its own with --to, or --vocab-size")
+    source, name = open_source(args.paths, args.dataset, args.sample, Reading(**given))
+    if isinstance(source, Source) and given and not source.own:
+        parser.error(f"--{next(iter(given))} is of a text of your own, and this is WikiText")
+    in_data = data.home_dir(args.home) == data.DATA_DIR
+    if source.own and in_data and not vocab_sizes:
+        say("data/ keeps the vocabulary of WikiText-2; in a home of its own, --to data/NAME, a text has a vocabulary "
+            "of its own and replaces no other.", sys.stderr)  # fmt: skip
+    command = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if argv is None else argv)])
+    prepare(source, name, tuple(vocabularies), vocab_sizes, home=args.home, given=files, pattern=args.pattern or "gpt2",
+            command=None if in_data else command)  # fmt: skip
+    if not in_data:
+        constants = [f"DATA={args.home}"] + [f"VOCABULARY={v}" for v in vocabularies if v not in data.VOCABULARIES]
+        say(f"Train on it: python v3.py {shlex.join(constants)}")
 
 
 if __name__ == "__main__":

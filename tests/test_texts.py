@@ -1,0 +1,558 @@
+"""Texts of one's own: data/texts.py and the homes of data/prepare.py, against the definitions and other readers."""
+
+import gzip
+import json
+import os
+import random
+import re
+import shlex
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pyarrow
+import pyarrow.parquet
+import pytest
+import torch
+
+import data
+import harness
+from bpe_tokenizer import BPETokenizer
+from data import prepare, texts
+from data.texts import Reading, assign, cut_place, read_documents, read_texts, split_documents
+from test_data import as_data_dir, no_network  # noqa: F401 - a fixture
+
+ROOT = Path(__file__).resolve().parents[1]
+END = "<|endoftext|>"
+SPLITS = data.SPLITS
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    with as_data_dir(tmp_path / "data") as folder:
+        yield folder
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch, data_dir):
+    """A folder to work in, as the current one."""
+    folder = tmp_path / "here"
+    folder.mkdir()
+    monkeypatch.chdir(folder)
+    return folder
+
+
+def story(n, seed=0, end="\n\n"):
+    """`n` paragraphs of a story, which ends with `end`."""
+    r = random.Random(seed)
+    words = "the a lamp ship tower keeper Marta sea night rain went saw found left old bright slowly never café".split()
+    sentence = lambda: " ".join(r.choice(words) for _ in range(r.randint(4, 12))).capitalize() + "."  # noqa: E731
+    return end.join(" ".join(sentence() for _ in range(r.randint(1, 5))) for _ in range(n)) + end
+
+
+def tokens_of(home, vocabulary="bpe_vocab.json"):
+    return data.load_tokens(vocabulary, home), BPETokenizer.load(data.vocabulary_file(vocabulary, home))
+
+
+def texts_of(home, vocabulary="bpe_vocab.json"):
+    """What the token files of a home decode to, {split: text}."""
+    tokens, tokenizer = tokens_of(home, vocabulary)
+    return {split: tokenizer.decode(some.ids.tolist()) for split, some in tokens.items()}
+
+
+def refusal(capfd, *args):
+    """The one line with which the command line refuses `args`, exit code 1 or 2 (its usage aside)."""
+    with pytest.raises((OSError, ValueError, SystemExit)) as caught:
+        prepare.main([str(arg) for arg in args])
+    if isinstance(caught.value, SystemExit):
+        assert caught.value.code == 2
+        return capfd.readouterr().err.splitlines()[-1]
+    assert "\n" not in str(caught.value)
+    return str(caught.value)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Splits
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_text_is_cut_into_three_where_paragraphs_end(here):
+    text = story(400)
+    (here / "novel.txt").write_text(text)
+    prepare.main(["--from", "novel.txt", "--to", "novel"])
+    parts = texts_of("novel")
+    assert "".join(parts[split] for split in SPLITS) == text
+    shares = [len(parts[split].encode()) / len(text.encode()) for split in SPLITS]
+    assert np.allclose(shares, (0.9, 0.05, 0.05), atol=0.01)
+    assert all(part.endswith("\n\n") and not part.startswith("\n") for part in parts.values())
+    tokens, tokenizer = tokens_of("novel")
+    for split, some in tokens.items():
+        assert some.n_bytes == len(parts[split].encode())
+        assert some.n_words == len(parts[split].split()) + parts[split].count("\n")
+        assert some.dataset == "novel"
+        assert some.ids.tolist() == tokenizer.encode(parts[split])
+    assert text.startswith(tokenizer.decode(tokens["train"].start)) and 1 <= len(tokens["train"].start) <= 8
+
+
+@pytest.mark.parametrize("text, end", [
+    (story(300, end="\n"), "\n"), (story(300, end="\r\n\r\n"), "\r\n\r\n"), (story(300, end=" "), " "),
+    ("天地玄黄宇宙洪荒" * 2000, ""), ("\U0001f600" * 3000, ""), ("x" * 9999, ""), ("a\n" * 20, "\n"),
+])  # fmt: skip
+def test_where_a_text_may_be_cut(text, end):
+    parts = split_documents([text.encode()], SPLITS)
+    assert "".join(document.decode() for split in SPLITS for document in parts[split]) == text
+    assert all(len(parts[split]) == 1 for split in SPLITS)
+    assert all(parts[split][0].decode().endswith(end) for split in SPLITS)
+    if len(text) > 5000:
+        assert all(0.03 < len(parts[split][0]) / len(text.encode()) < 0.07 for split in SPLITS[1:])
+
+
+@pytest.mark.parametrize("n", [40, 200, 1000, 3999, 4001, 100_000])
+def test_held_out_splits_of_short_texts_are_not_too_short(n):
+    parts = {split: len(b"".join(some)) for split, some in split_documents([b"ab " * (n // 3)], SPLITS).items()}
+    assert sum(parts.values()) == n // 3 * 3
+    assert all(size >= min(0.15 * n, 100) for size in parts.values())
+
+
+def test_cut_place_against_every_place():
+    """The nearest end of a paragraph, else of a line, else of a word, else of a character: brute force."""
+    r = random.Random(5)
+    for _ in range(300):
+        text = "".join(r.choice("ab é天\n\n \r") for _ in range(60)).encode()
+        target, slack = r.randrange(1, len(text)), r.randrange(1, 20)
+        near = [p for p in range(max(0, target - slack) + 1, min(len(text) - 1, target + slack) + 1)]
+        window = max(0, target - slack)
+        paragraphs = [p for p in near if re.search(rb"\n[ \t\r]*\n\Z", text[window:p])
+                      and not re.match(rb"[ \t\r]*\n", text[p : target + slack])]  # fmt: skip
+        lines, words = [p for p in near if text[p - 1 : p] == b"\n"], [p for p in near if text[p - 1 : p] in b" \t"]
+        place = cut_place(text, target, slack)
+        text[:place].decode(), text[place:].decode()
+        for places in (paragraphs, lines, words):
+            if places:
+                assert abs(place - target) == min(abs(p - target) for p in places)
+                assert place in places
+                break
+        else:
+            assert 0 <= target - place < 4
+
+
+def test_documents_stay_whole_and_every_split_has_its_share():
+    r = random.Random(2)
+    documents = [bytes([65 + i % 26]) * r.randint(1, 400) for i in range(1000)]
+    parts = split_documents(documents, SPLITS)
+    assert sorted(d for some in parts.values() for d in some) == sorted(documents)
+    total = sum(map(len, documents))
+    assert np.allclose([sum(map(len, parts[s])) / total for s in SPLITS], (0.9, 0.05, 0.05), atol=0.002)
+    third = [sum(map(len, documents[:333])), total]
+    places = assign(map(len, documents), (0.9, 0.05, 0.05))
+    val = [sum(len(d) for d, k in zip(documents[:n], places) if k == 1) for n in (333, 1000)]
+    assert np.allclose(np.divide(val, third), 0.05, atol=0.005)  # of the beginning as of the whole
+    assert places == assign(map(len, documents), (0.9, 0.05, 0.05))
+
+
+def test_few_documents_are_cut(here):
+    for name in "abc":
+        (here / f"{name}.md").write_text(story(50, seed=ord(name)))
+    splits, documents = read_texts([here], Reading(), print)
+    whole = b"".join((here / f"{name}.md").read_bytes() for name in "abc")
+    assert documents and b"".join(d for split in SPLITS for d in splits[split]) == whole
+    assert len(splits["train"]) == 3
+    assert np.allclose([sum(map(len, splits[s])) / len(whole) for s in SPLITS], (0.9, 0.05, 0.05), atol=0.02)
+
+
+@pytest.mark.parametrize("names", [
+    ("train.txt", "valid.txt", "test.txt"), ("Train.txt", "validation.txt", "TEST.txt"),
+    ("train.md", "val.md", "test.md"), ("train/a.txt", "dev/b.txt", "test/c.txt"),
+    ("train-00000-of-00001.txt", "validation-00000-of-00001.txt", "test.txt"),
+])  # fmt: skip
+def test_files_named_after_the_splits_are_the_splits(here, names, capfd):
+    wanted = {}
+    for k, (split, name) in enumerate(zip(SPLITS, names)):
+        path = here / "text" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        wanted[split] = story(20, seed=k)
+        path.write_text(wanted[split])
+    (here / "text" / "README.md").write_text("about it")
+    prepare.main(["--from", "text", "--to", "home"])
+    assert texts_of("home") == wanted
+    assert "README.md" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("missing, left", [("test", ("train", "valid")), ("valid", ("train", "test"))])
+def test_a_split_that_is_missing_is_taken_from_the_training_text(here, missing, left):
+    for k, name in enumerate(left):
+        (here / f"{name}.txt").write_text(story(200, seed=k))
+    prepare.main(["--from", "train.txt", f"{left[1]}.txt", "--to", "home"])
+    parts = texts_of("home")
+    given = {"valid": "val"}.get(left[1], left[1])
+    assert parts[given] == (here / f"{left[1]}.txt").read_text()
+    taken = {"valid": "val"}.get(missing, missing)
+    assert parts["train"] + parts[taken] == (here / "train.txt").read_text()
+
+
+def test_code_with_a_file_named_train_is_no_split(here):
+    (here / "train.py").write_text("x = 1\n" * 400)
+    (here / "test.py").write_text("y = 2\n" * 400)
+    splits, documents = read_texts([here], Reading(), print)
+    assert documents and len(splits["train"]) == 2  # both are in the training split
+
+
+@pytest.mark.parametrize("text", ["a b c d e f\n", "hello, this is short. " * 3, "天地玄黄宇宙洪荒日月盈昃辰宿"])
+def test_very_short_texts_give_three_splits(here, text):
+    (here / "short.txt").write_text(text)
+    prepare.main(["--from", "short.txt", "--to", "home", "--vocab-size", "257"])
+    assert "".join(texts_of("home", "bpe_vocab_257.json").values()) == text
+
+
+@pytest.mark.parametrize("text, why", [("ab", "too short"), ("", "empty"), ("a", "too short")])
+def test_texts_that_give_no_three_splits(here, capfd, text, why):
+    (here / "short.txt").write_text(text)
+    message = refusal(capfd, "--from", "short.txt", "--to", "home")
+    assert why in message and "published" not in message
+    assert not list((here / "home").glob("*.pt"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Documents
+# ----------------------------------------------------------------------------------------------------------
+
+ROWS = ["first", "second\nline", "", "  spaces  ", "天地", f"a {END} b", "\U0001f600"] * 40
+
+
+def write_rows(folder, kind):
+    folder.mkdir(exist_ok=True)
+    if kind.startswith("jsonl"):
+        text = "\n\n".join(json.dumps({"id": i, "text": row}, ensure_ascii=i % 2 == 0) for i, row in enumerate(ROWS))
+        path = folder / f"rows.{kind}"
+        (gzip.open if kind.endswith(".gz") else open)(path, "wb").write(text.encode())
+    else:
+        path = folder / "rows.parquet"
+        kinds = {"parquet": pyarrow.string(), "large": pyarrow.large_string(), "dictionary": pyarrow.string()}
+        column = pyarrow.array([row or None for row in ROWS], kinds[kind])
+        column = column.dictionary_encode() if kind == "dictionary" else column
+        pyarrow.parquet.write_table(pyarrow.table({"id": list(range(len(ROWS))), "text": column}), path)
+    return path
+
+
+@pytest.mark.parametrize("kind", ["jsonl", "jsonl.gz", "parquet", "large", "dictionary"])
+def test_rows_are_documents(here, kind):
+    """Each begins with END as one token; what looks like it within a row is plain text."""
+    path = write_rows(here / "rows", kind)
+    assert read_documents(path, Reading()) == [row.encode() for row in ROWS if row]
+    prepare.main(["--from", str(path), "--to", "home"])
+    tokens, tokenizer = tokens_of("home")
+    end, found = tokenizer.encode(END, [END]), []
+    assert len(end) == 1
+    for some in tokens.values():
+        ids = some.ids.tolist()
+        assert ids[0] == end[0]
+        starts = [i for i, id in enumerate(ids) if id == end[0]]
+        rows = [tokenizer.decode(ids[i + 1 : j]) for i, j in zip(starts, [*starts[1:], len(ids)])]
+        for row, i in zip(map(tokenizer.encode, rows), starts):
+            assert ids[i + 1 : i + 1 + len(row)] == row
+        assert some.n_bytes == sum(len(row.encode()) for row in rows)
+        assert some.start == end
+        found += rows
+    assert sorted(found) == sorted(row for row in ROWS if row)
+
+
+def test_files_of_a_folder_are_documents(here):
+    folder = here / "a folder"
+    (folder / "sub").mkdir(parents=True)
+    contents = {f"{i:02}.txt": story(3, seed=i) for i in range(40)} | {"sub/x.md": "x" * 50, "empty.txt": ""}
+    for name, text in contents.items():
+        (folder / name).write_text(text)
+    (folder / ".hidden").write_text("secret")
+    (folder / ".git").mkdir()
+    (folder / ".git" / "config").write_text("secret")
+    (folder / "picture.png").write_bytes(b"\x89PNG\0\0")
+    (folder / "nowhere").symlink_to(folder / "gone")
+    (folder / "linked.txt").symlink_to(folder / "sub" / "x.md")
+    (folder / "around").symlink_to(folder)
+    said = []
+    splits, documents = read_texts([folder], Reading(), said.append)
+    assert documents
+    expected = [text.encode() for text in contents.values() if text] + [b"x" * 50]
+    assert sorted(d for some in splits.values() for d in some) == sorted(expected)
+    assert len(said) == 1 and "and 1 more" in said[0] or len(said) == 1 and "and 2 more" in said[0]
+
+
+def test_separators_in_a_text(here):
+    stories = [story(3, seed=i) for i in range(60)]
+    (here / "stories.txt").write_text(f"\n{END}\n".join(stories))
+    prepare.main(["--from", "stories.txt", "--to", "plain"])
+    prepare.main(["--from", "stories.txt", "--to", "home", "--separator", f"\n{END}\n"])
+    tokens, tokenizer = tokens_of("home")
+    assert sum(some.ids.tolist().count(tokenizer.encode(END, [END])[0]) for some in tokens.values()) == 60
+    assert sum(some.n_bytes for some in tokens.values()) == sum(len(text.encode()) for text in stories)
+    tokens, tokenizer = tokens_of("plain")
+    assert not any(tokenizer.encode(END, [END])[0] in some.ids.tolist() for some in tokens.values())
+
+
+def test_a_text_that_holds_the_marker_is_told_of_it(here, capfd):
+    (here / "stories.txt").write_text(f"a story {END} another " * 50)
+    prepare.main(["--from", "stories.txt", "--to", "home"])
+    assert "--separator" in capfd.readouterr().err
+
+
+def test_another_column(here, capfd):
+    with open(here / "rows.jsonl", "w") as file:
+        for i in range(50):
+            file.write(json.dumps({"title": "t", "body": f"body number {i}"}) + "\n")
+    message = refusal(capfd, "--from", "rows.jsonl", "--to", "home")
+    assert "line 1" in message and "title, body" in message and "--column" in message
+    prepare.main(["--from", "rows.jsonl", "--to", "home", "--column", "body"])
+    assert "body number 7" in "".join(texts_of("home").values())
+
+
+def test_own_parquet_files_named_as_the_hub_names_them_are_not_glued(here):
+    """WikiText's rows are the lines of one text; other rows are documents."""
+    (here / "own").mkdir()
+    for name in ("train", "validation", "test"):
+        rows = [f"a row of {name}, number {i}" for i in range(20)] + [""]
+        pyarrow.parquet.write_table(pyarrow.table({"text": rows}), here / "own" / f"{name}-00000-of-00001.parquet")
+    prepare.main(["--from", "own", "--to", "home"])
+    tokens, tokenizer = tokens_of("home")
+    ids = tokens["val"].ids.tolist()
+    assert ids.count(tokenizer.encode(END, [END])[0]) == 20
+    assert texts_of("home")["val"].split(END)[1:] == [f"a row of validation, number {i}" for i in range(20)]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Bytes and encodings
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_texts_are_kept_as_they_are(here):
+    text = "\r\nline one\r\nnul \0 inside\n\ttab\n\x1c odd \u2028 " * 60
+    (here / "odd name.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
+    prepare.main(["--from", "odd name.txt", "--to", "a home"])
+    assert "".join(texts_of("a home").values()) == text
+
+
+def test_bytes_that_are_no_utf8(here, capfd):
+    text = "line\n" * 99 + "caf\xe9 au lait\n" + "line\n" * 300
+    (here / "latin.txt").write_bytes(text.encode("latin-1"))
+    message = refusal(capfd, "--from", "latin.txt", "--to", "home")
+    assert "latin.txt" in message and "line 100" in message and "0xE9" in message and "offset 498" in message
+    prepare.main(["--from", "latin.txt", "--to", "home", "--encoding", "latin-1"])
+    assert "".join(texts_of("home").values()) == text
+    prepare.main(["--from", "latin.txt", "--to", "home", "--errors", "replace"])
+    assert "".join(texts_of("home").values()) == text.replace("\xe9", "\ufffd")
+
+
+def test_utf16(here, capfd):
+    text = story(60)
+    (here / "wide.txt").write_bytes(text.encode("utf-16"))
+    message = refusal(capfd, "--from", "wide.txt", "--to", "home")
+    assert "--encoding utf-16" in message
+    prepare.main(["--from", "wide.txt", "--to", "home", "--encoding", "utf-16"])
+    assert "".join(texts_of("home").values()) == text
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.txt.gz", gzip.compress(b"abc " * 5000)[:40], "gzip"), ("x.txt.gz", b"abc", "gzip"),
+    ("x.parquet", b"PAR1 nothing PAR1", "parquet"), ("x.jsonl", b'{"text": "a"}\nnonsense\n', "line 2"),
+    ("x.jsonl", b'{"text": 5}\n', "no text"), ("x.jsonl", b"[" * 100_000, "no JSON"),
+    ("x.jsonl", b'{"text": "\\ud800 alone"}\n', "surrogate"), ("x.jsonl", b'["a"]\n', "column text"),
+    ("x.txt", b"\xff\xfea\0", "utf-16"), ("x.jsonl", b"\xe9", "0xE9"),
+])  # fmt: skip
+def test_damaged_files(here, capfd, name, content, words):
+    (here / name).write_bytes(content)
+    message = refusal(capfd, "--from", name, "--to", "home")
+    assert name in message and words in message and "published" not in message
+
+
+def test_lone_surrogates_may_be_replaced(here):
+    (here / "x.jsonl").write_text('{"text": "\\ud800 alone and a longer text"}\n' * 40)
+    prepare.main(["--from", "x.jsonl", "--to", "home", "--errors", "replace"])
+    assert "? alone" in "".join(texts_of("home").values())
+
+
+@pytest.mark.parametrize("args, words", [
+    (["--from", "gone.txt"], "gone.txt"), (["--from", ""], "--from"), (["--from", "empty"], "no text"),
+    (["--from", "here.txt", "--encoding", "no"], "no"),
+    (["--from", "here.txt", "--encoding", "base64"], "base64"), (["--sample", "--separator", "x"], "--separator"),
+    (["--from", "here.txt", "--separator", ""], "--separator"),
+    (["--from", "here.txt", "--to", "here.txt"], "here.txt"),
+    (["--from", "here.txt", "--pattern", "gpt4"], "--pattern"),
+    (["--from", "here.txt", "--dataset", "wikitext-2-v1"], "--dataset"),
+    (["--from", "here.txt", "--to", "home", "--vocabulary", "gone.json"], "gone.json"),
+    (["--from", "here.txt", "--to", "home", "--vocabulary", "here.txt"], "vocabulary"),
+])  # fmt: skip
+def test_wrong_commands(here, capfd, args, words):
+    (here / "here.txt").write_text(story(30))
+    (here / "empty").mkdir()
+    assert words in refusal(capfd, *args)
+    assert not list(here.rglob("*.pt"))
+
+
+def test_a_file_that_cannot_be_read(here, capfd):
+    path = here / "secret.txt"
+    path.write_text("x")
+    path.chmod(0)
+    if os.access(path, os.R_OK):  # root reads everything
+        pytest.skip("permissions do not bind this user")
+    assert "cannot be read" in refusal(capfd, "--from", path, "--to", "home")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Homes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_home_learns_its_own_vocabularies_and_leaves_data_alone(here, data_dir, capfd):
+    before = {path.name: path.read_bytes() for path in data_dir.iterdir()}
+    (here / "novel.txt").write_text(story(400))
+    prepare.main(["--from", "novel.txt", "--to", "homes/novel"])
+    out = capfd.readouterr().out
+    assert "python v3.py DATA=homes/novel" in out
+    assert {path.name: path.read_bytes() for path in data_dir.iterdir()} == before
+    for name, size in data.VOCABULARIES.items():
+        tokens, tokenizer = tokens_of("homes/novel", name)
+        train = tokenizer.decode(tokens["train"].ids.tolist())
+        assert tokenizer.merges == BPETokenizer.train(train, size).merges
+
+
+@pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
+def test_size_and_pattern_of_a_vocabulary(here, pattern, capfd):
+    (here / "novel.txt").write_text(story(200))
+    prepare.main(["--from", "novel.txt", "--to", "home", "--vocab-size", "300", "--pattern", pattern])
+    assert "VOCABULARY=bpe_vocab_300.json" in capfd.readouterr().out
+    tokens, tokenizer = tokens_of("home", "bpe_vocab_300.json")
+    train = tokenizer.decode(tokens["train"].ids.tolist())
+    assert tokenizer.merges == BPETokenizer.train(train, 300, pattern=pattern).merges
+    assert tokenizer.fingerprint == BPETokenizer.train(train, 300, pattern=pattern).fingerprint
+
+
+def test_a_vocabulary_from_elsewhere(here, data_dir):
+    """As a run to be fine-tuned has it: it becomes the one that the rungs ask for."""
+    (here / "run").mkdir()
+    BPETokenizer.train(story(300, seed=9), 400).save(here / "run" / "vocabulary.json")
+    (here / "novel.txt").write_text(story(200))
+    for _ in range(2):
+        prepare.main(["--from", "novel.txt", "--to", "home", "--vocabulary", "run/vocabulary.json"])
+        tokens, tokenizer = tokens_of("home")
+        assert tokenizer.fingerprint == BPETokenizer.load("run/vocabulary.json").fingerprint
+        assert "".join(texts_of("home").values()) == story(200)
+    prepare.main(["--from", "novel.txt", "--to", "home", "--vocabulary", str(data_dir / "bpe_vocab.json")])
+    assert tokens_of("home")[1].vocab_size == 4096
+    prepare.main(["--from", "novel.txt", "--vocabulary", "run/vocabulary.json"])  # into data/, beside its own
+    assert tokens_of("data", "bpe_vocab_run.json")[1].fingerprint == tokenizer.fingerprint
+    assert BPETokenizer.load(data_dir / "bpe_vocab.json").vocab_size == 4096
+
+
+def test_an_own_text_in_data_keeps_the_vocabulary_and_is_told_of_homes(here, data_dir, capfd):
+    (here / "novel.txt").write_text(story(400))
+    prepare.main(["--from", "novel.txt"])
+    assert "--to" in capfd.readouterr().err
+    tokens, tokenizer = tokens_of("data")
+    assert tokens["train"].dataset == "novel" and tokenizer.vocab_size == 4096
+
+
+def test_wikitext_in_a_home_is_wikitext(here):
+    from test_data import TEXTS, write_text
+
+    write_text(here / "wiki")
+    prepare.main(["--from", "wiki", "--to", "home"])
+    assert texts_of("home") == TEXTS
+    assert tokens_of("home")[0]["train"].start == tokens_of("home")[1].encode(" \n =")
+
+
+def test_a_text_without_words_has_no_perplexity_of_words(here):
+    (here / "chinese.txt").write_text("天地玄黄宇宙洪荒，日月盈昃辰宿列张。" * 300)
+    (here / "english.txt").write_text(story(300))
+    for name, words in (("chinese", False), ("english", True)):
+        prepare.main(["--from", f"{name}.txt", "--to", name, "--vocab-size", "300"])
+        assert all((some.n_words > 0) == words for some in data.load_tokens("bpe_vocab_300.json", name).values())
+
+
+def test_damage_in_a_home_is_mended_by_the_command_that_is_advised(here):
+    (here / "my novel.txt").write_text(story(200))
+    prepare.main(["--from", "my novel.txt", "--to", "my home"])
+    wanted = texts_of("my home")
+    path = data.token_file("val", "bpe_vocab.json", "my home")
+    for damage in (path.unlink, lambda: path.write_bytes(b"x"), lambda: path.write_bytes(path.read_bytes()[:-100])):
+        damage()
+        with pytest.raises((OSError, ValueError), match="my home/val_ids.pt") as caught:
+            data.load_tokens("bpe_vocab.json", "my home")
+        command = str(caught.value).rpartition("again with ")[2]
+        assert command.startswith("python data/prepare.py ")
+        prepare.main(shlex.split(command)[2:])
+        assert texts_of("my home") == wanted
+
+
+def test_a_home_that_is_not_there(here):
+    with pytest.raises(FileNotFoundError, match=r"--to nowhere$"):
+        data.load_tokens("bpe_vocab.json", "nowhere")
+    (here / "empty").mkdir()
+    with pytest.raises(FileNotFoundError, match="known are none"):
+        data.load_tokens("bpe_vocab.json", "empty")
+
+
+def test_a_home_below_the_repository_is_found_from_elsewhere(here, data_dir, tmp_path):
+    (data_dir.parent / "homes").mkdir()
+    (here / "novel.txt").write_text(story(60))
+    prepare.main(["--from", "novel.txt", "--to", str(data_dir.parent / "homes" / "novel")])
+    assert data.load_tokens("bpe_vocab.json", "homes/novel")["train"].dataset == "novel"
+
+
+def test_samples_begin_as_the_text_does(here):
+    cases = {"chapter.txt": ("Chapter 1\n\n" + story(60), "Chapter 1\n"), "words.txt": (story(60), None),
+             "chinese.txt": ("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏" * 100, None)}  # fmt: skip
+    for name, (text, start) in cases.items():
+        (here / name).write_text(text)
+        prepare.main(["--from", name, "--to", f"{name} home", "--vocab-size", "257"])
+        tokens, tokenizer = tokens_of(f"{name} home", "bpe_vocab_257.json")
+        began = tokenizer.decode(tokens["train"].start)
+        assert text.startswith(began) and "\ufffd" not in began and 8 <= len(tokens["train"].start) <= 12
+
+
+def test_large_texts_in_pieces(here, monkeypatch):
+    monkeypatch.setattr(prepare, "BLOCK", 100)
+    text = story(300)
+    (here / "novel.txt").write_text(text)
+    prepare.main(["--from", "novel.txt", "--to", "home", "--vocab-size", "400"])
+    tokens, tokenizer = tokens_of("home", "bpe_vocab_400.json")
+    parts = texts_of("home", "bpe_vocab_400.json")
+    assert "".join(parts.values()) == text
+    for split in SPLITS:
+        assert tokens[split].ids.tolist() == tokenizer.encode(parts[split])
+        assert tokens[split].n_words == len(parts[split].split()) + parts[split].count("\n")
+
+
+def test_from_a_novel_to_its_continuation(here):
+    """The two commands of the README, in a process each."""
+    (here / "novel.txt").write_text(story(600))
+    env = os.environ | {"OMP_NUM_THREADS": "1"}
+
+    def python(*args):
+        done = subprocess.run([sys.executable, *args], cwd=here, env=env, capture_output=True, text=True)
+        assert done.returncode == 0, done.stderr
+        return done.stdout
+
+    python(ROOT / "data" / "prepare.py", "--from", "novel.txt", "--to", "data/novel")
+    constants = ["DATA=data/novel", "N_LAYER=1", "N_EMBD=32", "N_HEAD=2", "BLOCK_SIZE=32", "MICRO_BATCH_SIZE=16",
+                 "MAX_STEPS=4", "SAMPLE_TOKENS=8", "COMPILE=False", "DEVICE=cpu", "STRIDE=16"]  # fmt: skip
+    assert "v3 on novel" in python(ROOT / "v3.py", *constants)
+    assert python(ROOT / "v3.py", "PROMPT=The lamp", "SAMPLE_TOKENS=5", "DEVICE=cpu").startswith("The lamp")
+    model, tokenizer = harness.load(here / "runs" / "v3")
+    assert model(torch.tensor([tokenizer.encode("The lamp")])).shape[-1] == tokenizer.vocab_size
+
+
+def test_reading_leaves_nothing_behind_of_a_failed_preparation(here, capfd):
+    (here / "novel.txt").write_text(story(100))
+    prepare.main(["--from", "novel.txt", "--to", "home"])
+    before = {path.name: path.read_bytes() for path in (here / "home").iterdir()}
+    (here / "novel.txt").write_text("ab")
+    refusal(capfd, "--from", "novel.txt", "--to", "home")
+    assert {path.name: path.read_bytes() for path in (here / "home").iterdir()} == before
+
+
+def test_binary_files_are_told_from_texts(here):
+    (here / "a.bin").write_bytes(b"\0\1")
+    (here / "b.txt").write_bytes(b"text")
+    (here / "c.txt").write_bytes("wide".encode("utf-16"))
+    (here / "d.gz").write_bytes(gzip.compress(b"\0"))
+    assert [texts._is_binary(here / name) for name in ("a.bin", "b.txt", "c.txt", "d.gz")] == [True, False, False, True]
