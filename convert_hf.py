@@ -1,0 +1,419 @@
+"""Models for Hugging Face's transformers and from there: v3 is a GPT-2, v4 with RoPE is an Arcee.
+
+    python convert_hf.py runs/v3 DIR             write a run of v3 as a GPT2LMHeadModel
+    python convert_hf.py runs/v4_alibi_rope DIR  write the run with RoPE as an ArceeForCausalLM
+    python convert_hf.py --from DIR runs/gpt2    make a run of v3 from a GPT-2, or one of v4 from what this wrote
+
+Out: DIR is then a model like any other there, with its tokenizer:
+
+    model = transformers.AutoModelForCausalLM.from_pretrained("DIR")
+    tokenizer = transformers.AutoTokenizer.from_pretrained("DIR")
+
+In: DIR holds config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published. What can be done
+with a run that was trained here can be done with it:
+
+    python v3.py OUT_DIR=runs/gpt2 PROMPT=" The castle was"
+    python v3.py INIT_FROM=runs/gpt2 ...         start from it, with its shape and vocabulary: fine-tuning
+
+Only what computes the same function is converted, and a line says why another is not. Nothing from a file is executed:
+weights are read from safetensors, settings from JSON. It needs `pip install safetensors`; transformers it does not.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import shlex
+import sys
+from pathlib import Path
+
+import torch
+
+import harness
+import v3
+import v4_alibi_rope as v4
+from bpe_tokenizer import BPETokenizer
+
+try:
+    import safetensors.torch
+except ImportError:
+    safetensors = None
+
+END = "<|endoftext|>"  # begins and ends a text, where the vocabulary has it
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+HF_FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+MADE_BY = {"made_by": "convert_hf.py"}  # in the weights' file: transformers does not copy it when it saves a model
+RMS_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square if it is told nothing
+NO_COUNTERPART = {
+    "v0": "it is a table of bigrams",
+    "v1": "it is an MLP over a window of tokens",
+    "v1_1": "it is an MLP over a window of tokens",
+    "v2": "its LayerNorm stands after each sub-layer, and GPT-2's before it",
+    "alibi": "none of the decoders with ALiBi has RMSNorm and ReLU squared",
+    "learned": "none of the decoders with ReLU squared and without a gate learns a vector for each position",
+    "sinusoidal": "none of the decoders with ReLU squared and without a gate adds sines",
+    "none": "all of the decoders with ReLU squared and without a gate encode positions",
+}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# v3 and GPT-2
+# ----------------------------------------------------------------------------------------------------------
+
+
+def gpt2_tensors(V, T, C, n_layer):
+    """{name in v3: (name in GPT2LMHeadModel, shape there)} for V tokens, windows of T, width C. The matrices in GPT-2's
+    blocks are (inputs, outputs), those of nn.Linear (outputs, inputs): see `turned`."""
+    table = {"embedding.weight": ("transformer.wte.weight", (V, C)), "head.weight": ("lm_head.weight", (V, C)),
+             "position_embedding.weight": ("transformer.wpe.weight", (T, C))}  # fmt: skip
+    pairs = [("norm", "transformer.ln_f", (C,))]
+    for i in range(n_layer):
+        pairs += [(f"blocks.{i}.{ours}", f"transformer.h.{i}.{theirs}", shape) for ours, theirs, shape in (
+            ("norm_1", "ln_1", (C,)), ("attention.qkv", "attn.c_attn", (C, 3 * C)),
+            ("attention.proj", "attn.c_proj", (C, C)), ("norm_2", "ln_2", (C,)),
+            ("mlp.0", "mlp.c_fc", (C, 4 * C)), ("mlp.2", "mlp.c_proj", (4 * C, C)),
+        )]  # fmt: skip
+    for ours, theirs, shape in pairs:
+        table |= {f"{ours}.weight": (f"{theirs}.weight", shape), f"{ours}.bias": (f"{theirs}.bias", shape[-1:])}
+    return table
+
+
+def turned(name, tensor):
+    """The tensor that GPT-2 calls `name` as v3 keeps it, and the other way round."""
+    return tensor.T if ".c_" in name and tensor.dim() == 2 else tensor
+
+
+def to_gpt2(model):
+    """(config, {name: tensor}) of GPT2LMHeadModel for a model of v3."""
+    (V, C), T, n_layer = model.embedding.weight.shape, model.block_size, len(model.blocks)
+    config = {
+        "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": T, "n_embd": C,
+        "n_layer": n_layer, "n_head": model.blocks[0].attention.n_head, "n_inner": 4 * C,
+        "activation_function": "gelu_new", "layer_norm_epsilon": model.norm.eps, "tie_word_embeddings": False,
+        "resid_pdrop": model.dropout.p, "embd_pdrop": model.dropout.p, "attn_pdrop": 0.0,
+    }  # fmt: skip
+    state, table = model.state_dict(), gpt2_tensors(V, T, C, n_layer)
+    return config, {theirs: turned(theirs, state[ours]) for ours, (theirs, _) in table.items()}
+
+
+def from_gpt2(config, tensors):
+    """(constants of the shape, state dict) of v3 for the config and the tensors, {name: tensor}, of a GPT-2. Raises
+    ValueError if v3 computes something else."""
+    T, C, n_layer, n_head, V = [_count(config, k) for k in ("n_positions", "n_embd", "n_layer", "n_head", "vocab_size")]
+    _same(config, "v3", {  # where the file says nothing, transformers takes the first of the values
+        "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
+        "n_inner": (None, 4 * C), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
+        "reorder_and_upcast_attn": (False,), "add_cross_attention": (False,), "quantization_config": (None,),
+        "pruned_heads": (None, {}), "tie_word_embeddings": (True, False),
+    })  # fmt: skip
+    dropout = config.get("resid_pdrop", 0.1)
+    if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
+        raise ValueError(f"config.json: resid_pdrop is {dropout!r}; it must be a number from 0 to below 1")
+    bare, tensors = tensors, {}
+    for name, tensor in bare.items():
+        whole = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
+        if not whole.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which old files hold
+            tensors[whole] = tensor
+    tied, wte = config.get("tie_word_embeddings", True), tensors.get("transformer.wte.weight")
+    if tied and wte is not None:
+        tensors.setdefault("lm_head.weight", wte)
+    table = gpt2_tensors(V, T, C, n_layer)
+    _check_tensors(tensors, dict(table.values()), "v3")
+    if tied and not torch.equal(tensors["lm_head.weight"].float(), wte.float()):
+        raise ValueError("lm_head.weight is not wte.weight, and config.json ties them (tie_word_embeddings)")
+    shape = {"BLOCK_SIZE": T, "N_LAYER": n_layer, "N_HEAD": n_head, "N_EMBD": C, "DROPOUT": float(dropout)}
+    return shape, {ours: turned(theirs, tensors[theirs]) for ours, (theirs, _) in table.items()}
+
+
+# ----------------------------------------------------------------------------------------------------------
+# v4 with RoPE and Arcee
+# ----------------------------------------------------------------------------------------------------------
+
+
+def arcee_tensors(V, C, n_layer):
+    """{name in ArceeForCausalLM: shape} for V tokens and width C."""
+    shapes = {"model.embed_tokens.weight": (V, C), "lm_head.weight": (V, C), "model.norm.weight": (C,)}
+    for i in range(n_layer):
+        layer = f"model.layers.{i}"
+        shapes |= {f"{layer}.self_attn.{x}_proj.weight": (C, C) for x in "qkvo"}
+        shapes |= {f"{layer}.mlp.up_proj.weight": (4 * C, C), f"{layer}.mlp.down_proj.weight": (C, 4 * C)}
+        shapes |= {f"{layer}.{x}_layernorm.weight": (C,) for x in ("input", "post_attention")}
+    return shapes
+
+
+def to_arcee(model):
+    """(config, {name: tensor}) of ArceeForCausalLM for a model of v4 with RoPE. Arcee has no norm after the embedding:
+    the rows of the table are written as that norm leaves them."""
+    (V, C), n_layer, n_head = model.embedding.weight.shape, len(model.blocks), model.blocks[0].attention.n_head
+    config = {
+        "architectures": ["ArceeForCausalLM"], "model_type": "arcee", "vocab_size": V, "hidden_size": C,
+        "max_position_embeddings": model.block_size, "intermediate_size": 4 * C, "num_hidden_layers": n_layer,
+        "num_attention_heads": n_head, "num_key_value_heads": n_head, "head_dim": C // n_head, "hidden_act": "relu2",
+        "rms_norm_eps": RMS_EPS, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
+        "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
+        "rope_theta": model.rope_base,  # where transformers before 5 has it
+    }  # fmt: skip
+    tensors = {name: torch.ones(shape) for name, shape in arcee_tensors(V, C, n_layer).items() if len(shape) == 1}
+    tensors |= {"model.embed_tokens.weight": v4.norm(model.embedding.weight), "lm_head.weight": model.head.weight}
+    for i, block in enumerate(model.blocks):
+        parts = dict(zip(("self_attn.q_proj", "self_attn.k_proj", "self_attn.v_proj"),
+                         block.attention.qkv.weight.chunk(3)))  # fmt: skip
+        parts |= {"self_attn.o_proj": block.attention.proj.weight, "mlp.up_proj": block.mlp.fc.weight,
+                  "mlp.down_proj": block.mlp.proj.weight}  # fmt: skip
+        tensors |= {f"model.layers.{i}.{name}.weight": part for name, part in parts.items()}
+    return config, tensors
+
+
+def from_arcee(config, tensors):
+    """(constants of the shape, state dict) of v4 for the config and the tensors, {name: tensor}, of an Arcee that
+    `to_arcee` could have made. Raises ValueError for any other."""
+    T, C, n_layer, n_head, V = [_count(config, k) for k in ("max_position_embeddings", "hidden_size",
+                                "num_hidden_layers", "num_attention_heads", "vocab_size")]  # fmt: skip
+    _same(config, "v4", {
+        "hidden_act": ("relu2",), "rms_norm_eps": (RMS_EPS,), "intermediate_size": (4 * C,),
+        "num_key_value_heads": (None, n_head), "head_dim": (None, C // n_head), "attention_bias": (False,),
+        "mlp_bias": (False,), "tie_word_embeddings": (False,), "quantization_config": (None,),
+        "rope_scaling": (None,),
+    }, must=("rms_norm_eps", "intermediate_size"))  # fmt: skip
+    rope = config.get("rope_parameters")
+    base = rope.get("rope_theta") if isinstance(rope, dict) else None
+    plain = rope == {"rope_type": "default", "rope_theta": base} and config.get("rope_theta", base) == base
+    if not plain or type(base) not in (int, float) or not 1 < base <= 1e38:
+        raise ValueError(f"config.json: rope_parameters is {rope!r}, and v4 computes plain RoPE of a rope_theta > 1")
+    _check_tensors(tensors, arcee_tensors(V, C, n_layer), "v4")
+    for name, tensor in tensors.items():
+        if tensor.dim() == 1 and not (tensor == 1).all():
+            raise ValueError(f"the weights of {name} are not all 1, and the RMSNorm of v4 has none")
+    # Undo the norm: a row of mean square s became one of m = s / (s + eps), so s = eps m / (1 - m).
+    table = tensors["model.embed_tokens.weight"].double()
+    m = table.square().mean(1, keepdim=True)
+    if m.max() > 1 + 1e-6:
+        raise ValueError("rows of model.embed_tokens.weight are longer than the RMSNorm that v4 has there leaves them")
+    state = {"embedding.weight": (table * (RMS_EPS / (1 - m).clamp(min=1e-9)).sqrt()).float(),
+             "head.weight": tensors["lm_head.weight"]}  # fmt: skip
+    for i in range(n_layer):
+        part = {name: tensors[f"model.layers.{i}.{name}_proj.weight"] for name in (
+                "self_attn.q", "self_attn.k", "self_attn.v", "self_attn.o", "mlp.up", "mlp.down")}  # fmt: skip
+        names = ("attention.qkv", "attention.proj", "mlp.fc", "mlp.proj")
+        q, k, v, *rest = part.values()
+        state |= {f"blocks.{i}.{name}.weight": w for name, w in zip(names, (torch.cat([q, k, v]), *rest))}
+    shape = {"BLOCK_SIZE": T, "N_LAYER": n_layer, "N_HEAD": n_head, "N_EMBD": C, "DROPOUT": 0.0, "POSITION": "rope",
+             "ROPE_BASE": float(base)}  # fmt: skip
+    return shape, state
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Checks
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _count(config, field):
+    """A field of config.json that must be a positive integer. Raises ValueError."""
+    value = config.get(field)
+    if type(value) is not int or not 1 <= value < 2**31:
+        raise ValueError(f"config.json: {field} is {value!r}; it must be a whole number from 1 on")
+    return value
+
+
+def _same(config, rung, allowed, must=()):
+    """Raises ValueError, naming the field, if config.json does not have one of the `allowed` values of each field; it
+    may leave out those that are not in `must`."""
+    for field, values in allowed.items():
+        if (field in config or field in must) and config.get(field) not in values:
+            raise ValueError(f"config.json: {field} is {config.get(field)!r}, and {rung} computes "
+                             f"{' or '.join(map(repr, values))}")  # fmt: skip
+
+
+def _check_tensors(tensors, shapes, rung):
+    """Raises ValueError, naming the tensor, if `tensors` are not those of `shapes`, {name: shape}."""
+    for name, shape in shapes.items():
+        if name not in tensors:
+            raise ValueError(f"the tensor {name} is missing")
+        found, dtype = tuple(tensors[name].shape), tensors[name].dtype
+        if found != shape:
+            raise ValueError(f"the tensor {name} has the shape {found}, and by config.json it would be {shape}")
+        if dtype not in (torch.float32, torch.float16, torch.bfloat16):
+            raise ValueError(f"the tensor {name} is of {dtype}; float32, float16 and bfloat16 are read")
+    if extra := sorted(tensors.keys() - shapes):
+        raise ValueError(f"there is no place in {rung} for the tensor {extra[0]}")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Files
+# ----------------------------------------------------------------------------------------------------------
+
+
+def _read_json(path):
+    """The dict in a JSON file. Raises FileNotFoundError, ValueError."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        raise FileNotFoundError(f"there is no {path.name} in {path.parent}") from None
+    except (ValueError, RecursionError):
+        content = None
+    if not isinstance(content, dict):
+        raise ValueError(f"{path} is damaged")
+    return content
+
+
+def read_weights(folder):
+    """{name: tensor} of the model in `folder`, from one file or several. Raises FileNotFoundError, ValueError."""
+    place = {}  # of each tensor
+    if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
+        place = _read_json(folder / INDEX).get("weight_map")
+        if not isinstance(place, dict) or not all(isinstance(x, str) and Path(x).name == x for x in place.values()):
+            raise ValueError(f"{folder / INDEX} is damaged")
+    elif not (folder / WEIGHTS).exists():
+        if any(folder.glob("*.bin")):
+            raise ValueError(f"the weights in {folder} are a pickle, which can run a program, and only safetensors are "
+                             f"read; write them with AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+                             " of transformers, if you trust them")  # fmt: skip
+        raise FileNotFoundError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}")
+    tensors = {}
+    for file in sorted({*place.values()} or {WEIGHTS}):
+        if not (folder / file).exists():
+            raise FileNotFoundError(f"there is no {file} in {folder}, and {INDEX} names it")
+        try:
+            tensors |= safetensors.torch.load_file(folder / file)
+        except OSError:
+            raise
+        except Exception as error:  # of many kinds, for what is damaged or newer than the library
+            raise ValueError(f"{folder / file} is damaged: {harness.first_line(error)}") from None
+    return tensors
+
+
+def write_files(folder, files):
+    """Write `files`, {name: function that writes to a path}, in `folder`: all of them whole or none. Raises OSError."""
+    beside = {folder / f"writing-{name}": name for name in files}
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        for path, name in beside.items():
+            files[name](path)
+            with open(path, "rb+") as file:
+                os.fsync(file.fileno())
+        for path, name in beside.items():
+            path.replace(folder / name)
+    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # of torch for a full disk
+        why = getattr(error.__context__ or error, "strerror", None) or f"disk full? {harness.first_line(error)}"
+        raise OSError(f"cannot write to {folder}: {why}") from None
+    finally:
+        for path in beside:
+            with contextlib.suppress(OSError):
+                path.unlink(missing_ok=True)
+
+
+def _json(content):
+    return lambda path: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+def _made_here(path):
+    """Whether this program wrote the weights in `path`."""
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            return MADE_BY.items() <= (file.metadata() or {}).items()
+    except (OSError, safetensors.SafetensorError):
+        return False
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Out and in
+# ----------------------------------------------------------------------------------------------------------
+
+
+def load_run(folder):
+    """(model, tokenizer) of the run in `folder`; of a folder of v4, which holds several, that with RoPE if it is there.
+    Raises OSError, ValueError."""
+    places = [folder, *(f"{folder}/{scheme}" for scheme in ("rope", *v4.SCHEMES))]
+    for place in places:
+        with contextlib.suppress(FileNotFoundError):
+            return harness.load(place)
+    return harness.load(folder)  # says where it looked
+
+
+def export(run, folder):
+    """Write the model of a run as one of Hugging Face in `folder`. Raises OSError, ValueError."""
+    folder = Path(folder)
+    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    there -= {f"writing-{name}" for name in HF_FILES}
+    if there and not (there <= {*HF_FILES} and _made_here(folder / WEIGHTS)):
+        raise ValueError(f"{folder} holds {min(there)}, and no model that this program wrote; name a new folder")
+    model, tokenizer = load_run(run)
+    rung = type(model).__module__
+    kind = getattr(model, "position", rung)
+    if kind not in ("v3", "rope"):
+        name, why = rung if kind == rung else f"v4 with POSITION={kind}", NO_COUNTERPART.get(kind, "it is unknown here")
+        raise ValueError(f"{run} holds {name}, which no model of transformers computes: {why}")
+    config, tensors = (to_gpt2 if kind == "v3" else to_arcee)(model.cpu())
+    has_end = END in tokenizer.special_tokens
+    ids = {f"{x}_token_id": tokenizer.encode(END, [END])[0] if has_end else None for x in ("bos", "eos")}
+    names = {f"{x}_token": END for x in ("bos", "eos", "unk") if has_end}
+    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    write_files(folder, {
+        WEIGHTS: lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt", **MADE_BY}),
+        "config.json": _json({**config, **ids, "dtype": "float32"}),
+        "generation_config.json": _json({"_from_model_config": True, **ids}),
+        "tokenizer.json": _json(tokenizer.hf_tokenizer_json()),
+        "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast", **names,
+                                        "model_max_length": model.block_size, "clean_up_tokenization_spaces": False}),
+    })  # fmt: skip
+    print(f"wrote {folder}, for transformers: {config['architectures'][0]}.from_pretrained({str(folder)!r})")
+
+
+def bring_in(source, run):
+    """Make a run in the folder `run` of the model of Hugging Face in `source`: of v3 in `run` itself, of v4 in the
+    folder of its scheme. Raises OSError, ValueError."""
+    source, folder = Path(source), Path(run)
+    config = _read_json(source / "config.json")
+    kinds = {"gpt2": (v3, from_gpt2, folder), "arcee": (v4, from_arcee, folder / "rope")}
+    if (kind := config.get("model_type")) not in [*kinds]:
+        raise ValueError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
+    rung, convert, folder = kinds[kind]
+    if there := [name for name in harness.RUN_FILES if (folder / name).exists()]:
+        raise ValueError(f"there is a run in {folder} already ({there[0]}); name a new folder")
+    shape, state = convert(config, read_weights(source))
+    tokenizer = BPETokenizer.from_gpt2(source)
+    if tokenizer.vocab_size != config["vocab_size"]:
+        raise ValueError(f"config.json: vocab_size is {config['vocab_size']}, and the tokenizer has "
+                         f"{tokenizer.vocab_size} tokens; a run has a row for each token and no more")  # fmt: skip
+    if shape["N_EMBD"] % shape["N_HEAD"]:
+        raise ValueError(f"config.json: the width {shape['N_EMBD']} is no multiple of the {shape['N_HEAD']} heads")
+    start = tokenizer.encode(END, [END]) if END in tokenizer.special_tokens else [0]
+    content = {
+        "rung": rung.__name__, "fingerprint": tokenizer.fingerprint, "start": start,
+        "model": {name: tensor.to(torch.float32, copy=True).contiguous() for name, tensor in state.items()},
+        "hyperparameters": {**harness.constants(vars(rung)), **shape, "VOCABULARY": "vocabulary.json",
+                            "OUT_DIR": str(folder)},
+    }  # fmt: skip
+    write_files(folder, {"vocabulary.json": tokenizer.save, "model.pt": lambda path: torch.save(content, path)})
+    print(f"wrote the run {folder}: python {rung.__name__}.py OUT_DIR={shlex.quote(str(run))} PROMPT=\"...\"")
+
+
+def main(argv=None):
+    what, _, how = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=what, epilog=how, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s RUN DIR  or  %(prog)s --from DIR RUN")  # fmt: skip
+    parser.add_argument("--from", dest="source", metavar="DIR", help="a model of Hugging Face that becomes a run")
+    parser.add_argument("folders", metavar="RUN DIR", nargs="+", help="a run, and the folder that becomes a model; "
+                        "with --from the folder that becomes a run")  # fmt: skip
+    parser.error = lambda message: sys.exit(f"convert_hf.py: {message}; see --help")
+    args = parser.parse_args(argv)
+    if len(args.folders) != (2 if args.source is None else 1):
+        parser.error("name a run and a folder for the model, or with --from the model and a folder for the run")
+    if safetensors is None:
+        raise ImportError("the files of Hugging Face need a library: pip install safetensors")
+    if args.source is None:
+        export(*args.folders)
+    else:
+        bring_in(args.source, *args.folders)
+
+
+if __name__ == "__main__":
+    sys.stdout, sys.stderr = harness.Unbreakable(sys.stdout), harness.Unbreakable(sys.stderr)
+    try:
+        main()
+    except (OSError, ValueError, MemoryError, ImportError, RuntimeError) as error:
+        if isinstance(error, RuntimeError) and "memory" not in str(error):
+            raise
+        sys.exit(f"convert_hf.py: {harness.first_line(error)}")
+    except KeyboardInterrupt:
+        sys.exit(130)
