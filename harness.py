@@ -10,9 +10,11 @@ Its rule: nothing in here changes a loss, except by rounding. What decides a los
         state = run.resume(model, optimizer) # with RESUME=True from the last checkpoint
         if run.evaluation_due(step): ...
         run.log(step, metrics)               # an evaluation: screen, log.jsonl, checkpoint
-        run.step(loss)                       # a step: progress; Ctrl-C saves and ends; a loss that is not finite stops
+        run.step(loss, grad_norm)            # a step: steps.csv; Ctrl-C saves and ends; a loss that is not finite stops
         best = run.load_best(model)          # training is over: the best weights, and their evaluation
         summary = run.finish(sample)         # summary.json, loss.png, sample.txt, and what to say at the end
+
+    model, tokenizer = harness.load("runs/v3")  # what a run of any rung has trained
 
 A rung is handed over as its `globals()`, so its constants are read when they are used.
 """
@@ -21,6 +23,7 @@ import ast
 import contextlib
 import ctypes
 import difflib
+import importlib
 import itertools
 import json
 import math
@@ -51,11 +54,13 @@ except ImportError:  # Windows
 DIVERGED = 1e12  # nats from which on a loss counts as not finite: no model comes back from there
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 KEPT_RUNS = 10  # earlier runs that are kept beside an OUT_DIR
-RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.jsonl", "summary.json", "sample.txt",
-             "model.pt", "loss.png", "embeddings.png", "extrapolation.png")  # fmt: skip
+RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.jsonl", "steps.csv", "summary.json",
+             "sample.txt", "model.pt", "vocabulary.json", "loss.png", "embeddings.png",
+             "extrapolation.png")  # fmt: skip
+STEP_COLUMNS = ("step", "tokens_seen", "loss", "learning_rate", "grad_norm", "tokens_per_second")  # of steps.csv
 
 
-def _first_line(error):
+def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
@@ -73,26 +78,28 @@ RULES = {  # name: (type, what a value must be, whether a value of the type is p
     **dict.fromkeys(("BATCH_SIZE", "MICRO_BATCH_SIZE", "CHUNK_SIZE", "BLOCK_SIZE", "CONTEXT_SIZE", "MAX_STEPS",
                      "EVAL_INTERVAL", "PATIENCE", "N_HEAD", "N_EMBD", "N_HIDDEN", "STRIDE",
                      "SAMPLE_TOKENS"), _COUNT),
-    **dict.fromkeys(("SEED", "WARMUP_STEPS"), _FROM_ZERO),
+    **dict.fromkeys(("SEED", "WARMUP_STEPS", "TOP_K"), _FROM_ZERO),
     **dict.fromkeys(("LEARNING_RATE", "LEARNING_RATE_ADAMW", "WEIGHT_DECAY", "GRAD_CLIP"), _RATE),
     **dict.fromkeys(("DROPOUT", "MOMENTUM"), _SHARE),
     **dict.fromkeys(("COMPILE", "RESUME"), _FLAG),
     **dict.fromkeys(("VOCABULARY", "POSITION", "DEVICE"), _TEXT),
     "N_LAYER": (int, "a whole number from 1 to 10000", lambda v: 1 <= v <= 10000),
     "PROMPT": (type(None), "a text or None", lambda v: True),
+    "INIT_FROM": (type(None), "the name of a folder or None", lambda v: v is None or v.strip() and "\0" not in v),
     "COOLDOWN": (float, "a number from 0 to 1", lambda v: 0 <= v <= 1),
-    "TEMPERATURE": (float, "0.0001 or more (at 0.01 the likeliest token is certain)", lambda v: 1e-4 <= v <= 1e38),
+    "TEMPERATURE": (float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
+    "TOP_P": (float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
     "ROPE_BASE": (float, "a number above 1", lambda v: 1 < v <= 1e38),
     "DTYPE": (str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
-    "OUT_DIR": (str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v),
+    **dict.fromkeys(("OUT_DIR", "DATA"), (str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v)),
     "EXTRAPOLATION": (tuple, "whole numbers from 1 on, with commas between them",
                       lambda v: len(v) > 0 and all(type(n) is int and 1 <= n < 2**20 for n in v)),
 }  # fmt: skip
 SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "POSITION", "ROPE_BASE")
 # What a resumed run may change. In silence: what only says how to run. With a line: what the next steps depend on. The
 # rest, shape and order of the data, must stay.
-MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "STRIDE", "EXTRAPOLATION", "DEVICE",
-              "OUT_DIR", "RESUME", "PROMPT")  # fmt: skip
+MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STRIDE", "EXTRAPOLATION",
+              "DEVICE", "DATA", "OUT_DIR", "RESUME", "INIT_FROM", "PROMPT")  # fmt: skip
 MAY_CHANGE_WITH_A_LINE = ("MAX_STEPS", "LEARNING_RATE", "LEARNING_RATE_ADAMW", "WARMUP_STEPS", "COOLDOWN", "MOMENTUM",
                           "WEIGHT_DECAY", "GRAD_CLIP", "DROPOUT", "DTYPE", "COMPILE", "MICRO_BATCH_SIZE",
                           "CHUNK_SIZE")  # fmt: skip
@@ -128,7 +135,7 @@ def set_constants(rung, arguments):
         if name not in known:
             raise ValueError(f"there is no constant {name!r}; known are {', '.join(known)}")
         kind, must, _ = RULES.get(name, (type(known[name]), f"of type {type(known[name]).__name__}", None))
-        value = text
+        value = None if (name, text) == ("INIT_FROM", "None") else text
         if kind not in (str, type(None)):
             try:
                 value = ast.literal_eval(text)
@@ -158,7 +165,7 @@ def check_constants(rung):
     try:
         torch.zeros(1, device=known["DEVICE"]).item()
     except Exception as error:  # of many kinds
-        why = _first_line(error)
+        why = first_line(error)
         raise ValueError(f"DEVICE={known['DEVICE']} cannot be used here: {why.split('. ')[0]}") from None
     if known["DEVICE"].startswith("cpu:"):  # torch would not load what it has saved from there
         raise ValueError(f"DEVICE={known['DEVICE']} must be cpu: there is one")
@@ -363,31 +370,73 @@ def _temporarily(rung, values):
         rung.update(before)
 
 
-def load(rung, *folders):
-    """(model, tokenizer) of the first of `folders`, below the current folder or that of the rung, with a trained model.
+def _find_model(folders):
+    """The first of `folders`, below the current folder or this one, that holds a trained model. Raises
+    FileNotFoundError."""
+    bases = dict.fromkeys((Path.cwd(), Path(__file__).resolve().parent))
+    places = [base / folder for base in bases for folder in folders]
+    for place in places:
+        if (place / "model.pt").exists():
+            return place
+    looked = dict.fromkeys(str(place.parent if len(folders) > 1 else place) for place in places)
+    raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; train one first, or name the folder "
+                            "of a run that has one")  # fmt: skip
 
-    The model has the shape that it was trained with, whatever the constants of the rung are. Raises FileNotFoundError
-    if there is none, ValueError if it is damaged or its tokenizer is another.
-    """
-    check_constants(rung)
-    name, here = Path(rung["__file__"]).name, Path(rung["__file__"]).resolve().parent
-    places = [base / folder for base in dict.fromkeys((Path.cwd(), here)) for folder in folders]
-    path = next((place / "model.pt" for place in places if (place / "model.pt").exists()), None)
-    if path is None:
-        looked = dict.fromkeys(str(place.parent if len(folders) > 1 else place) for place in places)
-        raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; train first with python {name}, "
-                                "or name its folder as OUT_DIR")  # fmt: skip
-    saved = _load_file(path, rung["DEVICE"], ("model", "hyperparameters", "fingerprint"))
-    shape = {k: v for k, v in saved["hyperparameters"].items() if k in SHAPE and k in rung}
-    tokenizer = BPETokenizer.load(vocabulary_file(shape["VOCABULARY"]))
+
+def _load_model(folder, device):
+    """What `Run.save_best` wrote in `folder`: (contents of model.pt, tokenizer). Raises OSError and ValueError."""
+    saved = _load_file(folder / "model.pt", device, ("rung", "model", "hyperparameters", "fingerprint", "start"))
+    tokenizer = BPETokenizer.load(folder / "vocabulary.json")
     if saved["fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(f"the model in {path.parent} was trained with another {shape['VOCABULARY']}; take that one, "
-                         "or train again")  # fmt: skip
+        raise ValueError(f"{folder / 'vocabulary.json'} is not the vocabulary that the model beside it was trained "
+                         "with; put that one back, or train again")  # fmt: skip
+    return saved, tokenizer
+
+
+def _build(rung, saved, tokenizer, folder):
+    """The model of a rung (its globals) with the shape and the weights of `saved`, ready to evaluate."""
+    if saved["rung"] != Path(rung["__file__"]).stem:
+        raise ValueError(f"the model in {folder} is of {saved['rung']}.py, not of {Path(rung['__file__']).name}")
+    shape = {k: v for k, v in saved["hyperparameters"].items() if k in (*SHAPE, "DROPOUT") and k in rung}
     with _temporarily(rung, shape):
         scheme = [shape["POSITION"]] if "POSITION" in shape else []
         model = rung["LanguageModel"](tokenizer.vocab_size, *scheme).to(rung["DEVICE"])
-    _load_weights(model, saved["model"], path)
-    return model.eval(), tokenizer
+    _load_weights(model, saved["model"], folder / "model.pt")
+    return model.eval()
+
+
+def load(folder):
+    """(model, tokenizer) that a run of any rung has left in `folder`, such as "runs/v3" or "runs/v4_alibi_rope/rope".
+
+    model(idx) gives logits (B, T, V) for ids (B, T) on the DEVICE of the rung. It has the shape that it was trained
+    with, whatever the constants of the rung are. Raises FileNotFoundError if there is no model, ValueError if it is
+    damaged or of a rung that has been changed since.
+    """
+    folder = _find_model([folder])
+    name = _load_file(folder / "model.pt", "cpu", ("rung",))["rung"]
+    try:
+        rung = vars(importlib.import_module(name))
+    except ImportError:
+        raise ValueError(f"the model in {folder} is of {name}.py, which cannot be imported from here") from None
+    saved, tokenizer = _load_model(folder, rung["DEVICE"])
+    return _build(rung, saved, tokenizer, folder), tokenizer
+
+
+def continue_prompt(rung, *folders):
+    """Print PROMPT and what the trained model in the first of `folders` that has one makes of it, as it comes: an
+    empty one begins as the text that it was trained on. Returns the text."""
+    check_constants(rung)
+    folder = _find_model(folders)
+    saved, tokenizer = _load_model(folder, rung["DEVICE"])
+    model = _build(rung, saved, tokenizer, folder)
+    ids = tokenizer.encode(rung["PROMPT"], tokenizer.special_tokens) or saved["start"]
+    torch.manual_seed(rung["SEED"])
+    pieces = []
+    for piece in tokenizer.decode_stream(itertools.chain(ids, rung["generate"](model, ids, rung["SAMPLE_TOKENS"]))):
+        print(piece, end="", flush=True)
+        pieces.append(piece)
+    print()
+    return "".join(pieces)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -485,6 +534,28 @@ class Run:
               f"training tokens, {self.constants['MAX_STEPS']:,} steps, {self.device}, results in {self.out_dir}")
         if self.device != "cpu":
             print(f"on {self.device} two runs of one seed differ by rounding")
+        vocabulary = vocabulary_file(self.constants["VOCABULARY"], self.constants["DATA"])
+        self.vocabulary = vocabulary.read_bytes()  # the run keeps its own copy
+
+    def init_from(self, folder):
+        """Start from the weights of the finished run in `folder`, or of the scheme in it that this one trains, unless a
+        checkpoint is there to resume. Raises ValueError if its model has another shape or vocabulary."""
+        if self.constants["RESUME"] and any(self.out_dir.glob("checkpoint*.pt")):
+            return
+        folder = _find_model([folder] if self.parent is None else [f"{folder}/{self.constants['POSITION']}", folder])
+        saved, tokenizer = _load_model(folder, self.device)
+        if saved["rung"] != self.name:
+            raise ValueError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {self.name}.py")
+        may_differ = ("VOCABULARY",) if "position_embedding.weight" in saved["model"] else ("VOCABULARY", "BLOCK_SIZE")
+        differ = [f"{k}={v}" for k, v in saved["hyperparameters"].items()
+                  if k in SHAPE and k not in may_differ and v != self.constants[k]]  # fmt: skip
+        if differ:
+            raise ValueError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
+        if tokenizer.fingerprint != self.tokens["train"].fingerprint:
+            raise ValueError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
+                             f"text with --vocabulary {folder / 'vocabulary.json'}")  # fmt: skip
+        _load_weights(self.model, saved["model"], folder / "model.pt")
+        print(f"starting from the weights in {folder}")
 
     def resume(self, model, *optimizers):
         """With RESUME=True load the last checkpoint, if there is one. Else what an earlier run left in the folder is
@@ -503,6 +574,7 @@ class Run:
             self.parent.has_begun = True
         self._catch_signals()
         terminal = sys.stderr.isatty() and not rank()
+        self._open_steps()
         self.bar = tqdm(total=self.constants["MAX_STEPS"], initial=self.state.step, desc="training", unit="step",
                         disable=not terminal)  # fmt: skip
         self.lines = not (sys.stdout.isatty() and sys.stderr.isatty())
@@ -511,6 +583,27 @@ class Run:
         return self.state
 
     has_begun = False
+
+    def _open_steps(self):
+        """Begin steps.csv, or keep what it holds of the steps up to here."""
+        if rank():
+            return
+        path, lines = self.out_dir / "steps.csv", []
+        with contextlib.suppress(OSError, ValueError):  # missing or damaged: it begins anew
+            lines = path.read_text(encoding="utf-8").splitlines()[1:]
+            lines = [line for line in lines if int(line.split(",")[0]) <= self.state.step and line.count(",") == 5]
+        text = "".join(line + "\n" for line in (",".join(STEP_COLUMNS), *lines))
+        atomic_write(path, lambda file: file.write(text.encode()))
+        self.steps = self.closing.enter_context(open(path, "a", encoding="utf-8", buffering=1))
+
+    def _write_step(self, loss, grad_norm, seconds):
+        step_tokens, step = self.constants["BATCH_SIZE"] * self.constants["BLOCK_SIZE"], self.state.step
+        try:
+            self.steps.write(f"{step},{step * step_tokens},{loss:.6g},{self._rates()[0]:.6g},{grad_norm:.6g},"
+                             f"{step_tokens / max(seconds, 1e-9):.0f}\n")  # fmt: skip
+        except OSError as error:
+            raise OSError(f"cannot write {self.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True "
+                          "goes on from the last checkpoint") from None  # fmt: skip
 
     def _move_aside(self):
         """Move what an earlier run left in the folder to one beside it. Of more than KEPT_RUNS of them, the one that
@@ -609,7 +702,7 @@ class Run:
                 model.zero_grad()
                 self.compiled = True
             except Exception as error:  # a missing compiler shows in many ways
-                print(f"training without torch.compile: {_first_line(error)}")
+                print(f"training without torch.compile: {first_line(error)}")
         if self.saved and self.saved["compiled"] != self.compiled:
             before = "with" if self.saved["compiled"] else "without"
             print(f"the checkpoint is of a model {before} torch.compile: losses may differ by rounding")
@@ -628,9 +721,13 @@ class Run:
         return due and not (self.records and self.records[-1]["step"] == step)
 
     def save_best(self):
-        """Keep the weights as they are now in model.pt: with the constants that give the model its shape."""
-        content = {"model": self.model.state_dict(), "hyperparameters": self.constants,
-                   "fingerprint": self.tokens["train"].fingerprint}  # fmt: skip
+        """Keep the weights as they are now in model.pt, with the constants that give the model its shape, and the
+        vocabulary beside them."""
+        content = {"rung": self.name, "model": self.model.state_dict(), "hyperparameters": self.constants,
+                   "fingerprint": self.tokens["train"].fingerprint,
+                   "start": list(self.tokens["train"].start)}  # fmt: skip
+        if not (self.out_dir / "vocabulary.json").exists():
+            atomic_write(self.out_dir / "vocabulary.json", lambda file: file.write(self.vocabulary))
         atomic_write(self.out_dir / "model.pt", lambda file: torch.save(content, file))
 
     def log(self, step, metrics):
@@ -680,15 +777,19 @@ class Run:
     def _rates(self):
         return [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
 
-    def step(self, loss):
-        """Count a step whose mean loss over the windows of this process was `loss`. Raises ValueError if the loss is
-        not finite; after Ctrl-C or SIGTERM saves a checkpoint and ends the program with exit code 130 or 143."""
-        loss = loss.item() if torch.is_tensor(loss) else loss
+    def step(self, loss, grad_norm):
+        """Count a step: its mean loss over the windows of this process, and the norm of its gradient. Raises ValueError
+        if the loss is not finite; after Ctrl-C or SIGTERM saves a checkpoint and ends the program with exit code 130 or
+        143."""
+        loss, grad_norm = (x.item() if torch.is_tensor(x) else x for x in (loss, grad_norm))
         self.state.step += 1
         loss, stop = all_reduce(torch.tensor([loss, len(self.signals)], dtype=torch.double)).tolist()
         loss /= world_size()
         now = time.perf_counter()
-        self.seconds, self.mark = self.seconds + now - self.mark, now
+        seconds = now - self.mark
+        self.seconds, self.mark = self.seconds + seconds, now
+        if rank() == 0:
+            self._write_step(loss, grad_norm, seconds)
         if not loss < DIVERGED:
             raise ValueError(self._not_finite("loss", loss, self.state.step - 1))
         self.losses.append(loss)
@@ -791,9 +892,10 @@ class Run:
         self.write("sample.txt", sample)
         self.draw("loss.png", plot_loss, self.records, self.label)
         print(f"--- sample ---\n{sample}\n--------------")
-        print(f"{self.label} on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, word perplexity "
-              f"{summary['val_word_ppl']:,.1f}, {self.n_params:,} parameters, {summary['train_seconds']:.0f} s, peak "
-              f"memory {summary['peak_memory_mb']:,.0f} MB")  # fmt: skip
+        word_ppl = summary["val_word_ppl"]  # of a text that has words
+        words = f"word perplexity {word_ppl:,.1f}, " if word_ppl is not None else ""
+        print(f"{self.label} on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, {words}{self.n_params:,} "
+              f"parameters, {summary['train_seconds']:.0f} s, peak memory {summary['peak_memory_mb']:,.0f} MB")
         return summary
 
     def write(self, name, text):
@@ -809,7 +911,7 @@ class Run:
             figure = plot(*arguments)
             atomic_write(self.out_dir / name, lambda file: figure.savefig(file, dpi=120, format="png"))
         except Exception as error:  # matplotlib is missing, or cannot draw what it was given
-            print(f"{name} was not drawn: {_first_line(error)}")
+            print(f"{name} was not drawn: {first_line(error)}")
 
 
 def _trained_seconds(folder):
@@ -841,7 +943,7 @@ def plot_loss(records, title):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class _Unbreakable:
+class Unbreakable:
     """Standard output or error, which costs no run: what cannot be written there (a closed pipe, a full disk) is lost,
     a character that it cannot show becomes an escape, and every line is there at once."""
 
@@ -867,7 +969,7 @@ class _Unbreakable:
 
 def in_one_line(error, rung):
     """What to say of an error that the user can mend. Any other one, a mistake of the program, is raised again."""
-    text = _first_line(error)
+    text = first_line(error)
     if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search("memory|size calculation", text):
         batch = "MICRO_BATCH_SIZE" if "MICRO_BATCH_SIZE" in rung else "BATCH_SIZE"
         lower = [name for name in (batch, "CHUNK_SIZE", "BLOCK_SIZE", "N_EMBD", "N_HIDDEN", "N_LAYER") if name in rung]
@@ -882,7 +984,7 @@ def in_one_line(error, rung):
 def start(rung):
     """What `python v3.py NAME=value ...` does: set constants, call the main() of the rung, and end with one line and
     exit code 1 if something is wrong that the user can mend, with 130 after Ctrl-C."""
-    sys.stdout, sys.stderr = _Unbreakable(sys.stdout), _Unbreakable(sys.stderr)
+    sys.stdout, sys.stderr = Unbreakable(sys.stdout), Unbreakable(sys.stderr)
     name = Path(rung["__file__"]).name
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):

@@ -18,6 +18,7 @@ where the memory goes.
     python v1_1.py                              train, evaluate, write a sample: results in runs/v1_1/
     python v1_1.py MICRO_BATCH_SIZE=64          set any of the constants below for one run
     python v1_1.py RESUME=True                  go on from the last checkpoint
+    python v1_1.py PROMPT=" The castle was"     continue a text with the trained model
 """
 
 import ctypes
@@ -38,7 +39,8 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-VOCABULARY = "bpe_vocab.json"  # file in data/ that holds the tokenizer
+DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
 BATCH_SIZE = 64  # windows a step
 MICRO_BATCH_SIZE = 4  # windows that are computed together
 CHUNK_SIZE = 128  # tokens whose logits exist at the same time
@@ -50,11 +52,15 @@ PATIENCE = 3  # evaluations without a better one after which training stops earl
 LEARNING_RATE = 2e-3
 N_EMBD = 64  # numbers that describe a token
 N_HIDDEN = 256  # units of the hidden layer
-SAMPLE_TOKENS = 200  # length of the sample written at the end
+SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
+TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v1_1"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
+PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 256, N_EMBD = 128, N_HIDDEN = 1024, MAX_STEPS = 2000.
 
 
@@ -109,7 +115,7 @@ class LanguageModel(nn.Module):
 
     def __init__(self, vocab_size):
         super().__init__()
-        self.context_size = CONTEXT_SIZE
+        self.block_size, self.context_size = BLOCK_SIZE, CONTEXT_SIZE
         self.embedding = nn.Embedding(vocab_size, N_EMBD)
         self.hidden = nn.Linear(CONTEXT_SIZE * N_EMBD, N_HIDDEN)
         self.head = nn.Linear(N_HIDDEN, vocab_size)
@@ -132,23 +138,23 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, tokens):
-    """Metrics over a whole split in windows of BLOCK_SIZE that do not overlap: each token after the first is
+    """Metrics over a whole split in windows of the model's size that do not overlap: each token after the first is
     predicted once. Bits per byte and word perplexity do not depend on the vocabulary; the loss per token does."""
     model.eval()
-    nats, n = 0.0, len(tokens) - 1
-    for start in range(0, n, MICRO_BATCH_SIZE * BLOCK_SIZE):
-        x = tokens.ids[start : min(start + MICRO_BATCH_SIZE * BLOCK_SIZE, n)].long().to(DEVICE)
+    nats, n, size = 0.0, len(tokens) - 1, model.block_size
+    for start in range(0, n, MICRO_BATCH_SIZE * size):
+        x = tokens.ids[start : min(start + MICRO_BATCH_SIZE * size, n)].long().to(DEVICE)
         y = tokens.ids[start + 1 : start + len(x) + 1].long().to(DEVICE)
-        whole = len(x) // BLOCK_SIZE * BLOCK_SIZE
+        whole = len(x) // size * size
         for part in (slice(0, whole), slice(whole, None)):  # the last window of the split is shorter
             if len(x[part]):
-                shape = (-1, min(BLOCK_SIZE, len(x[part])))
+                shape = (-1, min(size, len(x[part])))
                 nats += model(x[part].view(shape), y[part].view(shape)).item() * len(x[part])
     model.train()
     return {
         "loss": nats / n,
         "bpb": nats / (math.log(2) * tokens.n_bytes),
-        "word_ppl": math.exp(min(nats / tokens.n_words, 700)),
+        "word_ppl": math.exp(min(nats / tokens.n_words, 700)) if tokens.n_words else None,
     }
 
 
@@ -178,9 +184,10 @@ def train(model, tokens, run):
             micro_loss = model(micro_x, micro_y) * (len(micro_x) / len(x))
             micro_loss.backward()
             loss += micro_loss.detach()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-        run.step(loss)
+        run.step(loss, grad_norm)
 
 
 def return_freed_memory():
@@ -217,15 +224,32 @@ def print_memory(model, tokens, run):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def draw(logits):
+    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
+    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    if TEMPERATURE == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = (logits / TEMPERATURE).softmax(-1)
+    if TOP_K or TOP_P < 1:
+        ranked, order = p.sort(descending=True, stable=True)  # (B, V), likeliest first
+        if TOP_K:
+            ranked[:, TOP_K:] = 0
+        if TOP_P < 1:
+            likelier = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)[:, :-1]  # before each but the first
+            ranked[:, 1:][likelier >= TOP_P] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    return torch.multinomial(p, 1)
+
+
 @torch.no_grad()
 def generate(model, ids, n_tokens):
-    """Continue `ids`, a list of tokens, by `n_tokens` drawn from the model's distribution. Returns the whole list."""
+    """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.context_size :])[:, -1]  # (1, V)
-        idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-    return idx[0].tolist()
+        logits = model(idx[:, -model.context_size:])[:, -1]  # (1, V)
+        idx = torch.cat([idx, draw(logits)], dim=1)
+        yield idx[0, -1].item()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -234,11 +258,13 @@ def generate(model, ids, n_tokens):
 
 
 def main():
-    """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict."""
+    """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict; with PROMPT the text."""
+    if PROMPT is not None:
+        return harness.continue_prompt(globals(), OUT_DIR)
     return_freed_memory()
     with harness.Run(globals()) as run:
-        tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
-        tokens = load_tokens(VOCABULARY)
+        tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY, DATA))
+        tokens = load_tokens(VOCABULARY, DATA)
         torch.manual_seed(SEED)
         model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
         run.begin(model, tokens)
@@ -247,7 +273,8 @@ def main():
         run.load_best(model)
         print_memory(model, tokens, run)
         torch.manual_seed(SEED)
-        sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
+        start = tokens["train"].start  # of a document
+        sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
         return run.finish(sample)
 
 

@@ -11,6 +11,7 @@ again and memory that is given back in every step, ended with the lesson on memo
     python v2.py                                train, evaluate, write a sample: results in runs/v2/
     python v2.py N_LAYER=4 N_HEAD=8             set any of the constants below for one run
     python v2.py RESUME=True                    go on from the last checkpoint
+    python v2.py PROMPT=" The castle was"       continue a text with the trained model
 
 Other vocabularies: `python data/prepare.py --vocab-size 8192`, then `python v2.py VOCABULARY=bpe_vocab_8192.json`.
 """
@@ -31,7 +32,8 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-VOCABULARY = "bpe_vocab.json"  # file in data/ that holds the tokenizer
+DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
 BATCH_SIZE = 16  # windows a step
 MICRO_BATCH_SIZE = 8  # windows that are computed together
 BLOCK_SIZE = 128  # tokens in a window: the context that attention reaches
@@ -42,11 +44,15 @@ LEARNING_RATE = 1e-3
 N_LAYER = 2  # blocks
 N_HEAD = 4  # attention heads of a block
 N_EMBD = 128  # width: numbers that describe a token on its way through the blocks
-SAMPLE_TOKENS = 200  # length of the sample written at the end
+SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
+TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v2"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
+PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 256, N_LAYER = 6, N_HEAD = 6, N_EMBD = 384,
 # LEARNING_RATE = 3e-4, MAX_STEPS = 5000.
 
@@ -139,6 +145,26 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+@torch.no_grad()
+def attention_weights(model, idx):
+    """How much each token (row) takes from each (column), in every layer and head: (N_LAYER, B, H, T, T) for ids `idx`
+    (B, T). For pictures: it computes what the forward pass passes over."""
+    found = []
+
+    def keep(attention, inputs, output):
+        B, T, C = inputs[0].shape
+        q, k, _ = attention.qkv(inputs[0]).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
+        scores = q @ k.mT * q.size(-1) ** -0.5  # (B, H, T, T): query i, key j
+        future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+        found.append(scores.masked_fill(future, -math.inf).softmax(-1))
+
+    hooks = [block.attention.register_forward_hook(keep) for block in model.blocks]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------
@@ -146,23 +172,23 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, tokens):
-    """Metrics over a whole split in windows of BLOCK_SIZE that do not overlap: each token after the first is
+    """Metrics over a whole split in windows of the model's size that do not overlap: each token after the first is
     predicted once. Bits per byte and word perplexity do not depend on the vocabulary; the loss per token does."""
     model.eval()
-    nats, n = 0.0, len(tokens) - 1
-    for start in range(0, n, MICRO_BATCH_SIZE * model.block_size):
-        x = tokens.ids[start : min(start + MICRO_BATCH_SIZE * model.block_size, n)].long().to(DEVICE)
+    nats, n, size = 0.0, len(tokens) - 1, model.block_size
+    for start in range(0, n, MICRO_BATCH_SIZE * size):
+        x = tokens.ids[start : min(start + MICRO_BATCH_SIZE * size, n)].long().to(DEVICE)
         y = tokens.ids[start + 1 : start + len(x) + 1].long().to(DEVICE)
-        whole = len(x) // model.block_size * model.block_size
+        whole = len(x) // size * size
         for part in (slice(0, whole), slice(whole, None)):  # the last window of the split is shorter
             if len(x[part]):
-                shape = (-1, min(model.block_size, len(x[part])))
+                shape = (-1, min(size, len(x[part])))
                 nats += model(x[part].view(shape), y[part].view(shape)).item() * len(x[part])
     model.train()
     return {
         "loss": nats / n,
         "bpb": nats / (math.log(2) * tokens.n_bytes),
-        "word_ppl": math.exp(min(nats / tokens.n_words, 700)),
+        "word_ppl": math.exp(min(nats / tokens.n_words, 700)) if tokens.n_words else None,
     }
 
 
@@ -192,9 +218,10 @@ def train(model, tokens, run):
             micro_loss = model(micro_x, micro_y) * (len(micro_x) / len(x))
             micro_loss.backward()
             loss += micro_loss.detach()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
         optimizer.step()
         optimizer.zero_grad()
-        run.step(loss)
+        run.step(loss, grad_norm)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -202,15 +229,32 @@ def train(model, tokens, run):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def draw(logits):
+    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
+    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    if TEMPERATURE == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = (logits / TEMPERATURE).softmax(-1)
+    if TOP_K or TOP_P < 1:
+        ranked, order = p.sort(descending=True, stable=True)  # (B, V), likeliest first
+        if TOP_K:
+            ranked[:, TOP_K:] = 0
+        if TOP_P < 1:
+            likelier = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)[:, :-1]  # before each but the first
+            ranked[:, 1:][likelier >= TOP_P] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    return torch.multinomial(p, 1)
+
+
 @torch.no_grad()
 def generate(model, ids, n_tokens):
-    """Continue `ids`, a list of tokens, by `n_tokens` drawn from the model's distribution. Returns the whole list."""
+    """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.block_size :])[:, -1]  # (1, V)
-        idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-    return idx[0].tolist()
+        logits = model(idx[:, -model.block_size:])[:, -1]  # (1, V)
+        idx = torch.cat([idx, draw(logits)], dim=1)
+        yield idx[0, -1].item()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -219,10 +263,12 @@ def generate(model, ids, n_tokens):
 
 
 def main():
-    """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict."""
+    """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict; with PROMPT the text."""
+    if PROMPT is not None:
+        return harness.continue_prompt(globals(), OUT_DIR)
     with harness.Run(globals()) as run:
-        tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
-        tokens = load_tokens(VOCABULARY)
+        tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY, DATA))
+        tokens = load_tokens(VOCABULARY, DATA)
         torch.manual_seed(SEED)
         model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
         run.begin(model, tokens)
@@ -230,7 +276,8 @@ def main():
 
         run.load_best(model)
         torch.manual_seed(SEED)
-        sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
+        start = tokens["train"].start  # of a document
+        sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
         return run.finish(sample)
 
 

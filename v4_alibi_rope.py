@@ -42,7 +42,8 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-VOCABULARY = "bpe_vocab.json"  # file in data/ that holds the tokenizer
+DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
 BATCH_SIZE = 16  # windows a step
 MICRO_BATCH_SIZE = 16  # windows that are computed together
 BLOCK_SIZE = 256  # tokens in a window: the context that attention reaches
@@ -62,14 +63,17 @@ ROPE_BASE = 10000.0  # RoPE's wavelengths go from 2 pi to 2 pi ROPE_BASE tokens
 DROPOUT = 0.0  # share of numbers set to zero in training; it has not paid so far, see the README
 STRIDE = 128  # of the overlapping windows in the last evaluation, in tokens
 EXTRAPOLATION = (1, 2, 4, 8, 16)  # multiples of BLOCK_SIZE at which the schemes are compared
-SAMPLE_TOKENS = 200  # length of the sample written at the end
-TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier
+SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
+TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 DTYPE = "auto"  # of matrix products: "float32", "bfloat16", or the faster of them
 COMPILE = True  # use torch.compile, if it works here
 OUT_DIR = "runs/v4_alibi_rope"  # where the results go
 RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
+INIT_FROM = None  # folder of a run from whose weights this one starts: fine-tuning
 PROMPT = None  # a text to continue with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
 # DROPOUT = 0.1, MAX_STEPS = 20_000, MOMENTUM = 0.95, LEARNING_RATE = 0.02, and WikiText-103 (python data/prepare.py
@@ -329,6 +333,30 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
+@torch.no_grad()
+def attention_weights(model, idx):
+    """How much each token (row) takes from each (column), in every layer and head: (N_LAYER, B, H, T, T) for ids `idx`
+    (B, T). For pictures: it computes what the forward pass passes over."""
+    found = []
+
+    def keep(attention, inputs, output):
+        B, T, C = inputs[0].shape
+        q, k, _ = attention.qkv(inputs[0]).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
+        if attention.position == "rope":
+            q, k = apply_rope(q, inputs[1]), apply_rope(k, inputs[1])
+        scores = q @ k.mT * q.size(-1) ** -0.5  # (B, H, T, T): query i, key j
+        if attention.position == "alibi":
+            scores = scores + alibi_bias(attention.n_head, T, T).to(scores.device)
+        future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
+        found.append(scores.masked_fill(future, -math.inf).softmax(-1))
+
+    hooks = [block.attention.register_forward_hook(keep) for block in model.blocks]
+    model(idx)
+    for hook in hooks:
+        hook.remove()
+    return torch.stack(found)
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------
@@ -377,7 +405,7 @@ def evaluate(model, tokens, stride=None, size=None):
     return {
         "loss": nats / n,
         "bpb": nats / (math.log(2) * tokens.n_bytes),
-        "word_ppl": math.exp(min(nats / tokens.n_words, 700)),
+        "word_ppl": math.exp(min(nats / tokens.n_words, 700)) if tokens.n_words else None,
         "top_1": top_1 / n,
         "top_5": top_5 / n,
         "calibration_error": (bins[1] - bins[2]).abs().sum().item() / n,
@@ -487,10 +515,11 @@ def train(model, tokens, run):
                     micro_loss = compiled(micro_x, micro_y) * (len(micro_x) / len(x))
                 micro_loss.backward()
             loss += micro_loss.detach()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
         for optimizer in optimizers:
             optimizer.step()
             optimizer.zero_grad()
-        run.step(loss)
+        run.step(loss, grad_norm)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -498,18 +527,35 @@ def train(model, tokens, run):
 # ----------------------------------------------------------------------------------------------------------
 
 
+def draw(logits):
+    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
+    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    if TEMPERATURE == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = (logits / TEMPERATURE).softmax(-1)
+    if TOP_K or TOP_P < 1:
+        ranked, order = p.sort(descending=True, stable=True)  # (B, V), likeliest first
+        if TOP_K:
+            ranked[:, TOP_K:] = 0
+        if TOP_P < 1:
+            likelier = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)[:, :-1]  # before each but the first
+            ranked[:, 1:][likelier >= TOP_P] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    return torch.multinomial(p, 1)
+
+
 @torch.no_grad()
 def generate(model, ids, n_tokens):
-    """Continue `ids`, a list of tokens, by `n_tokens` drawn at TEMPERATURE. Returns the whole list."""
+    """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
     model.eval()
     ids, size, cache, new = list(ids), model.block_size, None, None
     for _ in range(n_tokens):
         if cache is None or cache.length == size:  # read the text, or its last half window, anew
             cache, new = KVCache(model), ids[-size if cache is None else -max(1, size // 2) :]
-        logits = model(torch.tensor([new], device=DEVICE), cache=cache)[:, -1] / TEMPERATURE  # (1, V)
-        new = torch.multinomial(logits.softmax(-1), 1)[0].tolist()
+        logits = model(torch.tensor([new], device=DEVICE), cache=cache)[:, -1]  # (1, V)
+        new = draw(logits)[0].tolist()
         ids += new
-    return ids
+        yield new[0]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -631,38 +677,31 @@ def positions():
     return list(dict.fromkeys(POSITION.split(",")))
 
 
-def continue_prompt():
-    """Print PROMPT and its continuation by the first trained model of POSITION, or of any scheme. Returns the text."""
-    folders = [f"{OUT_DIR}/{position}" for position in dict.fromkeys((*positions(), *SCHEMES))]
-    model, tokenizer = harness.load(globals(), *folders)
-    torch.manual_seed(SEED)
-    text = tokenizer.decode(generate(model, tokenizer.encode(PROMPT or "\n"), SAMPLE_TOKENS))
-    print(text)
-    return text
-
-
 def run_scheme(position, run):
     """Train, evaluate and sample with one position scheme. Returns the summary, a dict."""
-    tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY))
+    tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY, DATA))
     with harness.main_process_first():
-        tokens = load_tokens(VOCABULARY)
+        tokens = load_tokens(VOCABULARY, DATA)
     torch.manual_seed(SEED)
     model = LanguageModel(tokenizer.vocab_size, position).to(DEVICE)
     run.begin(model, tokens)
+    if INIT_FROM is not None:
+        run.init_from(INIT_FROM)
     train(model, tokens, run)
 
     best = run.load_best(model)
     sliding, test = evaluate(model, tokens["val"], STRIDE), evaluate(model, tokens["test"])
     sizes, neighbours = extrapolate(model, tokens["val"]), nearest_neighbours(model, tokenizer)
     torch.manual_seed(SEED)
-    sample = tokenizer.decode(generate(model, tokenizer.encode(" \n ="), SAMPLE_TOKENS))
+    start = tokens["train"].start  # of a document
+    sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
     run.draw("embeddings.png", plot_embeddings, model, tokenizer)
     summary = run.finish(
         sample, **{f"val_{k}_sliding": v for k, v in sliding.items()}, **{f"test_{k}": v for k, v in test.items()},
         position=position, extrapolation_bpb=sizes, nearest_neighbours=neighbours,
     )  # fmt: skip
     for name, metrics in (("windows side by side", best), ("windows that overlap", sliding)):
-        print(f"validation, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items()))
+        print(f"validation, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if v is not None))
     print("nearest neighbours of tokens:")
     for text, found in neighbours.items():
         print(f"  {text!r:10} {' '.join(map(repr, found))}")
@@ -673,7 +712,8 @@ def main():
     """Train every scheme of POSITION in OUT_DIR/<scheme>/ and compare them. Returns the summary of the best of them,
     with those of all under "schemes"; with PROMPT the text."""
     if PROMPT is not None:
-        return continue_prompt()
+        folders = [f"{OUT_DIR}/{position}" for position in dict.fromkeys((*positions(), *SCHEMES))]
+        return harness.continue_prompt(globals(), *folders)  # of the first that is there
     harness.keep_freed_memory()
     summaries, records = {}, {}
     with harness.Run(globals()) as run:

@@ -50,9 +50,9 @@ def plain_loop(model, ids, n_tokens):
     """`generate` of v3: every new token takes a pass over the whole text."""
     idx = torch.tensor([ids], device=v4.DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.block_size :])[:, -1] / v4.TEMPERATURE  # (1, V)
-        idx = torch.cat([idx, torch.multinomial(logits.softmax(-1), 1)], dim=1)
-    return idx[0].tolist()
+        logits = model(idx[:, -model.block_size :])[:, -1]  # (1, V)
+        idx = torch.cat([idx, v4.draw(logits)], dim=1)
+        yield idx[0, -1].item()
 
 
 def hugging_face():
@@ -67,7 +67,7 @@ def hugging_face():
         idx = torch.tensor([ids], device=v4.DEVICE)
         return model.generate(idx, attention_mask=torch.ones_like(idx), do_sample=True, temperature=v4.TEMPERATURE,
                               top_k=0, use_cache=True, min_new_tokens=n_tokens, max_new_tokens=n_tokens,
-                              pad_token_id=0)[0].tolist()  # fmt: skip
+                              pad_token_id=0)[0, len(ids) :].tolist()  # fmt: skip
 
     return model, generate
 
@@ -89,11 +89,11 @@ def token_seconds(model, generate, n_tokens):
     ends = []
     hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
     start = time.perf_counter()
-    ids = generate(model, [0], n_tokens)
+    ids = list(generate(model, [0], n_tokens))
     stop = time.perf_counter()
     hook.remove()
-    if len(ids) != 1 + n_tokens or len(ends) != n_tokens:
-        raise ValueError(f"{len(ids) - 1} tokens and {len(ends)} passes instead of {n_tokens}")
+    if len(ids) != n_tokens or len(ends) != n_tokens:
+        raise ValueError(f"{len(ids)} tokens and {len(ends)} passes instead of {n_tokens}")
     ends[-1] = stop  # the last token is done when all is done
     return [b - a for a, b in zip([start, *ends], ends)]
 

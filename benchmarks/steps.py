@@ -26,8 +26,8 @@ class Steps(harness.Run):
     def evaluation_due(self, step):
         return False
 
-    def step(self, loss):
-        loss.item()  # on a GPU it is there when the step is done
+    def step(self, loss, grad_norm):
+        loss.item(), grad_norm.item()  # on a GPU they are there when the step is done
         self.state.step += 1
         now = time.perf_counter()
         self.seconds, self.mark = self.seconds + now - self.mark, now

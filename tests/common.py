@@ -77,7 +77,7 @@ def random_ids(*shape, vocab_size=50, seed=3):
 
 def tiny_tokens(n, vocab_size, seed=0):
     ids = random_ids(n, vocab_size=vocab_size, seed=seed).to(torch.uint16)
-    return Tokens(ids, n_bytes=3 * n + 1, n_words=n // 2 + 1, dataset="tiny", fingerprint="none")
+    return Tokens(ids, n_bytes=3 * n + 1, n_words=n // 2 + 1, dataset="tiny", fingerprint="none", start=[1])
 
 
 def short_tokens(module, n_val=600):
@@ -85,7 +85,7 @@ def short_tokens(module, n_val=600):
     tokens = module.load_tokens(module.VOCABULARY)
     val = tokens["val"]
     tokens["val"] = Tokens(val.ids[:n_val], val.n_bytes * n_val // len(val), val.n_words * n_val // len(val), "sample",
-                           val.fingerprint)  # fmt: skip
+                           val.fingerprint, val.start)  # fmt: skip
     return tokens
 
 

@@ -1,10 +1,12 @@
 """The frame around a run, in this process: constants, --help, the run's folder, pictures, resuming, PROMPT."""
 
 import contextlib
+import csv
 import errno
 import importlib.util
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -13,9 +15,12 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
-from common import ROOT, RUNGS, SMALL_VOCABULARY, V4, kept_weights, random_model, train, without_clock
+from common import (
+    ROOT, RUNGS, SMALL_VOCABULARY, V4, kept_weights, make_model, random_model, same_weights, train, without_clock,
+)  # fmt: skip
 
 import data
 import harness
@@ -109,16 +114,18 @@ IMPOSSIBLE = {  # values that no constant of the kind can have
     tuple: ("0", "1,0", "1.5", "1,a", "", "()", "True", "[1, 2]", "-1", "1,True", "9" * 30),
 }  # fmt: skip
 NO_ZERO = {"BATCH_SIZE", "MICRO_BATCH_SIZE", "CHUNK_SIZE", "BLOCK_SIZE", "CONTEXT_SIZE", "MAX_STEPS", "EVAL_INTERVAL",
-           "PATIENCE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "STRIDE", "SAMPLE_TOKENS", "TEMPERATURE",
+           "PATIENCE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "STRIDE", "SAMPLE_TOKENS", "TOP_P",
            "ROPE_BASE"}  # fmt: skip
 TEXTS = {
     "VOCABULARY": ("none.json", "", "..", "input.txt", "a\0b"), "OUT_DIR": ("", " ", "a\0b"),
     "DEVICE": ("toaster", "cuda:99", "meta", "", "cpu:0", "cpu:1", "\udc80"), "DTYPE": ("float16", "", "Float32"),
     "POSITION": ("rotary", "", "alibi,", "alibi,Rope", "alibi rope"), "PROMPT": (),
+    "DATA": ("", " ", "a\0b", "none", "v3.py"), "INIT_FROM": ("", " ", "a\0b", "none", "v3.py"),
 }  # fmt: skip
 LARGE = {"N_LAYER": "2147483647", "SEED": "2147483648", "MAX_STEPS": "2147483648", "BATCH_SIZE": "2147483647",
          "DROPOUT": "1", "MOMENTUM": "1.0", "COOLDOWN": "1.01", "LEARNING_RATE": "1e38", "BLOCK_SIZE": "2147483647",
-         "EXTRAPOLATION": "2147483648", "N_HEAD": "3", "N_EMBD": "33"}  # fmt: skip
+         "EXTRAPOLATION": "2147483648", "N_HEAD": "3", "N_EMBD": "33", "TOP_K": "2147483648", "TOP_P": "1.1",
+         "TEMPERATURE": "1e-5"}  # fmt: skip
 POSSIBLE = {("v0", "BATCH_SIZE"), ("v1", "N_EMBD"), ("v1_1", "N_EMBD")}  # where there is enough memory
 
 
@@ -141,10 +148,11 @@ def test_impossible_values_of_every_constant_are_refused_in_one_line(name, load,
 @pytest.mark.parametrize("value", ["8.0", "'8'", "True", "None", "[8]", "__import__('numpy').int64(8)"])
 def test_a_constant_of_another_type_in_the_file_is_refused(value, load, start):
     assert_refused(start(load("v1", BATCH_SIZE=eval(value))), "BATCH_SIZE=", "must be a whole number")
-    for constant in ("VOCABULARY", "DEVICE", "OUT_DIR", "POSITION", "DTYPE"):
+    for constant in ("VOCABULARY", "DEVICE", "OUT_DIR", "POSITION", "DTYPE", "DATA"):
         assert_refused(start(load(V4, **{constant: 5})), f"{constant}=5 must be")
         assert_refused(start(load(V4, **{constant: None})), f"{constant}=None must be")
     assert_refused(start(load("v3", PROMPT=5)), "PROMPT=5 must be a text or None")
+    assert_refused(start(load("v3", INIT_FROM=5)), "INIT_FROM=5 must be the name of a folder or None")
     assert_refused(start(load(V4, EXTRAPOLATION=[1, 2])), "EXTRAPOLATION=[1, 2] must be whole numbers")
 
 
@@ -544,15 +552,15 @@ MUST_STAY = {"N_EMBD": 8, "N_LAYER": 1, "N_HEAD": 1, "SEED": 5, "BATCH_SIZE": 4,
 MAY_CHANGE = {"LEARNING_RATE": 0.01, "LEARNING_RATE_ADAMW": 0.02, "WARMUP_STEPS": 1, "COOLDOWN": 0.1, "MOMENTUM": 0.5,
               "WEIGHT_DECAY": 0.3, "GRAD_CLIP": 0.5, "DROPOUT": 0.2, "DTYPE": "bfloat16", "MICRO_BATCH_SIZE": 1,
               "CHUNK_SIZE": 30, "MAX_STEPS": 3}  # fmt: skip
-IN_SILENCE = {"EVAL_INTERVAL": 2, "PATIENCE": 7, "SAMPLE_TOKENS": 5, "TEMPERATURE": 0.5, "STRIDE": 8,
-              "EXTRAPOLATION": (1,)}  # fmt: skip
+IN_SILENCE = {"EVAL_INTERVAL": 2, "PATIENCE": 7, "SAMPLE_TOKENS": 5, "TEMPERATURE": 0.5, "STRIDE": 8, "TOP_K": 3,
+              "TOP_P": 0.5, "EXTRAPOLATION": (1,), "INIT_FROM": "a folder that is gone"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNGS)
 def test_what_a_resumed_run_may_change(name, trained, load, start):
     module = trained(name)
     known = harness.constants(vars(module))
-    assert known.keys() - {"POSITION", "COMPILE", "DEVICE", "OUT_DIR", "RESUME", "PROMPT"} <= {
+    assert known.keys() - {"POSITION", "COMPILE", "DEVICE", "DATA", "OUT_DIR", "RESUME", "PROMPT"} <= {
         *MUST_STAY, *MAY_CHANGE, *IN_SILENCE}  # fmt: skip
     for constant in MUST_STAY.keys() & known.keys():
         load(name, **SHORT, RESUME=True, **{constant: MUST_STAY[constant]})
@@ -571,7 +579,7 @@ def test_what_a_resumed_run_may_change(name, trained, load, start):
 def test_the_rates_of_a_resumed_run_are_those_of_the_constants(name, trained, load, monkeypatch, start):
     module, rates = trained(name, MAX_STEPS=4, EVAL_INTERVAL=2, WARMUP_STEPS=0), []
     step = harness.Run.step
-    monkeypatch.setattr(harness.Run, "step", lambda run, loss: (rates.append(run._rates()), step(run, loss)))
+    monkeypatch.setattr(harness.Run, "step", lambda run, *loss: (rates.append(run._rates()), step(run, *loss)))
     load(name, MAX_STEPS=8, EVAL_INTERVAL=2, WARMUP_STEPS=0, RESUME=True, LEARNING_RATE=0.5)
     assert start(module)[0] == 0
     assert rates[0][0] == pytest.approx(0.5 * module.lr_factor(4))
@@ -671,7 +679,7 @@ def test_damaged_files_are_refused_in_one_line(name, kind, trained, start, tmp_p
         else:
             damage(path, kind, tmp_path / "went off")
     assert_refused(start(module, "RESUME=True"), "checkpoint_before.pt is damaged")
-    if name == V4 and kind != "model":
+    if kind != "model":
         module.RESUME = False
         assert_refused(start(module, "PROMPT=a"), "model.pt is damaged")
     assert not (tmp_path / "went off").exists()
@@ -691,9 +699,8 @@ def test_a_checkpoint_of_a_changed_model_is_refused(name, trained, start, monkey
 
     monkeypatch.setattr(module, "LanguageModel", Changed)
     assert_refused(start(module, "RESUME=True"), "do not fit this model")
-    if name == "v3":
-        module.RESUME = False
-        assert_refused(start(module, "PROMPT=a"), "model.pt do not fit this model")
+    module.RESUME = False
+    assert_refused(start(module, "PROMPT=a"), "model.pt do not fit this model")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -702,19 +709,24 @@ def test_a_checkpoint_of_a_changed_model_is_refused(name, trained, start, monkey
 
 
 @pytest.mark.parametrize("prompt", ["", LONG, " a \U0001f600 smile \U0001f600", "\n", "\0", "<|endoftext|>"])
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", RUNGS)
 def test_a_prompt_is_continued_by_the_model_as_trained(name, prompt, trained, load, start, monkeypatch, tmp_path):
-    """Whatever the constants of its shape are now; without token files."""
-    module = trained(name, SAMPLE_TOKENS=40, N_LAYER=1, BLOCK_SIZE=16)
-    (tmp_path / "data").mkdir()
-    shutil.copy(data.DATA_DIR / SMALL_VOCABULARY, tmp_path / "data")
-    load(name, PROMPT=prompt, SAMPLE_TOKENS=40, N_LAYER=2, N_EMBD=33, N_HEAD=3, BLOCK_SIZE=4, VOCABULARY="none.json")
-    monkeypatch.setattr(data, "DATA_DIR", tmp_path / "data")
+    """Whatever the constants of its shape are now; without the text. An empty one begins as the text does."""
+    known = harness.constants(vars(load(name)))
+    shape = {"N_LAYER": (1, 2), "N_EMBD": (32, 33), "N_HEAD": (2, 3), "BLOCK_SIZE": (16, 4), "CONTEXT_SIZE": (4, 2)}
+    module = trained(name, SAMPLE_TOKENS=40, **{k: v for k, (v, _) in shape.items() if k in known})
+    other = {k: v for k, (_, v) in shape.items() if k in known} | {"VOCABULARY": "none.json"}
+    load(name, PROMPT=prompt, SAMPLE_TOKENS=40, **other)
+    monkeypatch.setattr(data, "DATA_DIR", tmp_path / "gone")
     code, out, err = start(module)
     assert (code, err) == (0, "")
-    assert out.startswith(prompt) and len(out) > len(prompt) + 10
+    assert out.startswith(prompt or " \n =") and len(out) > len(prompt) + 10
     assert start(module)[1] == out  # the seed decides
-    assert (module.N_LAYER, module.N_EMBD, module.VOCABULARY) == (2, 33, "none.json")
+    assert {constant: getattr(module, constant) for constant in other} == other
+    model, tokenizer = harness.load(run_folder(module))
+    torch.manual_seed(module.SEED)
+    ids = tokenizer.encode(prompt or " \n =", tokenizer.special_tokens)
+    assert tokenizer.decode([*ids, *module.generate(model, ids, 40)]) + "\n" == out
 
 
 def test_a_prompt_finds_the_scheme_that_was_trained(trained, load, start):
@@ -728,31 +740,195 @@ def test_a_prompt_finds_the_run_of_the_repository(trained, start, monkeypatch, t
     module = trained("v3")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    shutil.copy(module.__file__, tmp_path / "v3.py")
-    monkeypatch.setattr(module, "__file__", str(tmp_path / "v3.py"))
+    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
     code, out, err = start(module, "PROMPT=a", "OUT_DIR=v3")
     assert code == 0 and out.startswith("a"), err
     assert_refused(start(module, "PROMPT=a", "OUT_DIR=none"), f"no trained model in {tmp_path}/elsewhere/none or "
-                   f"{tmp_path}/none", "python v3.py", "name its folder as OUT_DIR")  # fmt: skip
+                   f"{tmp_path}/none", "train one first")  # fmt: skip
 
 
 @pytest.mark.parametrize("name", LATE)
 def test_prompts_that_cannot_be_continued_are_refused(name, trained, load, start):
     module = trained(name)
     assert_refused(start(module, "PROMPT=\udc80"), "surrogate")
-    for argument in ("DEVICE=toaster", "TEMPERATURE=0", "SAMPLE_TOKENS=0", "OUT_DIR=", "OUT_DIR=a\0b", "OUT_DIR=none"):
+    for argument in ("DEVICE=toaster", "TEMPERATURE=-1", "TOP_P=0", "SAMPLE_TOKENS=0", "OUT_DIR=", "OUT_DIR=a\0b",
+                     "OUT_DIR=none"):  # fmt: skip
         load(name)
         assert_refused(start(module, "PROMPT=a", argument))
     load(name)
     path = run_folder(module) / "model.pt"
     torch.save({**torch.load(path, weights_only=True), "fingerprint": "0123456789abcdef"}, path)
-    assert_refused(start(module, "PROMPT=a"), f"trained with another {SMALL_VOCABULARY}")
+    assert_refused(start(module, "PROMPT=a"), "vocabulary.json is not the vocabulary")
+    (run_folder(module) / "vocabulary.json").unlink()
+    assert_refused(start(module, "PROMPT=a"), "vocabulary.json")
 
 
 @pytest.mark.parametrize("other", ["v0", "v1", "v2"])
 def test_the_model_of_another_rung_is_refused(other, trained, load, start):
     out = trained(other).OUT_DIR
-    assert_refused(start(load("v3", PROMPT="a", OUT_DIR=out)), out)
+    assert_refused(start(load("v3", PROMPT="a", OUT_DIR=out)), out, f"is of {other}.py, not of v3.py")
+
+
+def test_a_prompt_is_printed_as_it_comes_and_in_whole_characters(trained, start, monkeypatch):
+    """Piece by piece: the first before the last token is drawn, and never half a character."""
+    module = trained("v2")
+    written, pieces = [], []
+    text = "é天\U0001f600 end"
+    ids = list(text.encode())  # a byte each, in any vocabulary
+
+    def generate(model, prompt, n_tokens):
+        for id in ids:
+            pieces.append(len(written))
+            yield id
+
+    class Screen:
+        def write(self, piece):
+            written.append(piece)
+
+        def flush(self):
+            pass
+
+    monkeypatch.setattr(module, "generate", generate)
+    monkeypatch.setattr(module, "PROMPT", "a")
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "stdout", Screen())
+        assert harness.continue_prompt(vars(module), module.OUT_DIR) == "a" + text
+    assert "".join(written) == f"a{text}\n" and "\ufffd" not in "".join(written)
+    assert pieces[-1] > pieces[0]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Trained models in Python, and as a beginning
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_run_is_loaded_ready_to_evaluate(name, trained, load):
+    """Whatever the constants are by then: the metrics of the loaded model are those that the run reported."""
+    module = trained(name, BLOCK_SIZE=16, **({"POSITION": "rope"} if name == V4 else {}))
+    folder = run_folder(module)
+    summary = json.loads((folder / "summary.json").read_text())
+    load(name, **{k: v for k, v in {"BLOCK_SIZE": 64, "N_EMBD": 48, "N_LAYER": 1, "N_HEAD": 3, "CONTEXT_SIZE": 2,
+                                    "N_HIDDEN": 5, "BATCH_SIZE": 3, "DROPOUT": 0.9, "ROPE_BASE": 3.0}.items()
+                  if k in harness.constants(vars(module))})  # fmt: skip
+    before = harness.constants(vars(module))
+    model, tokenizer = harness.load(folder)
+    assert harness.constants(vars(module)) == before and not model.training
+    tokens = data.load_tokens(SMALL_VOCABULARY)
+    assert tokenizer.fingerprint == tokens["val"].fingerprint
+    assert module.evaluate(model, tokens["val"])["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
+    assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, tokenizer.vocab_size)
+
+
+def test_several_runs_are_loaded_at_once(trained):
+    folders = [run_folder(trained("v3")), run_folder(trained("v2", N_EMBD=16)), run_folder(trained("v3", N_EMBD=16))]
+    # the second run of v3 has moved the first aside
+    folders[0] = folders[0].with_name("v3.1")
+    widths = [harness.load(folder)[0].embedding.embedding_dim for folder in folders]
+    assert widths == [32, 16, 16]
+    with pytest.raises(FileNotFoundError, match="no trained model in"):
+        harness.load("runs/none at all")
+
+
+def test_a_run_of_a_rung_that_is_gone_is_refused_in_one_line(trained):
+    path = run_folder(trained("v0")) / "model.pt"
+    torch.save({**torch.load(path, weights_only=True), "rung": "v99"}, path)
+    with pytest.raises(ValueError, match="is of v99.py, which cannot be imported from here"):
+        harness.load(path.parent)
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_a_run_starts_from_the_weights_of_another(name, trained, load, start):
+    """Its first evaluation is the last one of the other run; moved aside or not, it is named by its folder."""
+    module = trained(name)
+    kept, folder = kept_weights(module, *(["alibi"] if name == V4 else [])), module.OUT_DIR
+    best = json.loads((run_folder(module) / "summary.json").read_text())["val_loss"]
+    for out in (folder + " tuned", folder):  # beside the other run, or in its place
+        still = {"LEARNING_RATE": 0.0} | ({"LEARNING_RATE_ADAMW": 0.0} if name == V4 else {})
+        load(name, **SHORT, **still, INIT_FROM=folder, OUT_DIR=out)
+        code, text, err = start(module)
+        assert code == 0, err
+        assert "starting from the weights in" in text
+        assert read_log(run_folder(module))[0]["val_loss"] == pytest.approx(best, rel=1e-6)
+        assert same_weights(kept_weights(module, *(["alibi"] if name == V4 else [])), kept)
+    module.INIT_FROM, module.MAX_STEPS = "gone", 4
+    assert start(module, "RESUME=True")[0] == 0  # the checkpoint has the weights
+
+
+@pytest.mark.parametrize("name", LATE)
+def test_weights_of_another_shape_or_vocabulary_are_refused_in_one_line(name, trained, load, start):
+    module = trained(name)
+    folder = module.OUT_DIR
+    new = {**SHORT, "INIT_FROM": folder, "OUT_DIR": folder + " new"}
+    load(name, **new, N_LAYER=3, N_EMBD=48)
+    assert_refused(start(module), "another shape; set N_LAYER=2 N_EMBD=32")
+    load(name, **new, VOCABULARY="bpe_vocab.json")
+    assert_refused(start(module), "another vocabulary", "--vocabulary", "vocabulary.json")
+    load(name, **new, BLOCK_SIZE=16)
+    if name == "v3":  # its table of positions has a row for each token of a window
+        assert_refused(start(module), "set BLOCK_SIZE=32")
+    else:
+        assert start(module)[0] == 0
+    load(name, **{**new, "INIT_FROM": str(run_folder(trained("v2")))})
+    assert_refused(start(module), "of v2.py", name)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# steps.csv
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_steps(folder):
+    with open(folder / "steps.csv", newline="", encoding="utf-8") as file:
+        return [{k: float(v) for k, v in row.items()} for row in csv.DictReader(file)]
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_every_step_is_a_row(name, load, start):
+    """Its loss is one of those whose mean log.jsonl has; its norm is that of the gradient, before it is clipped."""
+    module = load(name, MAX_STEPS=6, EVAL_INTERVAL=3)
+    assert start(module)[0] == 0
+    rows, log = read_steps(run_folder(module)), read_log(run_folder(module))
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    assert [row["tokens_seen"] for row in rows] == [256 * k for k in range(1, 7)]
+    for k, record in enumerate(log[1:]):
+        mean = np.mean([row["loss"] for row in rows[3 * k : 3 * k + 3]])
+        assert mean == pytest.approx(record["train_loss"], rel=1e-5)
+    rates = [module.LEARNING_RATE * getattr(module, "lr_factor", lambda step: 1)(k) for k in range(6)]
+    assert [row["learning_rate"] for row in rows] == pytest.approx(rates, rel=1e-5)
+    assert all(row["tokens_per_second"] > 0 for row in rows)
+    torch.manual_seed(module.SEED)
+    tokens = data.load_tokens(module.VOCABULARY)
+    model = make_model(module, BPETokenizer.load(data.vocabulary_file(module.VOCABULARY)).vocab_size)
+    model(*module.get_batch(tokens["train"].ids, 0)).backward()
+    norm = math.sqrt(sum(p.grad.double().square().sum().item() for p in model.parameters()))
+    assert rows[0]["grad_norm"] == pytest.approx(norm, rel=1e-4)
+
+
+def test_the_norm_is_that_before_clipping(load, start):
+    norms = []
+    for clip in (1e-3, 0.0):
+        module = load("v3", **SHORT, GRAD_CLIP=clip)
+        assert start(module)[0] == 0
+        norms.append(read_steps(run_folder(module))[0]["grad_norm"])
+    assert norms[0] == norms[1] > 0.1
+
+
+@pytest.mark.parametrize("damaged", [False, True])
+def test_a_resumed_run_goes_on_with_its_rows(damaged, load, start):
+    """Rows of steps after the checkpoint are those of a run that was killed: they are made again."""
+    module = load("v1", MAX_STEPS=4, EVAL_INTERVAL=2)
+    assert start(module)[0] == 0
+    path = run_folder(module) / "steps.csv"
+    before = read_steps(path.parent)
+    with open(path, "a") as file:
+        file.write("5,1280,1.0,1.0,1.0,1\n6,15")
+    if damaged:
+        path.write_bytes(b"\xff\0")
+    assert start(module, "RESUME=True", "MAX_STEPS=6")[0] == 0
+    rows = read_steps(path.parent)
+    assert [row["step"] for row in rows] == ([5, 6] if damaged else [1, 2, 3, 4, 5, 6])
+    assert damaged or rows[:4] == before and rows[4]["loss"] != 1.0
 
 
 # ----------------------------------------------------------------------------------------------------------

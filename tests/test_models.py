@@ -243,7 +243,7 @@ def test_a_model_keeps_the_shape_that_it_was_built_with(name, position, load):
     def results():
         torch.manual_seed(0)
         trained = model.train()(x)
-        return [trained, model.eval()(x), module.evaluate(model, tokens), module.generate(model, [3, 1, 4], 60)]
+        return [trained, model.eval()(x), module.evaluate(model, tokens), [*module.generate(model, [3, 1, 4], 60)]]
 
     module = load(name, **({"DROPOUT": 0.3} if name in LATE else {}))
     model, x, tokens = random_model(module, 50, position), random_ids(2, 32), tiny_tokens(171, 50)
@@ -628,6 +628,14 @@ def test_a_word_perplexity_that_no_float_can_hold_is_cut(name, load):
     assert metrics["loss"] > 700 / 599 and metrics["word_ppl"] == math.exp(700)
 
 
+@pytest.mark.parametrize("name", RUNGS)
+def test_a_text_without_words_has_no_word_perplexity(name, load):
+    module, tokens = load(name), tiny_tokens(600, 40)
+    tokens.n_words = 0
+    metrics = module.evaluate(random_model(module, 40), tokens)
+    assert metrics["word_ppl"] is None and metrics["bpb"] > 0
+
+
 @pytest.mark.parametrize("name", LATE)
 def test_an_evaluation_in_bfloat16_is_close_to_one_in_float32(name, load):
     module = load(name, DTYPE="bfloat16")
@@ -652,6 +660,40 @@ def test_processes_share_an_evaluation(name, stride, size, load, monkeypatch):
         monkeypatch.setattr(harness, "all_reduce", lambda x, parts=parts: sums.append(x + next(parts, 0)) or sums[-1])
         together = module.evaluate(*arguments)
     assert together == pytest.approx(alone, rel=1e-9)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention weights
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "position"), [model for model in MODELS if model[0] in ("v2", *LATE)])
+@torch.no_grad()
+def test_attention_weights_are_what_the_values_are_weighed_with(name, position, load):
+    """The sums of values that they weigh, through the last projection, are what the layer itself gives."""
+    module, outputs = load(name), []
+    model, idx = random_model(module, 50, position), random_ids(3, 20)
+    hooks = [block.attention.register_forward_hook(lambda attention, inputs, output: outputs.append(
+        (attention, inputs[0], output))) for block in model.blocks]  # fmt: skip
+    weights = module.attention_weights(model, idx)
+    assert weights.shape == (2, 3, 2, 20, 20) and len(outputs) == 2
+    close(weights.sum(-1), torch.ones(2, 3, 2, 20), 1e-5)
+    assert not weights.triu(1).any()
+    for there, (attention, x, output) in zip(weights, outputs):
+        v = attention.qkv(x)[..., 64:].view(3, 20, 2, 16).transpose(1, 2)  # (B, H, T, D)
+        close(attention.proj((there @ v).transpose(1, 2).reshape(3, 20, 32)), output, 1e-4)
+    for hook in hooks:
+        hook.remove()
+    assert not any(block.attention._forward_hooks for block in model.blocks)
+
+
+@torch.no_grad()
+def test_attention_weights_of_v3_are_those_of_hugging_face(load):
+    module = load("v3")
+    model, idx = random_model(module, 50, std=0.2), random_ids(2, 32)
+    theirs = as_gpt2(model, 2)
+    theirs.set_attn_implementation("eager")
+    close(module.attention_weights(model, idx), torch.stack(theirs(idx, output_attentions=True).attentions), 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -695,7 +737,8 @@ def test_where_one_token_is_certain_it_is_taken(name, position, n_prompt, load):
     model = random_model(module, 50, position).train()
     (model.table if name == "v0" else model.head.weight).mul_(1e4)
     prompt = [k * 7 % 50 for k in range(n_prompt)]
-    found = module.generate(model, prompt, 40)
+    torch.manual_seed(0)  # two tokens may be almost equally likely
+    found = [*prompt, *module.generate(model, prompt, 40)]
     ids, window = list(prompt), max(0, n_prompt - 32)
     model.eval()
     while len(ids) < n_prompt + 40:
@@ -706,27 +749,72 @@ def test_where_one_token_is_certain_it_is_taken(name, position, n_prompt, load):
     assert prompt == [k * 7 % 50 for k in range(n_prompt)]
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("constants", [{"TEMPERATURE": 1e-4}, {"TEMPERATURE": 0}, {"TOP_K": 1}, {"TOP_P": 1e-9}])
+@pytest.mark.parametrize("name", RUNGS)
 @torch.no_grad()
-def test_cold_sampling_takes_the_likeliest_token(name, load):
-    module = load(name, TEMPERATURE=1e-4)
+def test_cold_sampling_takes_the_likeliest_token(name, constants, load):
+    module = load(name, **constants)
     model, expected = random_model(module, 50), [3, 1, 4]
     while len(expected) < 32:
         expected.append(int(model(torch.tensor([expected]))[0, -1].argmax()))
-    assert module.generate(model, [3, 1, 4], 29) == expected
+    assert [3, 1, 4, *module.generate(model, [3, 1, 4], 29)] == expected
 
 
-DRAWS = [(name, 1.0) for name in RUNGS if name not in LATE] + [(name, t) for name in LATE for t in (0.5, 2.0)]
+def kept_distribution(logits, temperature, top_k, top_p):
+    """What is sampled from, token by token, in float64: softmax, the likeliest top_k, of them the fewest with top_p."""
+    p = softmax(np.array(logits, float) / temperature)
+    order = sorted(range(len(p)), key=lambda i: (-p[i], i))
+    order = order[: top_k or len(p)]
+    total, kept, sum_of_kept = sum(p[i] for i in order), [], 0.0
+    for i in order:
+        if kept and top_p < 1 and sum_of_kept >= top_p:
+            break
+        kept.append(i)
+        sum_of_kept += p[i] / total
+    return {i: p[i] / sum(p[j] for j in kept) for i in kept}
+
+
+@pytest.mark.parametrize(("temperature", "top_k", "top_p"), [
+    (1.0, 0, 1.0), (0.7, 3, 1.0), (1.0, 0, 0.6), (1.3, 4, 0.8), (0.5, 100, 0.95), (2.0, 2, 0.3), (1.0, 1, 1.0),
+])  # fmt: skip
+@pytest.mark.parametrize("name", RUNGS)
+def test_what_is_drawn_has_the_distribution_that_the_constants_say(name, temperature, top_k, top_p, load, monkeypatch):
+    """The probabilities that go into the draw, row by row, and what comes out of it."""
+    module, given = load(name, TEMPERATURE=temperature, TOP_K=top_k, TOP_P=top_p), []
+    multinomial = torch.multinomial
+    monkeypatch.setattr(torch, "multinomial", lambda p, n: given.append(p) or multinomial(p, n))
+    logits = torch.from_numpy(np.random.default_rng(3).normal(size=(50, 9))).float() * 2
+    drawn = module.draw(logits)
+    assert drawn.shape == (50, 1)
+    p = given[0].double() / given[0].double().sum(-1, keepdim=True)
+    for row, there, token in zip(logits, p, drawn[:, 0].tolist()):
+        expected = kept_distribution(row.tolist(), temperature, top_k, top_p)
+        close(there, torch.tensor([expected.get(i, 0.0) for i in range(9)], dtype=torch.double), 1e-5)
+        assert token in expected
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_top_k_and_top_p_agree_with_hugging_face(name, load, monkeypatch):
+    transformers, given = pytest.importorskip("transformers"), []
+    monkeypatch.setattr(torch, "multinomial", lambda p, n: given.append(p) or p[:, :1])
+    load(name, TEMPERATURE=0.9, TOP_K=20, TOP_P=0.7).draw(logits := inputs(30, 60) * 3)
+    for warp in (transformers.TemperatureLogitsWarper(0.9), transformers.TopKLogitsWarper(20),
+                 transformers.TopPLogitsWarper(0.7)):  # fmt: skip
+        logits = warp(None, logits)
+    close(given[0] / given[0].sum(-1, keepdim=True), logits.softmax(-1), 1e-5)
+
+
+DRAWS = [("v0", 0.5), ("v1", 2.0), ("v1_1", 2.0), *((name, t) for name in ("v2", *LATE) for t in (0.5, 2.0))]
 
 
 @pytest.mark.parametrize(("name", "temperature"), DRAWS)
 @torch.no_grad()
 def test_many_draws_follow_the_distribution_of_the_model(name, temperature, load):
     """A chi-squared test, which another temperature does not pass."""
-    module = load(name, **({"TEMPERATURE": temperature} if name in LATE else {}))
+    module = load(name, TEMPERATURE=temperature)
     model, n, prompt = random_model(module, 4, std=1.0 if name == "v0" else 0.4), 600, [2, 0, 1, 3]
     torch.manual_seed(5)
-    counts = np.bincount([module.generate(model, prompt, 1)[-1] for _ in range(n)], minlength=4)
+    counts = np.bincount([next(module.generate(model, prompt, 1)) for _ in range(n)], minlength=4)
     logits = model(torch.tensor([prompt]))[0, -1].double().numpy()
     expected = {t: n * softmax(logits / t) for t in (temperature / 2, temperature, temperature * 2)}
     distance = {t: ((counts - there) ** 2 / there).sum() for t, there in expected.items()}

@@ -90,7 +90,7 @@ def run_rung(name, arguments, folder, output, slow=0.0, slow_evaluation=0.0, lim
         rung.LanguageModel.forward = infinite
     rung.get_batch, rung.evaluate, sys.argv = slow_batch, evaluate_slowly, [f"{name}.py", *arguments]
     if long_evaluation:
-        rung.load_tokens = lambda vocabulary: dict.fromkeys(("train", "val", "test"), load_tokens(vocabulary)["train"])
+        rung.load_tokens = lambda *of: dict.fromkeys(("train", "val", "test"), load_tokens(*of)["train"])
     if limit:
         used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
@@ -417,7 +417,8 @@ def test_a_run_says_early_how_long_it_takes_and_last_where_its_results_are(begin
     assert (code, err) == (0, "")
     last = out.splitlines()[-1]
     assert last.startswith(f"results in {tmp_path}: ")
-    assert last.partition(": ")[2] == "log.jsonl, loss.png, model.pt, sample.txt, summary.json"
+    assert last.partition(": ")[2].split(", ") == ["log.jsonl", "loss.png", "model.pt", "sample.txt", "steps.csv",
+                                                   "summary.json", "vocabulary.json"]  # fmt: skip
 
 
 REAL = """

@@ -130,7 +130,7 @@ def test_what_a_run_reports_is_of_its_best_weights(name, load, monkeypatch):
     tokens = module.load_tokens(module.VOCABULARY)
     for split, n in (("train", 800), ("val", 1500), ("test", 1500)):
         tokens[split].ids = tokens[split].ids[:n]
-    monkeypatch.setattr(module, "load_tokens", lambda vocabulary: tokens)
+    monkeypatch.setattr(module, "load_tokens", lambda vocabulary, home: tokens)
     summary, out = module.main(), results_folder(module)
     log = read_log(out)
     values = [line["val_loss"] for line in log]
@@ -160,7 +160,7 @@ def test_what_a_run_reports_is_of_its_best_weights(name, load, monkeypatch):
         assert summary["extrapolation_bpb"] == pytest.approx(sizes, rel=1e-6)
         assert summary["nearest_neighbours"] == module.nearest_neighbours(model, tokenizer)
     torch.manual_seed(module.SEED)
-    sample = tokenizer.decode(module.generate(model, tokenizer.encode(" \n ="), 40))
+    sample = tokenizer.decode([*tokens["train"].start, *module.generate(model, tokens["train"].start, 40)])
     assert (out / "sample.txt").read_bytes().decode() == sample
 
 
