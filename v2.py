@@ -252,7 +252,7 @@ def generate(model, ids, n_tokens):
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.block_size:])[:, -1]  # (1, V)
+        logits = model(idx[:, -model.block_size :])[:, -1]  # (1, V)
         idx = torch.cat([idx, draw(logits)], dim=1)
         yield idx[0, -1].item()
 

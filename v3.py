@@ -11,7 +11,7 @@ What is new against v2:
 - speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works; attention, GELU and dropout in a
   form that a CPU is fast with, freed memory kept for the next step;
 - evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
-- sampling at a temperature; PROMPT="..." continues a text;
+- INIT_FROM=runs/... starts from the weights of another run: fine-tuning;
 - several devices: torchrun starts a process for each, and they share every batch.
 
     python v3.py                                train, evaluate, write a sample: results in runs/v3/
@@ -368,7 +368,7 @@ def generate(model, ids, n_tokens):
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):
-        logits = model(idx[:, -model.block_size:])[:, -1]  # (1, V)
+        logits = model(idx[:, -model.block_size :])[:, -1]  # (1, V)
         idx = torch.cat([idx, draw(logits)], dim=1)
         yield idx[0, -1].item()
 

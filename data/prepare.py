@@ -158,8 +158,11 @@ def _unchanged(paths, read):
 
 
 def _is_wikitext(path):
-    """Whether a parquet file has WikiText in the hub's form: its first line is a title. Raises as `_read_parquet`."""
-    text = next(_read_parquet([path]), "").lstrip("\n ")
+    """Whether a parquet file has WikiText in the hub's form: its first line is a title."""
+    try:
+        text = next(_read_parquet([path]), "").lstrip("\n ")
+    except ValueError:  # damaged, or with other columns: a text of one's own
+        return False
     return re.match(r"= [^\n]+ = \n", text) is not None
 
 

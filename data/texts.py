@@ -258,6 +258,9 @@ def read_texts(paths, reading, say):
     """
     files = find_files(paths, say)
     named = {split: [file for file, place in files if _split_of(place) == split] for split in SPLITS}
+    if named["val"] and named["test"] and not named["train"]:
+        raise FileNotFoundError(f"there are {named['val'][0].name} and {named['test'][0].name}, and no file is named "
+                                "train; add it, or give the others another name")  # fmt: skip
     if named["train"] and (named["val"] or named["test"]):
         used = [file for some in named.values() for file in some]
         if other := [str(file) for file, _ in files if file not in used]:

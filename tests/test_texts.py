@@ -319,6 +319,20 @@ def test_own_parquet_files_named_as_the_hub_names_them_are_not_glued(here):
     assert texts_of("home")["val"].split(END)[1:] == [f"a row of validation, number {i}" for i in range(20)]
 
 
+@pytest.mark.parametrize("kind", ["damaged", "another column"])
+def test_bad_parquet_files_named_as_the_hub_names_them(here, capfd, kind):
+    for name in ("train", "validation", "test"):
+        path = here / f"{name}-00000-of-00001.parquet"
+        pyarrow.parquet.write_table(pyarrow.table({"body": [f"a row of {name} {i}" for i in range(9)]}), path)
+        if kind == "damaged":
+            path.write_bytes(path.read_bytes()[:-20])
+    message = refusal(capfd, "--from", here, "--to", "home")
+    assert ("no whole parquet" if kind == "damaged" else "--column") in message and "WikiText" not in message
+    if kind != "damaged":
+        prepare.main(["--from", str(here), "--to", "home", "--column", "body", "--vocab-size", "300"])
+        assert "a row of test 5" in texts_of("home", "bpe_vocab_300.json")["test"]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Bytes and encodings
 # ----------------------------------------------------------------------------------------------------------
