@@ -274,6 +274,4 @@ def read_texts(paths, reading, say):
         if not documents:
             raise ValueError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
         splits = split_documents(documents, SPLITS)
-        if len(documents) == 1:
-            return splits, False
     return splits, any(len(documents) > 1 for documents in splits.values())

@@ -254,6 +254,10 @@ def test_rows_are_documents(here, kind):
         assert some.n_bytes == sum(len(row.encode()) for row in rows)
         assert some.start == end
         found += rows
+    of_train = tokenizer.decode_bytes(tokens["train"].ids)
+    rows, _ = read_texts([path], Reading(), print)
+    assert tokenizer.merges == BPETokenizer.train([row.decode() for row in rows["train"]], 4096).merges
+    assert len(of_train) == sum(map(len, rows["train"])) + len(END) * len(rows["train"])
     assert sorted(found) == sorted(row for row in ROWS if row)
 
 
@@ -361,8 +365,10 @@ def test_utf16(here, capfd):
     (here / "wide.txt").write_bytes(text.encode("utf-16"))
     message = refusal(capfd, "--from", "wide.txt", "--to", "home")
     assert "--encoding utf-16" in message
-    prepare.main(["--from", "wide.txt", "--to", "home", "--encoding", "utf-16"])
-    assert "".join(texts_of("home").values()) == text
+    for encoding in ("utf-16", "utf-16-le"):  # the second one takes the mark for a character
+        (here / "wide.txt").write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
+        prepare.main(["--from", "wide.txt", "--to", "home", "--encoding", encoding])
+        assert "".join(texts_of("home").values()) == text
 
 
 @pytest.mark.parametrize("name, content, words", [
