@@ -14,7 +14,6 @@ DATA_DIR = Path(__file__).absolute().parent  # not resolved: data/ may be a symb
 SPLITS = ("train", "val", "test")
 VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
 FORMAT, VERSION = "llm-from-scratch tokens", 3  # of the token files
-COMMAND_FILE = "prepared.txt"  # in a home other than data/: the command that made it
 BYTES_PER_WORD = 20  # above which white space does not separate words: English has 6, Chinese some hundreds
 
 
@@ -59,10 +58,15 @@ def token_file(split, vocabulary, home="data"):
     return home_dir(home) / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
 
 
+def command_file(vocabulary, home):
+    """Path of the file, in a home other than data/, with the command that made the token files for `vocabulary`."""
+    return home_dir(home) / f"prepared{Path(vocabulary).stem.removeprefix('bpe_vocab')}.txt"
+
+
 def _command(vocabulary, home):
     """What makes the token files of `home` again, to be told to the user."""
     try:
-        return (home_dir(home) / COMMAND_FILE).read_text(encoding="utf-8").strip()
+        return command_file(vocabulary, home).read_text(encoding="utf-8").strip()
     except (OSError, ValueError):  # a home that is not made by a command
         pass
     parts = ["--to", shlex.quote(str(home))] if home_dir(home) != DATA_DIR else []

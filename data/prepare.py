@@ -268,7 +268,7 @@ def sample_source():
 
 
 def _name_of(paths):
-    """The name of files or a folder, as the name of their text: in one line, and not that of another text."""
+    """The name of files or a folder, as the name of their text: in one line, and not that of the sample."""
     path = Path(paths[0]).resolve()
     name = path.name if path.is_dir() else path.name.split(".")[0]
     name = " ".join((name or str(path)).encode("utf-8", "replace").decode().split())
@@ -506,8 +506,9 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
                                      "name 65,536; take a smaller vocabulary")  # fmt: skip
                 tokenizers[vocabulary] = tokenizer
             lines += _tokenize_source(source, name, tokenizers, write, home)
-            if command:
-                write(lambda beside: beside.write_text(command + "\n", encoding="utf-8"), folder / data.COMMAND_FILE)
+            for vocabulary in vocabularies if command else ():
+                write(lambda beside: beside.write_text(command + "\n", encoding="utf-8"),
+                      data.command_file(vocabulary, home))  # fmt: skip
     for line in lines:
         say(line)
 
@@ -575,7 +576,7 @@ def main(argv=None):
     if args.pattern and not vocab_sizes:
         parser.error("--pattern is of a vocabulary that is learned: name a home of its own with --to, or --vocab-size")
     source, name = open_source(args.paths, args.dataset, args.sample, Reading(**given))
-    if isinstance(source, Source) and given and not source.own:
+    if given and not source.own:
         parser.error(f"--{next(iter(given))} is of a text of your own, and this is WikiText")
     in_data = data.home_dir(args.home) == data.DATA_DIR
     if source.own and in_data and not vocab_sizes:

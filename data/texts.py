@@ -123,10 +123,14 @@ def _read_parquet(data, path, reading):
         raise ValueError(f"{path} is no whole parquet file ({why}); fetch it again") from None
 
 
+def _ending(path):
+    """The ending of a file, that of what is packed if it is packed: x.jsonl.gz -> .jsonl."""
+    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+
+
 def read_documents(path, reading):
     """The documents of one file, a list of bytes, but for empty ones. Raises OSError and ValueError in one line."""
-    data = _read_bytes(path)
-    ending = Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
+    data, ending = _read_bytes(path), _ending(path)
     if ending in (".jsonl", ".ndjson"):
         documents = _read_jsonl(data, path, reading)
     elif ending == ".parquet":
@@ -146,7 +150,7 @@ def _is_binary(path):
         return True
     except OSError as error:
         raise OSError(f"{path} cannot be read ({error.strerror or error})") from None
-    return path.suffix != ".parquet" and b"\0" in start and not start.startswith(tuple(BYTE_ORDER_MARKS))
+    return _ending(path) != ".parquet" and b"\0" in start and not start.startswith(tuple(BYTE_ORDER_MARKS))
 
 
 def find_files(paths, say):
@@ -190,10 +194,10 @@ def _split_of(place):
     None."""
     if len(place.parts) > 1:
         return SPLIT_NAMES.get(place.parts[0].lower())
-    name = place.name.lower().removesuffix(".gz")
-    if not name.endswith(TEXT_ENDINGS):
+    if _ending(place) not in TEXT_ENDINGS:
         return None
-    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", name[: name.rindex(".")]))
+    name = place.name.lower().removesuffix(".gz").removesuffix(_ending(place))
+    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", name))
 
 
 def assign(sizes, shares):
@@ -226,8 +230,8 @@ def _cut(documents, target, slack):
     for k, document in enumerate(documents):
         if target < len(document):
             place = cut_place(document, target, slack)
-            parts = [document[:place]], [document[place:]]
-            return [*documents[:k], *filter(None, parts[0])], [*filter(None, parts[1]), *documents[k + 1 :]]
+            left, right = document[:place], document[place:]
+            return documents[:k] + [left] * bool(left), [right] * bool(right) + documents[k + 1 :]
         target -= len(document)
     return documents, []
 
@@ -257,13 +261,17 @@ def read_texts(paths, reading, say):
     Raises OSError if a file cannot be read, ValueError if one is not what its name says, both in one line.
     """
     files = find_files(paths, say)
-    named = {split: [file for file, place in files if _split_of(place) == split] for split in SPLITS}
+    if any(len(place.parts) > 1 and _split_of(place) is None for _, place in files):
+        splits_of = [None if len(place.parts) > 1 else _split_of(place) for _, place in files]  # a folder among others
+    else:
+        splits_of = [_split_of(place) for _, place in files]
+    named = {split: [file for (file, _), name in zip(files, splits_of) if name == split] for split in SPLITS}
     if named["val"] and named["test"] and not named["train"]:
         raise FileNotFoundError(f"there are {named['val'][0].name} and {named['test'][0].name}, and no file is named "
                                 "train; add it, or give the others another name")  # fmt: skip
     if named["train"] and (named["val"] or named["test"]):
         used = [file for some in named.values() for file in some]
-        if other := [str(file) for file, _ in files if file not in used]:
+        if other := [str(file) for (file, _), name in zip(files, splits_of) if name is None]:
             say(f"The splits are {', '.join(file.name for file in used[:5])}{' ...' * (len(used) > 5)}; left out is "
                 f"{other[0]}{f' and {len(other) - 1} more' * (len(other) > 1)}.")  # fmt: skip
         splits = {split: [d for file in some for d in read_documents(file, reading)] for split, some in named.items()}

@@ -14,7 +14,7 @@ nbformat = pytest.importorskip("nbformat")
 
 ROOT = Path(__file__).resolve().parents[1]
 NOTEBOOKS = sorted((ROOT / "notebooks").glob("*.ipynb"))
-BUILTIN_PATHS = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|var|opt|usr|mnt)/[\w.]|[A-Z]:\\\\")
+MACHINE_PATHS = re.compile(r"(?<![\w.:/])/(?:home|root|work|tmp|Users|var|opt|usr|mnt)/[\w.]|[A-Z]:\\\\")
 
 
 def by_name(path):
@@ -52,7 +52,7 @@ def test_a_notebook_names_its_text_and_no_place_of_a_machine(path):
     shown = [text for cell in read(path).cells for text in texts(cell)]
     assert any("wikitext-2-v1" in text for text in shown)
     for text in [*shown, *(cell.source for cell in read(path).cells)]:
-        assert not BUILTIN_PATHS.search(text), text[:200]
+        assert not MACHINE_PATHS.search(text), text[:200]
 
 
 def test_every_notebook_is_in_the_readme():

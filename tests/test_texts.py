@@ -191,6 +191,32 @@ def test_a_split_that_is_missing_is_taken_from_the_training_text(here, missing, 
     assert parts["train"] + parts[taken] == (here / "train.txt").read_text()
 
 
+def test_folders_named_train_and_test_among_others_are_no_splits(here):
+    """A project may have such folders; its other files are not left out."""
+    for name in ("train", "test", "src"):
+        (here / name).mkdir()
+        (here / name / "a.py").write_text(f"{name} = 1\n" * 400)
+    splits, documents = read_texts([here], Reading(), print)
+    assert documents and b"".join(d for some in splits.values() for d in some).count(b"src = 1") == 400
+
+
+@pytest.mark.parametrize("name", ["x.txt.gz", "x.jsonl.gz", "x.parquet.gz", "x.parquet", "x.jsonl", "x.md"])
+def test_files_of_every_kind_are_read_in_a_folder(here, name):
+    path = here / "folder" / name
+    path.parent.mkdir()
+    plain = path.with_suffix("") if name.endswith(".gz") else path
+    if ".parquet" in name:
+        pyarrow.parquet.write_table(pyarrow.table({"text": ["a text of its own"] * 30}), plain)
+    else:
+        plain.write_text('{"text": "a text of its own"}\n' * 30 if "json" in name else "a text of its own\n" * 30)
+    if plain != path:
+        path.write_bytes(gzip.compress(plain.read_bytes()))
+        plain.unlink()
+    splits, documents = read_texts([path.parent], Reading(), print)
+    assert documents == (".txt" not in name and ".md" not in name)
+    assert b"".join(d for some in splits.values() for d in some).count(b"a text of its own") == 30
+
+
 def test_code_with_a_file_named_train_is_no_split(here):
     (here / "train.py").write_text("x = 1\n" * 400)
     (here / "test.py").write_text("y = 2\n" * 400)
@@ -501,6 +527,19 @@ def test_damage_in_a_home_is_mended_by_the_command_that_is_advised(here):
         assert command.startswith("python data/prepare.py ")
         prepare.main(shlex.split(command)[2:])
         assert texts_of("my home") == wanted
+
+
+def test_each_vocabulary_of_a_home_is_mended_by_the_command_that_made_it(here):
+    (here / "novel.txt").write_text(story(200))
+    prepare.main(["--from", "novel.txt", "--to", "home"])
+    prepare.main(["--from", "novel.txt", "--to", "home", "--vocab-size", "300"])
+    for vocabulary in (*data.VOCABULARIES, "bpe_vocab_300.json"):
+        wanted = texts_of("home", vocabulary)
+        data.token_file("test", vocabulary, "home").unlink()
+        with pytest.raises(FileNotFoundError) as caught:
+            data.load_tokens(vocabulary, "home")
+        prepare.main(shlex.split(str(caught.value).rpartition("again with ")[2])[2:])
+        assert texts_of("home", vocabulary) == wanted
 
 
 def test_a_home_that_is_not_there(here):
