@@ -1,5 +1,6 @@
 """The notebooks: as committed, with what they show; and executed anew in quick form, on the bundled sample."""
 
+import base64
 import json
 import os
 import re
@@ -58,6 +59,14 @@ def test_a_notebook_names_its_text_and_no_place_of_a_machine(path):
 def test_every_notebook_is_in_the_readme():
     readme = (ROOT / "README.md").read_text(encoding="utf-8")
     assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name}" not in readme] == []
+
+
+def test_the_picture_in_the_readme_is_one_of_the_notebooks():
+    readme = (ROOT / "README.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"!\[.*\]\((notebooks/.*\.png)\)", readme)
+    outputs = [output for path in NOTEBOOKS for cell in read(path).cells for output in cell.get("outputs", [])]
+    pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
+    assert (ROOT / name).read_bytes() in map(base64.b64decode, pictures)
 
 
 @pytest.fixture(scope="module")
