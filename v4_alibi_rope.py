@@ -33,6 +33,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 import harness
 from bpe_tokenizer import BPETokenizer
@@ -134,40 +135,54 @@ def apply_rope(x, table):
 
 
 def alibi_slopes(n_head):
-    """Slope of each head, (H,): 2^(-8/H), 2^(-16/H), ..., 2^-8 (Press et al. 2021, section 3).
+    """Slope of each head, H numbers: 2^(-8/H), 2^(-16/H), ..., 2^-8 (Press et al. 2021, section 3).
 
     If H is no power of two, the slopes of the power of two below it, then every other one of that above it, as in the
     authors' code.
     """
     power = 2 ** math.floor(math.log2(n_head))
     slopes = [2 ** (-8 * i / power) for i in range(1, power + 1)]
-    slopes += [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (n_head - power), 2)]
-    return torch.tensor(slopes)
+    return slopes + [2 ** (-8 * i / (2 * power)) for i in range(1, 2 * (n_head - power), 2)]
 
 
 def alibi_bias(n_head, T, K):
     """ALiBi as it is: slope * (j - i), which is added to the score of query i and key j, (H, T, K). The T queries are
     the last of the K tokens."""
     distance = torch.arange(K) - torch.arange(K - T, K)[:, None]  # (T, K)
-    return alibi_slopes(n_head)[:, None, None] * distance
+    return torch.tensor(alibi_slopes(n_head))[:, None, None] * distance
 
 
 def alibi_in_the_dot_product(q, k, v):
-    """The same bias without a mask, for the fused causal kernel: `q`, `k`, `v` (B, H, T, D), widened by 8 dimensions in
-    which q . k / sqrt(D) gains it.
+    """The same bias without a mask, for the fused causal kernel: `q`, `k`, `v` (B, H, T, D), `q` scaled, widened by 8
+    dimensions in which q . k gains slope * (j - i).
 
-    Softmax does not change if all scores of a query move alike, so slope * j does as well as slope * (j - i); and that
-    is a product of 1 in the query and slope * j in the key. Three summands carry it where numbers have 8 bits.
+    Where numbers have 8 bits, neither a long position is one nor every slope; but each is a sum of two that are:
+    position = 256 (position // 256) + position % 256, slope = s + rest. So all products are exact up to 65,536 tokens.
     """
-    B, H, T, D = k.shape
-    bias = alibi_slopes(H).to(k.device)[:, None] * torch.arange(T, device=k.device) * math.sqrt(D)  # (H, T)
-    parts = []
-    for _ in range(3):
-        parts.append(bias.to(k.dtype))
-        bias = bias - parts[-1].float()
-    bias = F.pad(torch.stack(parts, -1), (0, 5)).expand(B, H, T, 8)
-    ones = F.pad(q.new_ones(B, H, T, 3), (0, 5))
-    return torch.cat([q, ones], -1), torch.cat([k, bias], -1), F.pad(v, (0, 8))
+    B, H, T, _ = k.shape
+    position = torch.arange(T, device=k.device)
+    position = torch.stack([position // 256, position % 256] * 2, -1).expand(H, T, 4)
+    slopes = []
+    for slope in alibi_slopes(H):
+        mantissa, exponent = math.frexp(slope)
+        s = math.ldexp(round(256 * mantissa), exponent - 8)  # its first 8 bits
+        slopes.append([256 * s, s, 256 * (slope - s), slope - s])
+    slopes = torch.tensor(slopes, device=k.device)[:, None].expand(H, T, 4)
+    extra_q, extra_k = torch.cat([slopes, position], -1), torch.cat([position, -slopes], -1)  # (H, T, 8)
+    q, k = (torch.cat([x, extra.to(x.dtype).expand(B, H, T, 8)], -1) for x, extra in ((q, extra_q), (k, extra_k)))
+    return q, k, F.pad(v, (0, 8))
+
+
+def flex_parts(n_head, T, device):
+    """What FlexAttention needs beforehand: the slopes, and which of `T` tokens each of them sees."""
+    seen = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=device)
+    return torch.tensor(alibi_slopes(n_head), device=device), seen
+
+
+def alibi_by_flex_attention(q, k, v, slopes, seen):
+    """Causal attention with the same bias, which a compiled kernel adds to each score as it goes (FlexAttention, Dong
+    et al. 2024, arXiv:2412.05496): heads stay as wide as they are. `q`, `k`, `v` (B, H, T, D), `q` scaled."""
+    return flex_attention(q, k, v, lambda score, b, h, i, j: score + slopes[h] * (j - i), seen, scale=1.0)
 
 
 class KVCache:
@@ -237,6 +252,9 @@ class Attention(nn.Module):
     def __init__(self, position, layer):
         super().__init__()
         self.n_head, self.position, self.layer = N_HEAD, position, layer
+        # On a GPU wider heads may need a slower kernel.
+        on_gpu = position == "alibi" and DEVICE.startswith("cuda")
+        self.flex = flex_parts(N_HEAD, BLOCK_SIZE, DEVICE) if on_gpu else None
         self.qkv = nn.Linear(N_EMBD, 3 * N_EMBD, bias=False)
         self.proj = nn.Linear(N_EMBD, N_EMBD, bias=False)
 
@@ -250,8 +268,10 @@ class Attention(nn.Module):
             k, v = cache.extend(self.layer, k, v)
         if self.position == "alibi" and cache:
             y = attend(q, k, v, D**-0.5, alibi_bias(H, T, k.size(2)))  # (B, H, T, D)
+        elif self.flex and torch.compiler.is_compiling():
+            y = alibi_by_flex_attention(q * D**-0.5, k, v, *self.flex)
         elif self.position == "alibi":
-            y = attend(*alibi_in_the_dot_product(q, k, v), D**-0.5)[..., :D]
+            y = attend(*alibi_in_the_dot_product(q * D**-0.5, k, v), 1.0)[..., :D]
         else:
             y = attend(q, k, v, D**-0.5)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
