@@ -8,22 +8,25 @@ time. Only the class BPETokenizer calls it:
     encoder = BulkEncoder(merge_id, pattern, dtype)       # encoder.encode(parts(texts)) gives arrays of ids
     ids = encode_long_pretoken(pretoken, merge_id)        # where the textbook's loop would take too long
 
-Four ideas make it fast:
+Five ideas make it fast:
 
-1. A natural text repeats itself. It is cut into chunks, a word or so each, at places that are found without the pattern
-   (`find_cuts`). Equal chunks get equal numbers (`Chunks`), and only distinct ones are pre-tokenized and encoded.
-2. What is left to do is done side by side: numpy looks up all chunks of a block, or makes the next merge in every
-   pre-token, at once instead of one after the other.
-3. Learning keeps the pre-tokens as a linked list of places (`Corpus`), so a merge touches only the places where it
+1. A natural text repeats itself. Equal pre-tokens get equal numbers (`Chunks`), and only distinct ones are encoded.
+   Long ones, such as sentences of Chinese, repeat rarely; they are cut where no token ever goes on (`JoinTable`).
+2. What is left to do is done side by side: numpy finds all pre-tokens of a block by the kinds of its characters
+   (`gpt2_starts`), looks up all chunks, or makes the next merges in every pre-token, at once.
+3. Encoding need not make one merge after the other. One may be made early if no merge before it can ever take one of
+   its two tokens away (`PairTable`, `encode_pretokens`), so a few rounds do.
+4. Learning keeps the pre-tokens as a linked list of places (`Corpus`), so a merge touches only the places where it
    applies, and it makes several merges at a time where their order cannot matter (`learn_merges`).
-4. Encoding looks up pairs of ids in a table made of arrays (`PairTable`).
+5. Memory is bounded: texts come in blocks, and a text that does not repeat itself makes the table of chunks start anew.
 
 Inside, texts are UTF-8 bytes, and two bytes that UTF-8 never has mark their structure. A part is what is pre-tokenized
 by itself: a document, or what stands between special tokens. 0xFE ends each part, and a part that 0xFF begins is no
-text but a special token, whose id follows in decimal. `pattern` is the compiled pattern whose findall gives the
-pre-tokens of a part, GPT-2's or GPT-4's: both have a boundary wherever `find_cuts` cuts.
+text but a special token, whose id follows in decimal. `pattern` is None for GPT-2's pre-tokens, which are found without
+it; with GPT-4's compiled pattern the chunks are larger (`gpt4_starts`), and its findall gives the pre-tokens of each.
 """
 
+import functools
 import heapq
 import itertools
 import os
@@ -34,15 +37,20 @@ from collections.abc import Iterable, Mapping
 
 import numpy as np
 
+import unicode_classes
+
 BLOCK_BYTES = 1 << 18  # of a text that are looked at together: they stay in the processor's cache
 FEW_BYTES = 1024  # of a text that are too few for the table of chunks to pay
+NEW_BYTES = 1 << 17  # of new chunks that are encoded together
+MANY_CHUNKS = 1 << 18  # of a text after which the table of chunks starts anew, so that memory is bounded
 SHORT_BYTES = 15  # of a chunk that two 64-bit numbers hold, beside its length
 LONG_BYTES = 64  # of a pre-token beyond which rescanning it for every merge costs more than a heap
-NONE = np.iinfo(np.int64).max  # the id of a pair that no merge joins: larger than every id
+MANY_ROUNDS = 64  # of merges, side by side, after which what is left of hard pre-tokens is encoded one by one
+NONE = np.iinfo(np.int32).max  # the id of a pair that no merge joins: larger than every id
 
 END, SPECIAL = b"\xfe", b"\xff"  # end of a part; begin of a special token
 
-_NO_CUT = np.isin(np.arange(256), list(b"\t\n\v\f\r \xc2\xe1\xe2\xe3" + END))  # may start white space, or end a part
+_CONTRACTION = re.compile(rb"'(?:[sdmt]|ll|ve|re)")
 _MASK = np.array([(1 << 8 * n) - 1 for n in range(9)], np.uint64)  # selects the first n of 8 bytes
 _PAIR = 1 << 32  # the pair of ids a and b is the number a * _PAIR + b, so pairs compare as numbers do
 
@@ -128,51 +136,133 @@ def _no_file_names(documents):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# GPT-2's pre-tokens without the pattern
+# ----------------------------------------------------------------------------------------------------------
+
+LETTER, NUMBER, OTHER, SPACE, NO_TEXT = range(5)  # kinds of characters
+
+
+@functools.cache
+def _kinds():
+    """(the kind of each byte that is a character or a mark, 256 bytes; the kind of each code point, an array)"""
+    kind = np.full(0x110000, OTHER, np.uint8)
+    for name, ranges in ((LETTER, unicode_classes.LETTERS), (NUMBER, unicode_classes.NUMBERS),
+                         (SPACE, unicode_classes.SPACES)):  # fmt: skip
+        for part in ranges.split():
+            first, _, last = part.partition("-")
+            kind[int(first, 16) : int(last or first, 16) + 1] = name
+    of_byte = kind[:256].copy()
+    of_byte[[*END, *SPECIAL]] = NO_TEXT, NUMBER  # a special token is one piece with its digits
+    return of_byte.tobytes(), kind
+
+
+def kinds_of(block):
+    """The kind of the character that each byte of `block`, bytes of marked parts, belongs to: (n,) uint8."""
+    of_byte, of_code_point = _kinds()
+    data = np.frombuffer(block + bytes(3), np.uint8)
+    kind = np.frombuffer(bytearray(block.translate(of_byte) + bytes(3)), np.uint8)
+    for size, low, high in ((2, 0xC2, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0xF5)):  # UTF-8's first bytes, by the number
+        first = np.flatnonzero((data >= low) & (data < high))
+        if len(first):
+            code_point = data.take(first).astype(np.int64) - (256 - (256 >> size))
+            for k in range(1, size):
+                code_point = code_point << 6 | data.take(first + k) & 63
+            of_first = of_code_point.take(code_point, mode="clip")
+            for k in range(size):  # all bytes of a character have its kind
+                kind[first + k] = of_first
+    return kind[: len(block)]
+
+
+def gpt2_starts(block, kind):
+    """Where GPT-2's pre-tokens start: (n,) bool. `block`: bytes of marked parts; `kind`: its `kinds_of`.
+
+    The pattern looks at most three characters ahead, so each place is decided by its neighbours: a new kind of
+    character starts a pre-token, one space before it belongs to it, and so do the letters of 's, 't, 'll and so on to
+    an apostrophe that starts one; of white space before something else the last character is by itself.
+    Ends of parts, and special tokens, are pieces of their own.
+    """
+    data = np.frombuffer(block, np.uint8)
+    before, here = kind[:-1], kind[1:]
+    start = np.ones(len(block), bool)
+    is_text = here < SPACE
+    start[1:] = (here != before) | (before == NO_TEXT)
+    start[1:] &= ~(is_text & (data[:-1] == ord(" ")))
+    last = (before == SPACE) & is_text  # the last byte of white space
+    start[:-1] |= last
+    wide = np.flatnonzero(last & (data[:-1] >= 0x80))
+    if len(wide):
+        start[wide] = False
+        for _ in range(2):  # to the first byte of the character, which has two or three
+            wide -= data[wide] & 0xC0 == 0x80
+        start[wide] = True
+    apostrophes = np.flatnonzero(data == ord("'"))
+    apostrophes = apostrophes[start[apostrophes]]
+    for i in apostrophes.tolist():
+        if match := _CONTRACTION.match(block, i):
+            start[i + 1] = False
+            if match.end() < len(block):
+                start[match.end()] = True
+    return start
+
+
+def gpt4_starts(block, kind):
+    """Where pieces of a text may start so that pre-tokenizing them by GPT-4's pattern equals pre-tokenizing the whole:
+    some of the places where its pre-tokens do, (n,) bool. `block`, `kind`: as in `gpt2_starts`.
+
+    No pre-token goes on after a letter or number with what is none, nor with a number after another sign, nor with a
+    space before text after anything. Ends of parts belong to the piece before.
+    """
+    data = np.frombuffer(block, np.uint8)
+    before, here = kind[:-1], kind[1:]
+    start = np.ones(len(block), bool)
+    start[1:] = (before <= NUMBER) & (here != before) & (here < NO_TEXT) | (before == OTHER) & (here == NUMBER)
+    start[1:] |= before == NO_TEXT
+    start[:-1] |= (data[:-1] == ord(" ")) & (here < SPACE)
+    return start
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Chunks: a text cut into parts that repeat
 # ----------------------------------------------------------------------------------------------------------
 
 
-def find_cuts(data):
-    """Where a text may be cut so that pre-tokenizing the pieces equals pre-tokenizing the whole.
+def last_cut(tail, starts):
+    """The last place in `tail`, bytes, where a text may be cut so that all pieces stay what they are; 0 for none.
 
-    data: (n,) uint8, the UTF-8 bytes of the text, its parts marked. Returns places in it, ascending, int64.
-    Those are the ends of parts, and the places before a space that a non-space follows. Both patterns have a boundary
-    there whatever comes before: no pre-token holds a space after a non-space, and a run of white space gives up its
-    last character if that is a space. Where the next byte only may start a white-space character there is no cut.
+    It is a start with no white space before it, far enough from both ends of `tail` to be seen for what it is.
     """
-    spaces = np.flatnonzero(data[:-1] == ord(" "))
-    cuts = spaces[~_NO_CUT.take(data.take(spaces + 1))]
-    ends = np.flatnonzero(data == END[0]) + 1
-    if not len(ends):
-        return cuts
-    is_cut = np.zeros(len(data) + 1, bool)
-    is_cut[cuts] = is_cut[ends] = True
-    return np.flatnonzero(is_cut)
+    kind = kinds_of(tail)
+    places = np.flatnonzero(starts(tail, kind)[8:-8] & (kind[7:-9] != SPACE))
+    return 8 + int(places[-1]) if len(places) else 0
 
 
-def split_blocks(texts):
-    """Cut the concatenation of `texts`, an iterable of bytes, at `find_cuts` into blocks, bytes of about `BLOCK_BYTES`
-    each, or more where there is no place to cut. Yields them as the texts are read, at least one."""
-    pending, size = [], 0
+def split_blocks(texts, starts):
+    """Cut the concatenation of `texts`, an iterable of bytes, into blocks, bytes of about `BLOCK_BYTES` each, or more
+    where there is no place to cut. Yields them as the texts are read, at least one.
+
+    starts: `gpt2_starts` or `gpt4_starts`.
+    """
+    pending, size, enough = [], 0, BLOCK_BYTES
     for text in texts:
-        for start in range(0, len(text), BLOCK_BYTES):
-            piece = text[start : start + BLOCK_BYTES]
-            pending.append(piece)
-            size += len(piece)
-            if size < BLOCK_BYTES:
+        for first in range(0, len(text), BLOCK_BYTES):
+            pending.append(text[first : first + BLOCK_BYTES])
+            size += len(pending[-1])
+            if size < enough:
                 continue
-            for tail in (piece[-1000:], piece):  # a place to cut is rarely far from the end
-                if len(cuts := find_cuts(np.frombuffer(tail, np.uint8))):
-                    cut = len(piece) - len(tail) + int(cuts[-1])
-                    pending[-1] = piece[:cut]
-                    yield b"".join(pending)
-                    pending, size = [piece[cut:]], len(piece) - cut
+            block = b"".join(pending)
+            for tail in (block[-1000:], block[-BLOCK_BYTES:]):  # a place to cut is rarely far from the end
+                if cut := last_cut(tail, starts):
+                    cut += len(block) - len(tail)
+                    yield block[:cut]
+                    pending, size, enough = [block[cut:]], len(block) - cut, BLOCK_BYTES
                     break
+            else:
+                pending, enough = [block], 2 * size
     yield b"".join(pending)
 
 
 class Chunks:
-    """Numbers the distinct chunks of a text, from cut to cut, so that costly work is done once a chunk.
+    """Numbers the distinct chunks of a text, so that costly work is done once a chunk.
 
     chunks: list of bytes, the chunk of each number.
 
@@ -183,7 +273,7 @@ class Chunks:
     """
 
     def __init__(self):
-        self.chunks = []
+        self.chunks, self.size = [], 0  # size: bytes of all of them
         self.long = {}  # number of each chunk of more than SHORT_BYTES
         self._make_table(1 << 17)
 
@@ -192,15 +282,10 @@ class Chunks:
         self.low, self.high = np.zeros(size, np.uint64), np.zeros(size, np.uint64)  # free where high is 0
         self.number = np.zeros(size, np.int64)
 
-    def index(self, block):
-        """Numbers of the chunks of `block`, bytes, in order: (number of chunks,) int64."""
-        if not block:
-            return np.empty(0, np.int64)
-        n = len(block)
+    def index(self, block, start):
+        """Numbers of the chunks of `block`, bytes, in order: (number of chunks,) int64. start: where each starts."""
         data = np.frombuffer(block + bytes(16), np.uint8)
-        start = find_cuts(data[:n])
-        start = np.concatenate([[0], start[np.searchsorted(start, 1) : np.searchsorted(start, n)]])
-        length = np.diff(start, append=n)
+        length = np.diff(start, append=len(block))
         is_long = length > SHORT_BYTES
         index = np.empty(len(start), np.int64)
         index[~is_long] = self._index_short(block, data, start[~is_long], length[~is_long])
@@ -208,6 +293,7 @@ class Chunks:
         for k, i, m in zip(long.tolist(), start[long].tolist(), length[long].tolist()):
             chunk = block[i : i + m]
             if chunk not in self.long:
+                self.size += m
                 self.long[chunk] = len(self.chunks)
                 self.chunks.append(chunk)
             index[k] = self.long[chunk]
@@ -220,6 +306,7 @@ class Chunks:
         rest = np.maximum(length - 8, 0)
         high = numbers[1::2] & _MASK.take(rest) | length.astype(np.uint64) << np.uint64(56)
         index, first = self._look_up(low, high)
+        self.size += int(length[first].sum())
         self.chunks += [block[i : i + m] for i, m in zip(start[first].tolist(), length[first].tolist())]
         return index
 
@@ -254,27 +341,29 @@ def _pretokenize(chunk, pattern):
     if text.removeprefix(b" ").isalpha():  # a space and ASCII letters are one: no need to ask the pattern
         return [text]
     if chunk[:1] == SPECIAL:
-        return [chunk]
+        return [text]
     if len(text) < len(chunk):
         return [pretoken.encode() for pretoken in pattern.findall(text.decode())]
-    # A space and a non-space come next. They must be seen: white space at the end of a part is cut otherwise.
+    # Something else comes next. It must be seen: white space at the end of a part is cut otherwise.
     return [pretoken.encode() for pretoken in pattern.findall(chunk.decode() + " x")[:-1]]
 
 
 def count_pretokens(texts, pattern):
     """How often each pre-token occurs in `texts`, a string or an iterable of strings, each pre-tokenized by itself.
 
-    Returns a Counter, {pre-token as bytes: how often}. Raises as `utf8` does, and ValueError if the texts are names of
-    files, for a vocabulary of file names is never what is wanted.
+    pattern: as of `BulkEncoder`. Returns a Counter, {pre-token as bytes: how often}. Raises as `utf8` does, and
+    ValueError if the texts are names of files, for a vocabulary of file names is never what is wanted.
     """
     counts, chunks, times = Counter(), Chunks(), np.zeros(0, np.int64)
-    for block in split_blocks(_no_file_names(documents(texts))):
-        index = chunks.index(block)
+    starts = gpt4_starts if pattern else gpt2_starts
+    for block in split_blocks(_no_file_names(documents(texts)), starts):
+        index = chunks.index(block, np.flatnonzero(starts(block, kinds_of(block))))
         times = np.pad(times, (0, len(chunks.chunks) - len(times)))
         times += np.bincount(index, minlength=len(times))
     for chunk, n in zip(chunks.chunks, times.tolist()):
-        for pretoken in _pretokenize(chunk, pattern):
+        for pretoken in _pretokenize(chunk, pattern) if pattern else [chunk]:
             counts[pretoken] += n
+    del counts[END]
     return counts
 
 
@@ -457,7 +546,7 @@ def learn_merges(counts, n_merges, progress=None):
 
 
 def encode_long_pretoken(pretoken, merge_id):
-    """Ids of one pre-token, bytes, as a list of int: the textbook's result in O(n log n) instead of O(n^2).
+    """Ids of one pre-token, bytes or a list of ids, as a list: the textbook's result in O(n log n) instead of O(n^2).
 
     merge_id: {(left id, right id): id of the merged token}.
     A heap holds the merges that apply, and a linked list takes the place of new lists. An entry of the heap is one
@@ -488,67 +577,176 @@ def encode_long_pretoken(pretoken, merge_id):
 
 
 class PairTable:
-    """The dict {(left id, right id): id} as numpy arrays, to look up many pairs at once.
+    """What merges can do to two ids side by side, x and y, as numpy arrays, to look up many pairs at once:
 
-    A pair is one number, its key, which has a slot in a table. If another pair holds the slot, the key is searched for
-    among the sorted keys.
+    - the merge of the two;
+    - the first merge that can ever take y with what is left of it, which by then ends with x: (L, y) where x is L, or
+      the right part of L, or the right part of that, and so on;
+    - the first merge that can ever take x with what is right of it, which by then begins with y: (x, R).
+
+    A merge is told by the id that it makes, none by `NONE`. A pair is one number, its key, which has a slot in a hash
+    table with linear probing (Knuth, The Art of Computer Programming 3, section 6.4).
     """
 
     def __init__(self, merge_id):
-        self.n_ids = 256 + len(merge_id)
-        keys = np.array([a * self.n_ids + b for a, b in merge_id], np.int64)
+        n = len(merge_id)
+        self.n_ids = 256 + n
+        left, right = np.array(list(merge_id) or np.empty((0, 2)), np.int64).T
         ids = np.array(list(merge_id.values()), np.int64)
-        order = np.argsort(keys)
-        self.sorted_keys, self.sorted_ids = np.append(keys[order], NONE), np.append(ids[order], NONE)
-        self.slot_key = np.full(1 << (16 * len(keys) + 1).bit_length(), -1)
-        self.slot_id = np.full(len(self.slot_key), NONE)
-        slots = self._slot(keys)
-        self.slot_key[slots], self.slot_id[slots] = keys, ids
+        parts = np.full((2, self.n_ids), -1)  # left and right part of each id
+        parts[:, ids] = left, right
+        found = [(left * self.n_ids + right, ids, np.zeros(n, np.int64))]
+        for kind, (end, part) in enumerate(((left, parts[1]), (right, parts[0])), start=1):
+            new = ids
+            while len(new):
+                x, y = (end, right[new - 256]) if kind == 1 else (left[new - 256], end)
+                found.append((x * self.n_ids + y, new, np.full(len(new), kind)))
+                end = part[end]
+                new, end = new[end >= 0], end[end >= 0]
+        keys, new, kind = map(np.concatenate, zip(*found))
+        distinct, row = np.unique(keys, return_inverse=True)
+        self.size = 1 << (4 * len(distinct) + 1).bit_length()
+        values = np.full((3, len(distinct) + 1), NONE, np.int32)
+        np.minimum.at(values, (kind, row), new)
+        self.slot_key, self.slot_row = np.full(self.size, -1), np.full(self.size, len(distinct), np.int32)
+        self.values = values
+        todo, slot = np.arange(len(distinct)), self._slot(distinct)
+        while len(todo):
+            free = todo[self.slot_key[slot[todo]] < 0]
+            self.slot_key[slot[free]] = distinct[free]  # of several that want a slot the last gets it
+            got = free[self.slot_key[slot[free]] == distinct[free]]
+            self.slot_row[slot[got]] = got
+            todo = todo[self.slot_key[slot[todo]] != distinct[todo]]
+            slot[todo] = (slot[todo] + 1) % self.size
 
     def _slot(self, keys):
-        return (keys * np.int64(0x1E3779B97F4A7C15) >> 24) & (len(self.slot_key) - 1)  # odd, otherwise arbitrary
+        return (keys * np.int64(0x1E3779B97F4A7C15) >> 24) & (self.size - 1)  # odd, otherwise arbitrary
 
     def find(self, left, right):
-        """The ids that pairs merge to, `NONE` where no merge joins them. left, right and the result: (n,) int64."""
-        keys = left * self.n_ids + right
-        slots = self._slot(keys)
-        there = self.slot_key.take(slots)
-        ids = np.where(there == keys, self.slot_id.take(slots), NONE)
-        taken = np.flatnonzero((there != keys) & (there >= 0))
-        found = np.searchsorted(self.sorted_keys, keys[taken])
-        ids[taken] = np.where(self.sorted_keys[found] == keys[taken], self.sorted_ids[found], NONE)
-        return ids
+        """What is to know of pairs of ids, (3, n) int32: see above. left, right: (n,) integers."""
+        keys = left.astype(np.int64) * self.n_ids + right
+        slot = self._slot(keys)
+        there = self.slot_key.take(slot)
+        row = self.slot_row.take(slot)
+        row[there != keys] = self.values.shape[1] - 1
+        todo = np.flatnonzero((there != keys) & (there >= 0))  # another pair holds the slot
+        while len(todo):
+            slot[todo] = (slot[todo] + 1) % self.size
+            there = self.slot_key.take(slot[todo])
+            same = there == keys[todo]
+            row[todo[same]] = self.slot_row.take(slot[todo[same]])
+            todo = todo[~same & (there >= 0)]
+        return self.values.take(row, axis=1)
+
+
+class JoinTable:
+    """Tells between which bytes of a text a token can go on. Where none can, no merge ever joins what stands there, and
+    a long pre-token may be cut: Chinese sentences and numbers fall into pieces that repeat, as words do.
+
+    tokens: list of bytes. Of every place inside of a token up to three bytes to the left and to the right of it, or one
+    if there are fewer, are kept in a table of bits (Bloom 1970, "Space/Time Trade-offs in Hash Coding"), which forgets
+    none and at times finds one that was not put in: then there is a cut less.
+    """
+
+    SIX, LEFT, RIGHT, TWO = (np.uint64(mask) for mask in (0xFFFFFFFFFFFF, 0xFFFFFFFF, 0xFFFFFFFF0000, 0xFFFF0000))
+
+    def __init__(self, tokens):
+        tokens = [token for token in tokens if len(token) > 1]
+        size = np.array([len(token) for token in tokens], np.int64)
+        place, end = np.arange(size.sum()), np.repeat(np.cumsum(size), size)
+        left = place - end + np.repeat(size, size)  # bytes of the token before each place
+        place, left, right = (x[left > 0] for x in (place, left, end - place))
+        around = self._around(b"".join(tokens), place)
+        with_3 = right >= 3
+        mask = np.where(left >= 3, np.where(with_3, self.SIX, self.LEFT), np.where(with_3, self.RIGHT, self.TWO))
+        self.two = np.zeros(1 << 16, bool)  # pairs of bytes in a token, by right * 256 + left
+        self.two[around >> np.uint64(16) & np.uint64(0xFFFF)] = True
+        self.shift = np.uint64(64 - max(16, (16 * len(place)).bit_length()))
+        self.table = np.zeros(1 << 64 - int(self.shift), bool)
+        self.table[self._slot(around & mask)] = True
+
+    @staticmethod
+    def _around(text, place):
+        """The three bytes before and after each place of `text`, in the low 48 bits of an uint64."""
+        padded = bytes(3) + text + bytes(8)
+        return np.ndarray(len(text) + 3, "<u8", padded, strides=(1,))[place]
+
+    def _slot(self, key):
+        return (key * np.uint64(0x9E3779B97F4A7C15) >> self.shift).view(np.int64)
+
+    def joins(self, text, place):
+        """Whether a token may go on across each place of `text`, bytes: (n,) bool for places (n,)."""
+        around = self._around(text, place)
+        joined = self.two.take((around >> np.uint64(16) & np.uint64(0xFFFF)).view(np.int64))
+        some = np.flatnonzero(joined)
+        around, found = around[some], np.zeros(len(some), bool)
+        for mask in (self.SIX, self.LEFT, self.RIGHT, self.TWO):
+            found |= self.table.take(self._slot(around & mask))
+        joined[some] = found
+        return joined
 
 
 class BulkEncoder:
     """Encodes corpora with the merges `merge_id`, {(left id, right id): id of the merged token}.
 
-    pattern: the compiled pre-tokenization pattern; dtype: an integer numpy type that holds every id; byte_id: the id of
-    each byte, 256 bytes, or None where they are the same.
+    pattern: the compiled pattern of GPT-4, or None for that of GPT-2, which is not needed; dtype: an integer numpy type
+    that holds every id; byte_id: the id of each byte, 256 bytes, or None where they are the same.
     """
 
     def __init__(self, merge_id, pattern, dtype, byte_id=None):
         self.merge_id, self.pattern, self.dtype, self.byte_id = merge_id, pattern, dtype, byte_id
+        self.starts = gpt4_starts if pattern else gpt2_starts
         self.pair_table = PairTable(merge_id)
+        tokens = [bytes([byte_id.index(i) if byte_id else i]) for i in range(256)]
+        for a, b in merge_id:
+            tokens.append(tokens[a] + tokens[b])
+        self.join_table = JoinTable(tokens)
         left, right = np.divmod(np.arange(1 << 16), 256)
-        self.byte_pairs = self.pair_table.find(left, right)  # by left id * 256 + right id
+        self.byte_pairs = self.pair_table.find(left, right)  # by left id * 256 + right id: (3, 65536)
 
     def encode(self, texts):
         """Ids of `texts`, an iterable of bytes in which parts are marked: an iterator of arrays of `dtype`, one for
         each block. Memory grows with the number of distinct chunks and not with the length of the text."""
-        blocks = split_blocks(texts)
-        chunks = Chunks()
-        ids, lengths = np.empty(0, self.dtype), np.empty(0, np.int64)  # of all chunks so far, end to end
-        while group := list(itertools.islice(blocks, 32)):  # the new chunks of many blocks are encoded together
-            indices = [chunks.index(block) for block in group]
+        chunks, waiting = Chunks(), []
+        ids, lengths, size = np.empty(0, self.dtype), np.empty(0, np.int64), 0  # of all chunks so far, end to end
+        for block in itertools.chain(split_blocks(texts, self.starts), [None]):
+            if block:
+                waiting.append(chunks.index(block, self.cut(block)))
+                if len(waiting) < 32 and chunks.size - size < NEW_BYTES:
+                    continue  # the new chunks of many blocks are encoded together
             if new := chunks.chunks[len(lengths) :]:
                 new_ids, new_lengths = self.encode_chunks(new)
-                ids, lengths = np.append(ids, new_ids), np.append(lengths, new_lengths)
-            for index in indices:
+                ids, lengths, size = np.append(ids, new_ids), np.append(lengths, new_lengths), chunks.size
+            for index in waiting:
                 yield gather(ids, lengths, index)
+            waiting = []
+            if len(lengths) > MANY_CHUNKS:  # a text that does not repeat itself
+                chunks, ids, lengths, size = Chunks(), ids[:0], lengths[:0], 0
+
+    def cut(self, block):
+        """Where the chunks of `block` start, int64. Those are pre-tokens, or what `starts` finds; long pre-tokens of
+        GPT-2 are cut where no token goes on."""
+        start = self.starts(block, kinds_of(block))
+        if self.pattern:
+            return np.flatnonzero(start)
+        place = np.flatnonzero(start)
+        length = np.diff(place, append=len(block))
+        long = np.flatnonzero(length > SHORT_BYTES)
+        if not len(long):
+            return place
+        inside = np.zeros(len(block) + 1, np.int8)
+        inside[place[long] + 1] += 1
+        inside[place[long] + length[long]] -= 1
+        inside = np.cumsum(inside[:-1], dtype=np.int8).view(bool)
+        inside = np.flatnonzero(inside & (np.frombuffer(block, np.uint8) & 0xC0 != 0x80))  # not within a character
+        start[inside] = ~self.join_table.joins(block, inside)
+        return np.flatnonzero(start)
 
     def encode_chunks(self, chunks):
         """(ids of all `chunks`, a list of bytes, end to end, as `dtype`; number of ids of each chunk, int64)"""
+        if not self.pattern:
+            ids, lengths = self.encode_pretokens(chunks)
+            return ids.astype(self.dtype), lengths
         pretokens, sizes = [], []  # pre-tokens of all chunks, how many of each
         for chunk in chunks:
             some = _pretokenize(chunk, self.pattern)
@@ -561,41 +759,51 @@ class BulkEncoder:
         return gather(ids, lengths, index).astype(self.dtype), np.diff(ends, prepend=0)
 
     def encode_pretokens(self, pretokens):
-        """The textbook's encoding of many pre-tokens side by side: every round does one merge in each of them.
+        """The textbook's encoding of many pre-tokens side by side, many merges a round.
 
-        pretokens: list of bytes. Returns (ids of all of them end to end, number of ids of each), both int64.
+        pretokens: list of bytes. Returns (ids of all of them end to end, int32; number of ids of each, int64).
+
+        A round makes the first merge that waits in each pre-token, as the textbook does. It also makes every other one
+        that comes before all that could ever take one of its two tokens from it, on either side: its turn would come,
+        and until then nothing changes it, so it may as well be made at once.
         """
-        alone = [len(pretoken) > LONG_BYTES or pretoken[:1] == SPECIAL for pretoken in pretokens]
-        short = [b"" if is_alone else pretoken for pretoken, is_alone in zip(pretokens, alone)]
-        ids = np.frombuffer(b"".join(short).translate(self.byte_id), np.uint8).astype(np.int64)
-        owner = np.repeat(np.arange(len(pretokens)), [len(pretoken) for pretoken in short])
-        done = [(np.array(self._encode_alone(pretokens[i])), i) for i in np.flatnonzero(alone).tolist()]
-        done = [(new, np.full(len(new), i)) for new, i in done]
-        new_id = self.byte_pairs.take(ids * 256 + np.roll(ids, -1))  # what each id and the next one are merged to
-        new_id[np.diff(owner, append=-1) != 0] = NONE  # the next one belongs to another pre-token
-        while len(ids):
+        marks = [pretoken[:1] >= END for pretoken in pretokens]  # a special token, or the end of a part
+        texts = [b"" if mark else pretoken for pretoken, mark in zip(pretokens, marks)]
+        ids = np.frombuffer(b"".join(texts).translate(self.byte_id), np.uint8).astype(np.int32)
+        owner = np.repeat(np.arange(len(texts), dtype=np.int32), [len(text) for text in texts])
+        done = [(np.array([int(pretokens[i][1:])], np.int32), np.array([i], np.int32))
+                for i, mark in enumerate(marks) if mark and pretokens[i] != END]  # fmt: skip
+        pairs = np.append(ids[:-1] * 256 + ids[1:], ids[-1:])
+        ends = np.flatnonzero(np.diff(owner, append=-1))  # the next id belongs to another pre-token
+        new_id, by_left, by_right = (of_bytes.take(pairs) for of_bytes in self.byte_pairs)
+        new_id[ends] = by_left[ends] = by_right[ends] = NONE
+        for _ in range(MANY_ROUNDS):
+            if not len(ids):
+                break
             first = np.flatnonzero(np.diff(owner, prepend=-1))  # where each pre-token starts
             best = np.minimum.reduceat(new_id, first)
             best = np.repeat(best, np.diff(first, append=len(ids)))
-            finished = best == NONE
-            place = np.flatnonzero((new_id == best) & ~finished)
+            # In front of the first and after the last id of a pre-token, by_left and by_right are NONE.
+            chosen = (new_id < np.roll(by_left, 1)) & (new_id <= np.roll(by_right, -1)) | (new_id == best)
+            place = np.flatnonzero(chosen & (new_id != NONE))
             place = place[_every_second(np.diff(place, prepend=-2) == 1)]
             ids[place] = new_id[place]
-            done.append((ids[finished], owner[finished]))
+            finished = best == NONE
+            some = np.flatnonzero(finished)
+            done.append((ids[some], owner[some]))
             keep = ~finished
             keep[place + 1] = False
             place = (np.cumsum(keep) - 1)[place]  # where the merged ids are among those that are kept
-            ids, owner, new_id = ids[keep], owner[keep], new_id[keep]
+            keep = np.flatnonzero(keep)
+            ids, owner, new_id, by_left, by_right = (x.take(keep) for x in (ids, owner, new_id, by_left, by_right))
             changed = np.concatenate([place, place[place > 0] - 1])
             after = np.minimum(changed + 1, len(ids) - 1)
-            joined = (owner[changed] == owner[after]) & (after > changed)
-            new_id[changed] = np.where(joined, self.pair_table.find(ids[changed], ids[after]), NONE)
+            found = self.pair_table.find(ids[changed], ids[after])
+            found[:, (owner[changed] != owner[after]) | (after == changed)] = NONE
+            new_id[changed], by_left[changed], by_right[changed] = found
+        for some in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(owner)) + 1) if len(ids) else []:
+            rest = np.array(encode_long_pretoken(ids[some].tolist(), self.merge_id), np.int32)
+            done.append((rest, np.full(len(rest), owner[some[0]])))
         ids = np.concatenate([some for some, _ in done] or [ids])
         owner = np.concatenate([some for _, some in done] or [owner])
-        return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(pretokens))
-
-    def _encode_alone(self, pretoken):
-        """Ids of a special token or of a long pre-token, bytes, as a list of int."""
-        if pretoken[:1] == SPECIAL:
-            return [int(pretoken[1:-1])]
-        return encode_long_pretoken(pretoken.translate(self.byte_id), self.merge_id)
+        return ids[np.argsort(owner, kind="stable")], np.bincount(owner, minlength=len(texts))

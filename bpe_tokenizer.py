@@ -58,9 +58,6 @@ GPT4_PATTERN = (
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
-# What \s is in both, and in Python's `re` is not: Unicode's White_Space.
-_SPACES = "\t-\r \x85\xa0\u1680\u2000-\u200a\u2028\u2029\u202f\u205f\u3000"
-
 
 def greedy(pattern):
     """`pattern` as Python 3.10 reads it: without possessive repeats, such as x++, which never give back what they took.
@@ -71,8 +68,8 @@ def greedy(pattern):
 
 def _compiled(pattern):
     """`pattern` for Python's `re`, with the classes of one fixed Unicode in place of \\p{L}, \\p{N}, \\s and \\S."""
-    inside = {r"\p{L}": unicode_classes.members(unicode_classes.LETTERS),
-              r"\p{N}": unicode_classes.members(unicode_classes.NUMBERS), r"\s": _SPACES}
+    inside = {r"\p{L}": unicode_classes.LETTERS, r"\p{N}": unicode_classes.NUMBERS, r"\s": unicode_classes.SPACES}
+    inside = {name: unicode_classes.members(ranges) for name, ranges in inside.items()}
     pattern = greedy(pattern).replace(r"\S", r"[^\s]")
     for name, members in inside.items():
         alone = rf"{re.escape(name)}(?![^\[]*\])"  # outside of [...]
@@ -83,6 +80,11 @@ def _compiled(pattern):
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
 PRETOKENS = {name: _compiled(pattern) for name, pattern in PATTERNS.items()}
 PRETOKEN = PRETOKENS["gpt2"]
+
+
+def _bulk_pattern(name):
+    """What bpe_fast needs to pre-tokenize: the compiled pattern, or None for GPT-2's, which it does by itself."""
+    return None if name == "gpt2" else PRETOKENS[name]
 
 
 def count_pretokens(text, pattern="gpt2"):
@@ -235,7 +237,7 @@ class BPETokenizer:
         if n_merges < 0:
             raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
                              "tokens must fit")
-        counts = bpe_fast.count_pretokens(texts, PRETOKENS[pattern])
+        counts = bpe_fast.count_pretokens(texts, _bulk_pattern(pattern))
         return cls(bpe_fast.learn_merges(counts, n_merges, progress), special_tokens, pattern)
 
     def encode(self, text, allowed_special=()):
@@ -301,7 +303,7 @@ class BPETokenizer:
 
     @cached_property
     def _bulk_encoder(self):
-        return bpe_fast.BulkEncoder(self._merge_id, PRETOKENS[self.pattern], self.dtype, self._byte_id)
+        return bpe_fast.BulkEncoder(self._merge_id, _bulk_pattern(self.pattern), self.dtype, self._byte_id)
 
     def token_bytes(self, id):
         """The bytes that token `id` stands for. Raises ValueError if there is no such id."""

@@ -6,7 +6,8 @@ same ids everywhere. 16.0 is also what tiktoken and Hugging Face tokenizers have
 assign is neither a letter nor a number.
 
 LETTERS, NUMBERS: the code points of general category L and N, as ranges in hexadecimal. Source: UnicodeData.txt of
-Unicode 16.0.0 (unicode.org/Public/16.0.0/ucd), column 2. To make them again, join neighbours in
+Unicode 16.0.0 (unicode.org/Public/16.0.0/ucd), column 2. SPACES: those of the property White_Space (PropList.txt),
+which is what \\s is in both patterns, and in Python's `re` is not. To make the tables again, join neighbours in
 
     [c for c in range(0x110000) if regex.match(r"\\p{L}", chr(c))]
 
@@ -91,7 +92,9 @@ aa50-aa59 abf0-abf9 ff10-ff19 10107-10133 10140-10178 1018a-1018b 102e1-102fb 10
 1ecad-1ecaf 1ecb1-1ecb4 1ed01-1ed2d 1ed2f-1ed3d 1f100-1f10c 1fbf0-1fbf9
 """
 
+SPACES = "9-d 20 85 a0 1680 2000-200a 2028 2029 202f 205f 3000"
+
 
 def members(ranges):
-    """What to write inside of [...] in a pattern of `re` for the code points of `ranges`, LETTERS or NUMBERS."""
+    """What to write inside of [...] in a pattern of `re` for the code points of `ranges`, such as LETTERS."""
     return "".join("-".join(chr(int(end, 16)) for end in part.split("-")) for part in ranges.split())
