@@ -384,12 +384,19 @@ def gather(values, lengths, index):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _totals(keys, weights):
-    """(the distinct `keys` ascending, the sum of the `weights` of each)"""
+def _totals(keys, weights, bound):
+    """(the distinct `keys` ascending, the sum of the `weights` of each, int64); keys whose sum is 0 may be left out.
+
+    keys: (n,) int64 from 0 to below `bound`.
+    """
+    if bound <= 8 * len(keys):  # counting takes less than sorting
+        total = np.bincount(keys, weights)
+        keys = np.flatnonzero(total)
+        return keys, total[keys].astype(np.int64)
     order = np.argsort(keys, kind="stable")  # faster than the default, not needed otherwise
     keys = keys[order]
-    first = np.flatnonzero(np.concatenate([[True], keys[1:] != keys[:-1]])) if len(keys) else order
-    return keys[first], np.add.reduceat(weights[order], first) if len(keys) else weights
+    first = np.flatnonzero(np.diff(keys, prepend=-1))
+    return keys[first], np.add.reduceat(weights[order], first, dtype=np.int64) if len(first) else np.zeros(0, np.int64)
 
 
 def _every_second(overlaps):
@@ -403,82 +410,120 @@ def _every_second(overlaps):
 
 
 class Corpus:
-    """The distinct pre-tokens of a text in one array of ids, which merges shorten in place.
+    """The pre-tokens of a text, each once, laid out end to end with separators between them, to merge pairs in.
 
-    counts: {pre-token as bytes: how often it occurs in the text}.
-    ids: (n,) int64, all pre-tokens end to end with separators, -1, around them; weight: (n,) int64, how often the
-    pre-token of each place occurs, 0 for separators and places that are no longer in use. A merge puts its id where the
-    left one was. left, right: (n,) int64, the neighbours of each place that are still in use, a linked list.
-    places: for each id, the places that hold it, ascending, among others that did.
+    ids: (n,) int32, the id at each place, -1 at separators; weight: (n,), how often the pre-token of each place occurs,
+    0 at separators and places that are no longer in use. A merge puts its id where the left one was. left, right: (n,),
+    the neighbours of each place that are still in use, a linked list. places: for each id, the places that hold it,
+    ascending, among others that did. Numbers have 32 bits where those hold them.
     """
 
     def __init__(self, counts):
         sizes = np.array([len(pretoken) for pretoken in counts], np.int64)
-        inside = np.ones(1 + sizes.sum() + len(sizes), bool)
-        inside[0] = inside[np.cumsum(sizes + 1)] = False
-        places = np.flatnonzero(inside)
-        self.ids, self.weight = np.full(len(inside), -1), np.zeros(len(inside), np.int64)
-        self.ids[places] = text = np.frombuffer(b"".join(counts), np.uint8)
-        self.weight[places] = np.repeat(np.array(list(counts.values()), np.int64), sizes)
-        self.left, self.right = np.arange(len(inside)) - 1, np.arange(len(inside)) + 1
-        order = places[np.argsort(text, kind="stable")]
-        self.places = np.split(order, np.cumsum(np.bincount(text, minlength=256))[:-1])
+        text = np.frombuffer(b"\0".join([b"", *counts, b""]), np.uint8)
+        n, times = len(text), np.array(list(counts.values()), np.int64)
+        place = np.int32 if n < 1 << 31 else np.int64
+        separators = np.append(0, np.cumsum(sizes + 1))
+        order = np.argsort(text, kind="stable").astype(place)
+        in_use = np.ones(n, bool)
+        in_use[separators] = False
+        order = order[in_use[order]]
+        ends = np.cumsum(np.bincount(text, minlength=256) - np.eye(1, 256, dtype=np.int64)[0] * len(separators))
+        self.places = np.split(order, ends[:-1])
+        self.ids = text.astype(np.int32)
+        self.weight = np.zeros(n, np.int32 if times.sum() < 1 << 31 else np.int64)
+        self.weight[1:] = np.repeat(times.astype(self.weight.dtype), sizes + 1)[: n - 1]
+        self.ids[separators], self.weight[separators] = -1, 0
+        self.left, self.right = np.arange(-1, n - 1, dtype=place), np.arange(1, n + 1, dtype=place)
 
-    def pairs(self, i):
-        """(the pairs that start at places `i`, how often each occurs in the text: never if it holds a separator)
-
-        A pair of ids a and b is the number a * 2^32 + b, so (n,) int64 for (n,) places.
-        """
-        j = self.right.take(i)
-        return self.ids.take(i) * _PAIR + self.ids.take(j), np.minimum(self.weight.take(i), self.weight.take(j))
+    def _weights(self, i, j):
+        """How often each of the pairs of places `i` and `j` occurs: never if it holds a separator."""
+        return np.minimum(self.weight.take(i), self.weight.take(j))
 
     def pair_totals(self):
-        """(all distinct pairs ascending, how often each occurs in the text)"""
-        return _totals(*self.pairs(np.flatnonzero(self.weight)))
+        """(all distinct pairs, how often each occurs in the text). A pair of ids a and b is the number a * 2^32 + b."""
+        n_ids, found = len(self.places), []
+        in_use = np.flatnonzero(self.weight)
+        for i in np.array_split(in_use, len(in_use) // (1 << 20) + 1):
+            j = self.right.take(i)
+            i, j = i[self.weight.take(j) > 0], j[self.weight.take(j) > 0]
+            keys = self.ids.take(i) * np.int64(n_ids) + self.ids.take(j)
+            found.append(_totals(keys, self._weights(i, j), n_ids**2))
+        keys, total = _totals(*map(np.concatenate, zip(*found)), n_ids**2)
+        return keys // n_ids * _PAIR + keys % n_ids, total
 
     def find(self, a, b):
-        """Places where id a is followed by id b, ascending; of overlapping ones, as in aaa, every second."""
-        newer = max(a, b)
-        at = self.places[newer]
-        self.places[newer] = at = at[self.ids.take(at) == newer]  # some have been merged away
-        if a == newer:
-            i = at[self.ids.take(self.right.take(at)) == b]
-        else:
-            i = self.left.take(at)
-            i = i[self.ids.take(i) == a]
-        if a == b:
-            i = i[_every_second(self.left[i] == np.concatenate([[-1], i])[:-1])]
-        return i
+        """Where each of several merges applies: (places of the left ids, ascending for each merge; the number of the
+        merge of each). Of overlapping places, as in aaa, every second. a, b: (n,) int64, left and right ids."""
+        rarer, some = [], []
+        for left, right in zip(a.tolist(), b.tolist()):
+            rarer.append(id := left if len(self.places[left]) < len(self.places[right]) else right)
+            at = self.places[id]
+            if len(at) > 64:
+                self.places[id] = at = at[self.ids.take(at) == id]  # some have been merged away
+            some.append(at)
+        rarer, merge = np.array(rarer), np.repeat(np.arange(len(a)), [len(at) for at in some])
+        at = np.concatenate(some)
+        i = np.where((rarer == a)[merge], at, self.left.take(at))
+        fits = (self.ids.take(at) == rarer[merge]) & (self.ids.take(i) == a[merge])
+        i, merge = i[fits], merge[fits]
+        fits = self.ids.take(self.right.take(i)) == b[merge]
+        i, merge = i[fits], merge[fits]
+        overlaps = (self.left.take(i[1:]) == i[:-1]) & (merge[1:] == merge[:-1]) & (a == b)[merge[1:]]
+        fits = _every_second(np.append(np.zeros(min(1, len(i)), bool), overlaps))
+        return i[fits], merge[fits]
 
-    def bounds_of_new_pairs(self, places):
-        """For each of several merges, found at `places` (a list of arrays), a bound on how often a pair that it makes
-        occurs: how often the most frequent neighbour, on either side, of the merged pair occurs. int64."""
-        i, merge = np.concatenate(places), np.repeat(np.arange(len(places)), [len(some) for some in places])
-        before, after = self.left[i], self.right[self.right[i]]
-        sides = [2 * merge * _PAIR + self.ids[before] + 1, (2 * merge + 1) * _PAIR + self.ids[after] + 1]
-        weights = [np.minimum(self.weight[i], self.weight[before]), np.minimum(self.weight[i], self.weight[after])]
-        keys, total = _totals(np.concatenate(sides), np.concatenate(weights))
-        bound = np.zeros(len(places), np.int64)
-        np.maximum.at(bound, keys // (2 * _PAIR), total)
-        return bound
+    def bounds_of_new_pairs(self, i, merge, n):
+        """For each of `n` merges, which apply at `i`, as `find` has them, the pairs that it makes with what follows and
+        with what precedes: (how often the most frequent with what follows occurs, the most frequent with what precedes,
+        the smallest id that precedes as often), (n,) int64 each. They are bounds, since the neighbours may merge."""
+        n_ids = len(self.places)
+        bounds = np.zeros((2, n), np.int64)
+        for side, neighbour in enumerate((self.right.take(self.right.take(i)), self.left.take(i))):
+            keys = merge * n_ids + np.maximum(self.ids.take(neighbour), 0)
+            keys, total = _totals(keys, self._weights(i, neighbour), n * n_ids)
+            np.maximum.at(bounds[side], keys // n_ids, total)
+        smallest = np.full(n, n_ids)
+        often = total == bounds[1, keys // n_ids]
+        np.minimum.at(smallest, keys[often] // n_ids, keys[often] % n_ids)
+        return *bounds, smallest
 
-    def merge(self, places):
-        """Merge the pairs at `places`, a list of arrays, into one new id for each array, numbered as they come.
+    def merge(self, a, b, i, merge):
+        """Make merges of `a` and `b`, (n,) int64, at `i`, as `find` has them, into new ids, numbered as they come.
 
-        Returns (pairs around these places, ascending; by how much the count of each changes).
+        Returns (pairs, by how much the count of each changes); a pair that loses may come twice.
         """
-        new = np.repeat(len(self.places) + np.arange(len(places)), [len(some) for some in places])
-        i = np.concatenate(places)
+        n, first_new = len(a), len(self.places)
+        n_ids = first_new + n
         j = self.right[i]
         before, after = self.left[i], self.right[j]
-        touched = np.sort(np.concatenate([before, i, j]))
-        touched = touched[np.diff(touched, prepend=-1) > 0]
-        old_pairs, old_weights = self.pairs(touched)
-        self.ids[i], self.ids[j], self.weight[j] = new, -1, 0
+        weight = self.weight[i]
+        # Pairs that go: the left one of each with what precedes, unless that is merged too and counts it, and the right
+        # one with what follows.
+        self.ids[j] = -2
+        apart = self.ids[before] != -2
+        self.ids[j] = b[merge]
+        parts = [(0, merge[apart], before[apart], weight[apart]), (1, merge, after, weight)]
+        gone = [(kind * n + k, self.ids[x], np.minimum(w, self.weight[x])) for kind, k, x, w in parts]
+        self.ids[i], self.ids[j], self.weight[j] = first_new + merge, -1, 0
         self.right[i], self.left[after] = after, i
-        self.places += places
-        pairs, weights = self.pairs(touched)
-        return _totals(np.concatenate([old_pairs, pairs]), np.concatenate([-old_weights, weights]))
+        ends = np.cumsum(np.bincount(merge, minlength=n)).tolist()
+        self.places += [i[start:end] for start, end in zip([0, *ends], ends)]
+        before = self.left[i]
+        apart = self.ids[before] < first_new
+        parts = [(2, merge[apart], before[apart], weight[apart]), (3, merge, after, weight)]
+        come = [(kind * n + k, self.ids[x], np.minimum(w, self.weight[x])) for kind, k, x, w in parts]
+        group, other, change = map(np.concatenate, zip(*gone, *come))
+        some = change > 0
+        keys, change = _totals(group[some] * n_ids + other[some], change[some], 4 * n * n_ids)
+        group, other = np.divmod(keys, n_ids)
+        kind, k = np.divmod(group, n)
+        new = first_new + k
+        one = np.choose(kind, [other, b[k], other, new])
+        two = np.choose(kind, [a[k], other, new, other])
+        lost = np.bincount(merge, weight, minlength=n).astype(np.int64)  # of each merged pair itself
+        pairs = np.concatenate([a * _PAIR + b, one * _PAIR + two])
+        return pairs, np.concatenate([-lost, np.where(kind < 2, -change, change)])
 
 
 def learn_merges(counts, n_merges, progress=None):
@@ -488,14 +533,15 @@ def learn_merges(counts, n_merges, progress=None):
 
     The textbook's result (Sennrich et al. 2016, arXiv:1508.07909, algorithm 1). Those that come next are merged
     together, as long as no two of them overlap in a pre-token (no left id of one is the right id of another) and no
-    pair that they make is as frequent as one that still waits: then the order does not matter. Only pairs that occur
+    pair that they make comes before one that still waits: then the order does not matter. Of equally frequent ones that
+    could only be one whose left id is smaller, for a new id is larger than all others. Only pairs that occur
     `floor` times or more are kept count of; when all of them are merged, it is lowered.
     """
     corpus = Corpus(counts)
-    merges, pair_counts, heap, floor = [], {}, [], None
+    merges, pair_counts, heap, floor, n = [], {}, [], None, 0
     while len(merges) < n_merges:
         batch, lefts, rights = [], set(), set()
-        while heap and len(batch) < min(256, n_merges - len(merges)):
+        while heap and len(batch) < min(2 * n + 8, n_merges - len(merges)):  # about as many as the last time
             count, pair = -heap[0][0], heap[0][1]
             if count != pair_counts[pair]:  # it has fallen since this entry was pushed
                 heapq.heapreplace(heap, (-pair_counts[pair], pair))
@@ -518,16 +564,21 @@ def learn_merges(counts, n_merges, progress=None):
             heapq.heapify(heap)
             continue
 
-        places = [corpus.find(a, b) for _, a, b in batch]
-        bounds = np.maximum.accumulate(corpus.bounds_of_new_pairs(places)).tolist()
-        n = 1
-        while n < len(batch) and batch[n][0] > bounds[n - 1]:
-            n += 1
-        for count, a, b in batch[n:]:
-            heapq.heappush(heap, (-count, a * _PAIR + b))
-        pairs, changes = corpus.merge(places[:n])
-        for _, a, b in batch[:n]:
-            merges.append((a, b))
+        a, b = np.array([pair[1:] for pair in batch], np.int64).T
+        i, merge = corpus.find(a, b)
+        bounds = [bound.tolist() for bound in corpus.bounds_of_new_pairs(i, merge, len(batch))]
+        n, highest, smallest = 0, 0, {}  # how many can be made; of the pairs that they make, by count, the left id
+        for (count, left, _), *new in zip(batch, *bounds):
+            if highest > count or smallest.get(count, left) < left:
+                break
+            n, (after, before, first) = n + 1, new
+            highest, smallest[before] = max(highest, after, before), min(first, smallest.get(before, first))
+        for count, left, right in batch[n:]:
+            heapq.heappush(heap, (-count, left * _PAIR + right))
+        made = slice(np.searchsorted(merge, n))
+        pairs, changes = corpus.merge(a[:n], b[:n], i[made], merge[made])
+        for _, left, right in batch[:n]:
+            merges.append((left, right))
             if progress:
                 progress(len(merges))
         changed = changes != 0
