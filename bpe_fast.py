@@ -161,8 +161,10 @@ def kinds_of(block):
     of_byte, of_code_point = _kinds()
     data = np.frombuffer(block + bytes(3), np.uint8)
     kind = np.frombuffer(bytearray(block.translate(of_byte) + bytes(3)), np.uint8)
-    for size, low, high in ((2, 0xC2, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0xF5)):  # UTF-8's first bytes, by the number
-        first = np.flatnonzero((data >= low) & (data < high))
+    lead = np.flatnonzero((data >= 0xC2) & (data < 0xF5))  # the first bytes of characters of more than one
+    lead_byte = data.take(lead)
+    for size, low, high in ((2, 0xC2, 0xE0), (3, 0xE0, 0xF0), (4, 0xF0, 0xF5)):
+        first = lead[(lead_byte >= low) & (lead_byte < high)]
         if len(first):
             code_point = data.take(first).astype(np.int64) - (256 - (256 >> size))
             for k in range(1, size):
@@ -229,10 +231,11 @@ def gpt4_starts(block, kind):
 def last_cut(tail, starts):
     """The last place in `tail`, bytes, where a text may be cut so that all pieces stay what they are; 0 for none.
 
-    It is a start with no white space before it, far enough from both ends of `tail` to be seen for what it is.
+    It is a start with no white space before it, far enough from both ends of `tail` to be seen for what it is, and
+    before no apostrophe, for it may be within a pre-token, and 's is something else where one begins.
     """
-    kind = kinds_of(tail)
-    places = np.flatnonzero(starts(tail, kind)[8:-8] & (kind[7:-9] != SPACE))
+    kind, data = kinds_of(tail), np.frombuffer(tail, np.uint8)
+    places = np.flatnonzero(starts(tail, kind)[8:-8] & (kind[7:-9] != SPACE) & (data[8:-8] != ord("'")))
     return 8 + int(places[-1]) if len(places) else 0
 
 
@@ -240,7 +243,7 @@ def split_blocks(texts, starts):
     """Cut the concatenation of `texts`, an iterable of bytes, into blocks, bytes of about `BLOCK_BYTES` each, or more
     where there is no place to cut. Yields them as the texts are read, at least one.
 
-    starts: `gpt2_starts` or `gpt4_starts`.
+    starts: a function as `gpt2_starts` and `gpt4_starts`.
     """
     pending, size, enough = [], 0, BLOCK_BYTES
     for text in texts:
@@ -286,10 +289,9 @@ class Chunks:
         """Numbers of the chunks of `block`, bytes, in order: (number of chunks,) int64. start: where each starts."""
         data = np.frombuffer(block + bytes(16), np.uint8)
         length = np.diff(start, append=len(block))
-        is_long = length > SHORT_BYTES
+        short, long = np.flatnonzero(length <= SHORT_BYTES), np.flatnonzero(length > SHORT_BYTES)
         index = np.empty(len(start), np.int64)
-        index[~is_long] = self._index_short(block, data, start[~is_long], length[~is_long])
-        long = np.flatnonzero(is_long)
+        index[short] = self._index_short(block, data, start.take(short), length.take(short))
         for k, i, m in zip(long.tolist(), start[long].tolist(), length[long].tolist()):
             chunk = block[i : i + m]
             if chunk not in self.long:
@@ -746,7 +748,6 @@ class BulkEncoder:
 
     def __init__(self, merge_id, pattern, dtype, byte_id=None):
         self.merge_id, self.pattern, self.dtype, self.byte_id = merge_id, pattern, dtype, byte_id
-        self.starts = gpt4_starts if pattern else gpt2_starts
         self.pair_table = PairTable(merge_id)
         tokens = [bytes([byte_id.index(i) if byte_id else i]) for i in range(256)]
         for a, b in merge_id:
@@ -762,7 +763,7 @@ class BulkEncoder:
         ids, lengths, size = np.empty(0, self.dtype), np.empty(0, np.int64), 0  # of all chunks so far, end to end
         for block in itertools.chain(split_blocks(texts, self.starts), [None]):
             if block:
-                waiting.append(chunks.index(block, self.cut(block)))
+                waiting.append(chunks.index(block, np.flatnonzero(self.starts(block, kinds_of(block)))))
                 if len(waiting) < 32 and chunks.size - size < NEW_BYTES:
                     continue  # the new chunks of many blocks are encoded together
             if new := chunks.chunks[len(lengths) :]:
@@ -774,24 +775,27 @@ class BulkEncoder:
             if len(lengths) > MANY_CHUNKS:  # a text that does not repeat itself
                 chunks, ids, lengths, size = Chunks(), ids[:0], lengths[:0], 0
 
-    def cut(self, block):
-        """Where the chunks of `block` start, int64. Those are pre-tokens, or what `starts` finds; long pre-tokens of
-        GPT-2 are cut where no token goes on."""
-        start = self.starts(block, kinds_of(block))
+    def starts(self, block, kind):
+        """Where the chunks of `block` start, (n,) bool. Those are the pieces of `gpt4_starts`, or GPT-2's pre-tokens, of
+        which long ones are cut where no token goes on. `kind`: its `kinds_of`."""
         if self.pattern:
-            return np.flatnonzero(start)
+            return gpt4_starts(block, kind)
+        start = gpt2_starts(block, kind)
         place = np.flatnonzero(start)
         length = np.diff(place, append=len(block))
         long = np.flatnonzero(length > SHORT_BYTES)
-        if not len(long):
-            return place
-        inside = np.zeros(len(block) + 1, np.int8)
-        inside[place[long] + 1] += 1
-        inside[place[long] + length[long]] -= 1
-        inside = np.cumsum(inside[:-1], dtype=np.int8).view(bool)
-        inside = np.flatnonzero(inside & (np.frombuffer(block, np.uint8) & 0xC0 != 0x80))  # not within a character
-        start[inside] = ~self.join_table.joins(block, inside)
-        return np.flatnonzero(start)
+        if len(long):
+            place, end = place[long] + 1, place[long] + length[long]
+            inside = np.zeros(len(block) + 1, np.int8)
+            inside[place] += 1
+            inside[end] -= 1
+            inside = np.cumsum(inside[:-1], dtype=np.int8).view(bool)
+            inside = np.flatnonzero(inside & (np.frombuffer(block, np.uint8) & 0xC0 != 0x80))  # not within a character
+            start[inside] = ~self.join_table.joins(block, inside)
+            # Of many single bytes in a row, eight are a chunk.
+            inside = inside[(inside & 7 != 0) & (inside < len(block) - 1)]
+            start[inside[start[inside - 1] & start[inside + 1]]] = False
+        return start
 
     def encode_chunks(self, chunks):
         """(ids of all `chunks`, a list of bytes, end to end, as `dtype`; number of ids of each chunk, int64)"""
