@@ -1,4 +1,4 @@
-"""The tokenizer side by side with compiled ones: training, bulk encoding, worst cases, streams, preparing a corpus.
+"""The tokenizer side by side with compiled ones: training, encoding, texts of many kinds, streams, preparing a corpus.
 
     python benchmarks/tokenizer.py               WikiText-2 from ../shared/wikitext-2 where it is there, else the sample
     python benchmarks/tokenizer.py --from DIR    from a folder that holds wiki.{train,valid,test}.tokens
@@ -13,6 +13,7 @@ Prints Markdown tables, and writes them and all timings to results/benchmarks/to
 """
 
 import argparse
+import base64
 import gc
 import hashlib
 import importlib.metadata
@@ -50,11 +51,12 @@ OURS, PEERS = "bpe_tokenizer", ("rustbpe", "tokenizers", "sentencepiece", "tikto
 MB = 1_000_000
 
 # MB of the training text to use; vocabularies to learn from it; MB of the streams, of the long text to prepare and of
-# the worst cases; seconds until a worst case is given up; runs of each measurement, and of those on long texts
+# each kind of text, vocabularies to learn from some of these; seconds until a run on them is given up; runs of each
+# measurement, and of those on long texts
 FULL = SimpleNamespace(text_mb=math.inf, vocab_sizes=(500, 4096, 8192, 32768), stream_mb=(10, 100, 500), long_mb=540,
-                       worst_mb=(1, 2), limit=60, repeats=5, long_repeats=1)  # fmt: skip
+                       kind_mb=5, learn_sizes=(500, 8192, 32768), limit=60, repeats=5, long_repeats=1)  # fmt: skip
 QUICK = SimpleNamespace(text_mb=1, vocab_sizes=(500, 4096), stream_mb=(1, 4, 16), long_mb=20,
-                        worst_mb=(0.1, 0.2), limit=5, repeats=2, long_repeats=1)  # fmt: skip
+                        kind_mb=0.2, learn_sizes=(500, 1024), limit=5, repeats=2, long_repeats=1)  # fmt: skip
 PRINTED, MEASURED = [], []  # the report: pieces of Markdown, and the numbers of every run
 
 # ----------------------------------------------------------------------------------------------------------
@@ -194,17 +196,65 @@ def write_long_text(path, source, size):
                 file.write(" ".join(parts).encode("utf-8"))
 
 
-def hard_texts(size):
-    """{name: text of about `size` bytes that is hard to tokenize}"""
+def words_and_stops(characters, lengths, stops, size):
+    """About `size` bytes of invented words of these `lengths`, without spaces, one of `stops` after every few of them.
+    Characters and words are as frequent as Zipf's law has it."""
+    draw = np.random.default_rng(0)
+
+    def zipf(n, count, exponent):
+        share = np.arange(1, n + 1.0) ** -exponent
+        return draw.choice(n, count, p=share / share.sum()).tolist()
+
+    characters = [*characters]
+    words = ["".join(characters[i] for i in zipf(len(characters), n, 0.9)) for n in draw.choice(lengths, 20_000)]
+    n = size // (3 * min(lengths))
+    pieces = [words[i] for i in zipf(len(words), n, 1)]
+    for i in draw.integers(n, size=n // 6).tolist():
+        pieces[i] += stops[i % len(stops)]
+    return "".join(pieces).encode()[:size].decode(errors="ignore")
+
+
+def rows_of(row, size):
+    """Rows row(0), row(1), ... up to `size` bytes of ASCII."""
+    rows = [row(0)]
+    while len(rows) * len(rows[0]) < 1.3 * size:
+        rows.append(row(len(rows)))
+    return "".join(rows)[:size]
+
+
+def kinds_of_text(size):
+    """{name: text of about `size` bytes}, made here: like languages without spaces, data, code, and hard ones."""
     draw = random.Random(0)
-    common = [bytes([row, cell]).decode("gb2312") for row in range(0xB0, 0xD7) for cell in range(0xA1, 0xFF)]
+    common = [bytes([row, cell]).decode("gb2312") for row in range(0xB0, 0xD7) for cell in range(0xA1, 0xFA)]
+    draw.shuffle(common)
+    hiragana = [chr(c) for c in range(0x3042, 0x3094)]
+    thai = [chr(c) for c in (*range(0xE01, 0xE3B), *range(0xE40, 0xE4E))]
+    source = b"".join(path.read_bytes() for path in sorted(Path(os.__file__).parent.glob("*.py")))
+    source = source.decode(errors="ignore").encode()
+
+    def table_row(k):
+        numbers = f"{draw.gauss(20, 5):.3f},{draw.random():.6f},{draw.randint(1, 10**6)}"
+        place = draw.choice(["north", "south"])
+        return f"{k},2024-{draw.randint(1, 12):02}-{draw.randint(1, 28):02},{numbers},{place}\n"
+
+    def record(k):
+        tags, url = draw.sample(["red", "green", "blue", "alpha"], 2), f"https://example.org/{draw.getrandbits(40):x}"
+        content = {"id": k, "user": f"user{draw.randint(1, 99999)}", "tags": tags, "score": draw.random(), "url": url}
+        return json.dumps(content, separators=(",", ":")) + ","
+
     return {
-        "one letter": "a" * size,
+        "Chinese": words_and_stops(common, [1, 2, 2, 2, 3, 4], ["，", "。", "、", "，", "。\n"], size),
+        "Japanese": words_and_stops(hiragana + common[:2000], [1, 2, 2, 3, 4], ["、", "。", "。\n", "「", "」"], size),
+        "Thai": words_and_stops(thai, [2, 3, 4, 5, 6, 7], [" ", " ", "\n"], size),
+        "CSV": rows_of(table_row, size),
+        "minified JSON": rows_of(record, size),
+        "source code": (source * (size // len(source) + 1))[:size].decode(errors="ignore"),
+        "base64": base64.b64encode(draw.randbytes(size * 3 // 4)).decode(),
+        "one letter": "a" * min(size, MB),
         "random letters, no space": "".join(draw.choices("abcdefghijklmnopqrstuvwxyz", k=size)),
-        "only spaces": " " * size,
+        "only spaces": " " * min(size, MB),
         "random bytes, read as Latin-1": draw.randbytes(size * 2 // 3).decode("latin-1"),
-        "random common Chinese characters": "".join(draw.choices(common, k=size // 3)),
-    }
+    }  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -275,17 +325,17 @@ def digest(ids):
     return hashlib.sha256(np.asarray(ids, np.uint32).tobytes()).digest()
 
 
-def encode_ours(clock, path):
-    text, tokenizer = read(path), BPETokenizer.load(VOCABULARY)
+def encode_ours(clock, path, vocabulary=VOCABULARY):
+    text, tokenizer = read(path), BPETokenizer.load(vocabulary)
     with clock:
         ids = tokenizer.encode_array(text)
     return digest(ids)
 
 
-def encode_tiktoken(clock, path):
+def encode_tiktoken(clock, path, vocabulary=VOCABULARY):
     import tiktoken
 
-    text, ours = read(path), BPETokenizer.load(VOCABULARY)
+    text, ours = read(path), BPETokenizer.load(vocabulary)
     ranks = {ours.token_bytes(i): i for i in range(256 + len(ours.merges))}
     theirs = tiktoken.Encoding(name="ours", pat_str=GPT2_PATTERN, mergeable_ranks=ranks, special_tokens={})
     with clock:
@@ -348,22 +398,32 @@ def encoding(settings, path):
         "encode_ordinary use one thread; tokenizers gets the lines as a batch and uses all.")
 
 
-def worst_cases(settings, path):
-    columns, rows = [f"{size} MB, s" for size in settings.worst_mb], []
-    for name in hard_texts(0):
-        both = []
-        for size in (int(megabytes * MB) for megabytes in settings.worst_mb):
-            path.write_bytes(hard_texts(size)[name].encode("utf-8"))
-            both.append(compare({"text": name}, size, {OURS: encode_ours, "tiktoken": encode_tiktoken}, path,
-                                repeats=settings.repeats, same=PEERS, limit=settings.limit))  # fmt: skip
-        for few, many in zip(*both):
-            times = few["seconds"], many["seconds"]
-            growth = "–" if any(isinstance(time, str) for time in times) else times[1] / times[0]
-            rows.append({**many, **dict(zip(columns, times)), "growth": growth})
-    say("## Worst cases")
-    table(rows, "text", "tool", *columns, "growth", "our speed / its speed", "memory per byte of text")
-    say(f"As above. Growth is the larger text's time over the smaller's. A run is given up after {settings.limit} s;\n"
-        "why one fails is in `tokenizer.json`.")
+def kinds(settings, folder):
+    """Encoding of every kind of text, with the committed vocabulary and with one of its own; learning from some."""
+    folder.mkdir()
+    encoded, learned = [], []
+    for name, text in kinds_of_text(int(settings.kind_mb * MB)).items():
+        path, own = folder / "text", folder / "vocabulary"
+        path.write_bytes(text.encode("utf-8"))
+        size = path.stat().st_size
+        BPETokenizer.train(text, settings.learn_sizes[1], special_tokens=()).save(own)
+        for which, vocabulary in {"committed": VOCABULARY, "its own": own}.items():
+            encoded += compare({"text": name, "MB": size / MB, "vocabulary": which}, size,
+                               {OURS: encode_ours, "tiktoken": encode_tiktoken}, path, vocabulary,
+                               repeats=settings.repeats, same=PEERS, limit=settings.limit)  # fmt: skip
+        if name in ("Chinese", "source code"):
+            for n in settings.learn_sizes:
+                both = {OURS: train_ours, "rustbpe": train_rustbpe}
+                learned += compare({"text": name, "vocabulary": n}, size, both, path, n,
+                                   repeats=min(3, settings.repeats), same=("rustbpe",))  # fmt: skip
+    say(f"## Texts of many kinds, {settings.kind_mb} MB each")
+    table(encoded, "text", "vocabulary", "tool", "MB", "seconds", "our speed / its speed", "memory per byte of text")
+    say(f"As above; its own vocabulary has {settings.learn_sizes[1]:,} tokens, learned from the text. Texts are made\n"
+        f"by this script; source code is the standard library's. A run is given up after {settings.limit} s; why one\n"
+        "fails is in `tokenizer.json`.")
+    say("## Training on other kinds of text")
+    table(learned, "text", "vocabulary", "tool", "seconds", "our speed / its speed", "memory per byte of text")
+    say("rustbpe's tokens must be ours, in order.")
 
 
 def streams(settings, path):
@@ -383,7 +443,8 @@ def streams(settings, path):
 def preparing(settings, text, long, copy):
     """Runs data/prepare.py in a copy of what it needs, so that the token files of this checkout stay as they are."""
     (copy / "data").mkdir(parents=True)
-    for path in (*ROOT.glob("bpe_*.py"), *ROOT.glob("data/*.py"), VOCABULARY, ROOT / "data" / "bpe_vocab_500.json"):
+    needed = (*ROOT.glob("bpe_*.py"), ROOT / "unicode_classes.py", *ROOT.glob("data/*.py"), *ROOT.glob("data/*.json"))
+    for path in needed:
         shutil.copy(path, copy / path.relative_to(ROOT))
     one = f"from data.prepare import *; prepare(*open_source({str(long)!r}), ['bpe_vocab.json'])"
     rows = []
@@ -432,7 +493,7 @@ def main(argv=None):
         train = text / "wiki.train.tokens"
         training(settings, train)
         encoding(settings, train)
-        worst_cases(settings, Path(temporary, "hard.txt"))
+        kinds(settings, Path(temporary, "kinds"))
         write_long_text(long / train.name, train, settings.long_mb * MB)
         streams(settings, long / train.name)
         preparing(settings, text, long, Path(temporary, "copy"))

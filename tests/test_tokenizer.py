@@ -700,8 +700,8 @@ def test_stream_cut_anywhere_equals_whole(text, cuts, block, pattern):
         assert b"".join(bpe_fast.split_blocks(map(str.encode, pieces), starts)) == text.encode()
 
 
-@pytest.mark.parametrize("text", ["'" * 30 + "s ", "!'s" * 9, "a" * 40 + "'s", "\u4e2d\u6587" * 20 + "'s\u3000 ", "12" * 30,
-                                  "\n" * 40 + " s"])  # fmt: skip
+@pytest.mark.parametrize("text", ["'" * 30 + "s ", "!'s" * 9, "a" * 40 + "'s", "\u4e2d\u6587" * 20 + "'s\u3000 ",
+                                  "12" * 30, "\n" * 40 + " s"])  # fmt: skip
 def test_long_pretokens_in_small_blocks(monkeypatch, text):
     """Blocks may end in them, and what follows is then cut as if it began there."""
     tokenizer = BPETokenizer([(39, 115), (32, 115), (10, 32)], ())
