@@ -776,7 +776,7 @@ class BulkEncoder:
                 chunks, ids, lengths, size = Chunks(), ids[:0], lengths[:0], 0
 
     def starts(self, block, kind):
-        """Where the chunks of `block` start, (n,) bool: the pieces of `gpt4_starts`, or GPT-2's pre-tokens, of which long
+        """Where the chunks of `block` start, (n,) bool: pieces of `gpt4_starts`, or GPT-2's pre-tokens, of which long
         ones are cut where no token goes on. `kind`: its `kinds_of`."""
         if self.pattern:
             return gpt4_starts(block, kind)
