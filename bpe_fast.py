@@ -323,8 +323,9 @@ class Chunks:
         while len(todo):
             place = slot[todo]
             free = np.flatnonzero(self.high.take(place) == 0)
-            claimed, winner = np.unique(place[free], return_index=True)  # one of those that meet a free slot gets it
-            winner = todo[free[winner]]
+            self.number[place[free[::-1]]] = free[::-1]  # of several that meet a free slot the first gets it
+            free = free[self.number[place[free]] == free]
+            claimed, winner = place[free], todo[free]
             self.low[claimed], self.high[claimed] = low[winner], high[winner]
             self.number[claimed] = np.arange(len(winner)) + len(self.chunks) + sum(map(len, new))
             new.append(winner)
@@ -785,12 +786,9 @@ class BulkEncoder:
         length = np.diff(place, append=len(block))
         long = np.flatnonzero(length > SHORT_BYTES)
         if len(long):
-            place, end = place[long] + 1, place[long] + length[long]
-            inside = np.zeros(len(block) + 1, np.int8)
-            inside[place] += 1
-            inside[end] -= 1
-            inside = np.cumsum(inside[:-1], dtype=np.int8).view(bool)
-            inside = np.flatnonzero(inside & (np.frombuffer(block, np.uint8) & 0xC0 != 0x80))  # not within a character
+            rest = length[long] - 1
+            inside = np.repeat(place[long] + 1 - (np.cumsum(rest) - rest), rest) + np.arange(rest.sum())
+            inside = inside[np.frombuffer(block, np.uint8).take(inside) & 0xC0 != 0x80]  # not within a character
             start[inside] = ~self.join_table.joins(block, inside)
             # Of many single bytes in a row, eight are a chunk.
             inside = inside[(inside & 7 != 0) & (inside < len(block) - 1)]
