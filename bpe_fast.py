@@ -763,7 +763,7 @@ class BulkEncoder:
         chunks, waiting = Chunks(), []
         ids, lengths, size = np.empty(0, self.dtype), np.empty(0, np.int64), 0  # of all chunks so far, end to end
         for block in itertools.chain(split_blocks(texts, self.starts), [None]):
-            if block:
+            if block is not None:
                 waiting.append(chunks.index(block, np.flatnonzero(self.starts(block, kinds_of(block)))))
                 if len(waiting) < 32 and chunks.size - size < NEW_BYTES:
                     continue  # the new chunks of many blocks are encoded together

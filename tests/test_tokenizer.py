@@ -713,6 +713,12 @@ def test_long_pretokens_in_small_blocks(monkeypatch, text):
             assert np.concatenate(list(tokenizer.encode_stream([whole]))).tolist() == expected
 
 
+def test_no_text_is_one_empty_array(vocab):
+    """So the arrays of any text can be concatenated."""
+    for arrays in (vocab.encode_stream([]), vocab.encode_stream(["", ""]), vocab.encode_documents([])):
+        assert [array.tolist() for array in arrays] == [[]]
+
+
 @pytest.mark.parametrize("block", [7, 64, 5000])
 def test_sample_in_small_blocks(monkeypatch, vocab, sample, block):
     text = sample[:40_000]
