@@ -759,7 +759,7 @@ class BulkEncoder:
 
     def encode(self, texts):
         """Ids of `texts`, an iterable of bytes in which parts are marked: an iterator of arrays of `dtype`, one for
-        each block. Memory grows with the number of distinct chunks and not with the length of the text."""
+        each block. Memory is bounded, but for a pre-token that can nowhere be cut."""
         chunks, waiting = Chunks(), []
         ids, lengths, size = np.empty(0, self.dtype), np.empty(0, np.int64), 0  # of all chunks so far, end to end
         for block in itertools.chain(split_blocks(texts, self.starts), [None]):

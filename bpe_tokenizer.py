@@ -259,8 +259,8 @@ class BPETokenizer:
     def encode_stream(self, texts, allowed_special=()):
         """Ids of the concatenation of `texts`, an iterable of strings (or one), as an iterator of arrays of `dtype`.
 
-        Memory grows with the number of different words and not with the length of the text. Raises TypeError and
-        ValueError as `encode` does.
+        Memory does not grow with the length of the text, but with the longest stretch that holds no place to cut, such
+        as one letter repeated. Raises TypeError and ValueError as `encode` does.
         """
         return self._bulk_encoder.encode(bpe_fast.parts(texts, self._allowed(allowed_special)))
 

@@ -156,8 +156,8 @@ def alibi_in_the_dot_product(q, k, v):
     """The same bias without a mask, for the fused causal kernel: `q`, `k`, `v` (B, H, T, D), `q` scaled, widened by 8
     dimensions in which q . k gains slope * (j - i).
 
-    Where numbers have 8 bits, neither a long position is one nor every slope; but each is a sum of two that are:
-    position = 256 (position // 256) + position % 256, slope = s + rest. So all products are exact up to 65,536 tokens.
+    Where numbers have 8 bits, neither a long position is one nor every slope, but each is a sum of two: position =
+    256 (position // 256) + position % 256, exact up to 65,536 tokens, and slope = s + rest, to 16 bits at least.
     """
     B, H, T, _ = k.shape
     position = torch.arange(T, device=k.device)
