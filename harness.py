@@ -37,14 +37,82 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
-import numpy as np
-import torch
-import torch.distributed as dist
-from torch import nn
-from tqdm import tqdm
+# ----------------------------------------------------------------------------------------------------------
+# Help, before the libraries are loaded, which takes a second or two
+# ----------------------------------------------------------------------------------------------------------
 
-from bpe_tokenizer import BPETokenizer
-from data import vocabulary_file
+
+def _read_source(path):
+    """({constant: its comment}, {constant: its value as it is written}, all names that the file gives to something) of
+    the file of a rung."""
+    source = Path(path).read_text(encoding="utf-8")
+    tree, lines, comments, values, names = ast.parse(source), source.split("\n"), {}, {}, set()
+    for node in itertools.takewhile(lambda node: not isinstance(node, (ast.FunctionDef, ast.ClassDef)), tree.body):
+        for target in node.targets if isinstance(node, ast.Assign) else ():
+            if isinstance(target, ast.Name) and target.id.isupper():
+                rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
+                comments[target.id] = rest.partition("#")[2].strip()
+                values[target.id] = ast.unparse(node.value)
+    for node in ast.walk(tree):
+        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
+            names.add(node.id)
+        elif isinstance(node, ast.alias):
+            names.add(node.asname or node.name)
+    return comments, values, names
+
+
+def usage(path):
+    """What --help says: the docstring of the rung in the file `path`, and its constants with their comments."""
+    comments, values, _ = _read_source(path)
+    lines = [ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or "", ""]
+    lines += ["Constants, to be set as NAME=value:", ""]
+    lines += [f"  {f'{name} = {values[name]}':34}  {comment}".rstrip() for name, comment in comments.items()]
+    return "\n".join(lines)
+
+
+class Unbreakable:
+    """Standard output or error, which costs no run: what cannot be written there (a closed pipe, a full disk) is lost,
+    a character that it cannot show becomes an escape, and every line is there at once."""
+
+    def __init__(self, stream):
+        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # none: it was closed
+        self.stream.reconfigure(line_buffering=True, errors="backslashreplace")
+
+    def write(self, text):
+        try:
+            return self.stream.write(text)
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
+            return len(text)
+
+    def flush(self):
+        self.write("")
+        with contextlib.suppress(OSError):
+            self.stream.flush()
+
+    def __getattr__(self, name):
+        return getattr(self.stream, name)
+
+
+def _answer_help():
+    """Print the help and end, if the program is a rung that was asked for it."""
+    path = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)
+    with contextlib.suppress(OSError, ValueError):
+        if {"-h", "--help"} & set(sys.argv[1:]) and "\n    harness.start(globals())" in path.read_text("utf-8"):
+            print(usage(path), file=Unbreakable(sys.stdout))
+            sys.exit()
+
+
+_answer_help()
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+import torch.distributed as dist  # noqa: E402
+from torch import nn  # noqa: E402
+from tqdm import tqdm  # noqa: E402
+
+from bpe_tokenizer import BPETokenizer  # noqa: E402
+from data import vocabulary_file  # noqa: E402
 
 try:
     import fcntl  # locks on files
@@ -105,26 +173,9 @@ MAY_CHANGE_WITH_A_LINE = ("MAX_STEPS", "LEARNING_RATE", "LEARNING_RATE_ADAMW", "
                           "CHUNK_SIZE")  # fmt: skip
 
 
-def _read_source(rung):
-    """({constant: its comment}, all names that the file of a rung gives to something) from its source."""
-    source = Path(rung["__file__"]).read_text(encoding="utf-8")
-    tree, lines, comments, names = ast.parse(source), source.split("\n"), {}, set()
-    for node in itertools.takewhile(lambda node: not isinstance(node, (ast.FunctionDef, ast.ClassDef)), tree.body):
-        for target in node.targets if isinstance(node, ast.Assign) else ():
-            if isinstance(target, ast.Name) and target.id.isupper():
-                rest = lines[node.end_lineno - 1].encode()[node.end_col_offset :].decode()
-                comments[target.id] = rest.partition("#")[2].strip()
-    for node in ast.walk(tree):
-        if isinstance(node, ast.Name) and isinstance(node.ctx, ast.Store):
-            names.add(node.id)
-        elif isinstance(node, ast.alias):
-            names.add(node.asname or node.name)
-    return comments, names
-
-
 def constants(rung):
     """The hyperparameters of a rung, {name: value}: the UPPER_CASE names set in its file before the first function."""
-    return {name: rung[name] for name in _read_source(rung)[0]}
+    return {name: rung[name] for name in _read_source(rung["__file__"])[0]}
 
 
 def set_constants(rung, arguments):
@@ -151,7 +202,7 @@ def set_constants(rung, arguments):
 def check_constants(rung):
     """Raises ValueError if a constant has an impossible value, or one was set that the rung does not have, or DEVICE
     cannot be used here."""
-    known, names = constants(rung), _read_source(rung)[1]
+    known, names = constants(rung), _read_source(rung["__file__"])[2]
     for name in rung.keys() - names:
         if name.isupper() and type(rung[name]) in (bool, int, float, str, tuple):
             near = difflib.get_close_matches(name, known, 1)
@@ -169,14 +220,6 @@ def check_constants(rung):
         raise ValueError(f"DEVICE={known['DEVICE']} cannot be used here: {why.split('. ')[0]}") from None
     if known["DEVICE"].startswith("cpu:"):  # torch would not load what it has saved from there
         raise ValueError(f"DEVICE={known['DEVICE']} must be cpu: there is one")
-
-
-def usage(rung):
-    """What --help says: the docstring of the rung, and its constants with their comments."""
-    lines = [rung["__doc__"].strip(), "", "Constants, to be set as NAME=value:", ""]
-    for name, comment in _read_source(rung)[0].items():
-        lines.append(f"  {name + ' = ' + repr(rung[name]):34}  {comment}".rstrip())
-    return "\n".join(lines)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -715,8 +758,10 @@ class Run:
     # -- While it trains -----------------------------------------------------------------------------------
 
     def evaluation_due(self, step):
-        """Whether the loop should evaluate before this step. Training time does not pass until the next step begins."""
+        """Whether the loop should evaluate before this step. Training time does not pass until the next step begins.
+        Before the first step only weights that were trained already are worth it."""
         due = step % self.eval_interval == 0 or step == self.constants["MAX_STEPS"]
+        due = due and (step > 0 or self.constants.get("INIT_FROM") is not None)
         self.began_evaluation = time.perf_counter()
         return due and not (self.records and self.records[-1]["step"] == step)
 
@@ -808,12 +853,13 @@ class Run:
     def _say_progress(self, loss):
         steps, now = self.state.step - self.first_step, time.perf_counter()
         pace = (self.seconds - self.first_seconds) / steps
+        rate = self.constants["BATCH_SIZE"] * self.constants["BLOCK_SIZE"] / pace
         left = self.constants["MAX_STEPS"] - self.state.step
-        seconds_left = pace * left + self.evaluation_seconds * math.ceil(left / self.eval_interval)
+        evaluation = self.evaluation_seconds or len(self.tokens["val"]) / rate / 3  # forward: a third of a step's work
+        seconds_left = pace * left + evaluation * math.ceil(left / self.eval_interval)
         if not self.estimated and left and (steps >= 10 or self.seconds - self.first_seconds > 10):
             self.estimated = now
             self.bar.write(f"{left:,} more steps will take about {_duration(seconds_left)}")
-        rate = self.constants["BATCH_SIZE"] * self.constants["BLOCK_SIZE"] / pace
         if steps % 10 == 1:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
         if self.lines and now - self.said >= PROGRESS_SECONDS:
@@ -943,30 +989,6 @@ def plot_loss(records, title):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Unbreakable:
-    """Standard output or error, which costs no run: what cannot be written there (a closed pipe, a full disk) is lost,
-    a character that it cannot show becomes an escape, and every line is there at once."""
-
-    def __init__(self, stream):
-        self.stream = stream or open(os.devnull, "w", encoding="utf-8")  # none: it was closed
-        self.stream.reconfigure(line_buffering=True, errors="backslashreplace")
-
-    def write(self, text):
-        try:
-            return self.stream.write(text)
-        except OSError:
-            os.dup2(os.open(os.devnull, os.O_WRONLY), self.stream.fileno())
-            return len(text)
-
-    def flush(self):
-        self.write("")
-        with contextlib.suppress(OSError):
-            self.stream.flush()
-
-    def __getattr__(self, name):
-        return getattr(self.stream, name)
-
-
 def in_one_line(error, rung):
     """What to say of an error that the user can mend. Any other one, a mistake of the program, is raised again."""
     text = first_line(error)
@@ -988,7 +1010,7 @@ def start(rung):
     name = Path(rung["__file__"]).name
     try:
         if {"-h", "--help"} & set(sys.argv[1:]):
-            print(usage(rung))
+            print(usage(rung["__file__"]))
             return
         set_constants(rung, sys.argv[1:])
         with init_distributed(rung):

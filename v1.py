@@ -17,12 +17,13 @@ are shuffled anew in every epoch; a model with hidden layers and a context of mo
 import functools
 import math
 
+import harness  # first: it answers --help without torch, which takes seconds to load
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import harness
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
 

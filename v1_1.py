@@ -25,13 +25,14 @@ import ctypes
 import functools
 import math
 
+import harness  # first: it answers --help without torch, which takes seconds to load
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-import harness
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
 

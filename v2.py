@@ -19,12 +19,13 @@ Other vocabularies: `python data/prepare.py --vocab-size 8192`, then `python v2.
 import functools
 import math
 
+import harness  # first: it answers --help without torch, which takes seconds to load
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import harness
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
 

@@ -24,12 +24,13 @@ What is new against v2:
 import functools
 import math
 
+import harness  # first: it answers --help without torch, which takes seconds to load
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-import harness
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
 

@@ -29,13 +29,14 @@ import functools
 import json
 import math
 
+import harness  # first: it answers --help without torch, which takes seconds to load
+
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
-import harness
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
 

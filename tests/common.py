@@ -113,8 +113,8 @@ def without_clock(records):
 
 
 def losses(records):
-    """Training and validation losses, (evaluations after the first, 2)."""
-    return np.array([[record["train_loss"], record["val_loss"]] for record in records[1:]])
+    """Training and validation losses, (evaluations, 2)."""
+    return np.array([[record["train_loss"], record["val_loss"]] for record in records])
 
 
 def same_weights(a, b):

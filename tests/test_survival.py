@@ -62,6 +62,7 @@ def run_rung(name, arguments, folder, output, slow=0.0, slow_evaluation=0.0, lim
     data.DATA_DIR, harness.PROGRESS_SECONDS = folder, progress
     rung = importlib.import_module(name)
     get_batch, evaluate, load_tokens = rung.get_batch, rung.evaluate, rung.load_tokens
+    evaluation_due = harness.Run.evaluation_due
 
     harness.Run.draw = lambda run, name, *_: run.write(name, "a picture")  # they take most of the time of a short run
     now = {"step": None, "trains": False}
@@ -77,8 +78,12 @@ def run_rung(name, arguments, folder, output, slow=0.0, slow_evaluation=0.0, lim
         if slow_evaluation:
             os.write(1, b"evaluating\n")
             time.sleep(slow_evaluation)
-        now["step"], now["trains"] = None, True
+        now["step"] = None
         return evaluate(*arguments, **options)
+
+    def loop_has_begun(run, step):
+        now["trains"] = True
+        return evaluation_due(run, step)
 
     forward = rung.LanguageModel.forward
 
@@ -88,6 +93,7 @@ def run_rung(name, arguments, folder, output, slow=0.0, slow_evaluation=0.0, lim
 
     if infinite_at is not None:
         rung.LanguageModel.forward = infinite
+    harness.Run.evaluation_due = loop_has_begun
     rung.get_batch, rung.evaluate, sys.argv = slow_batch, evaluate_slowly, [f"{name}.py", *arguments]
     if long_evaluation:
         rung.load_tokens = lambda *of: dict.fromkeys(("train", "val", "test"), load_tokens(*of)["train"])
@@ -278,12 +284,12 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(name, kills, begin
         child = begin(name, tmp_path, slow=0.02, RESUME=True)
         while "batch" not in child.out and child.process.exitcode is None:  # until the first step is near
             time.sleep(0.005)
-        time.sleep(draw.uniform(0, 0.4))
+        time.sleep(draw.uniform(0, 0.8))
         child.kill()
         resumed += "going on from step" in child.out
-    assert resumed >= kills // 2
-    code, _, err = run(name, tmp_path, RESUME=True)
+    code, out, err = run(name, tmp_path, RESUME=True)
     assert code == 0, err
+    assert resumed + ("going on from step" in out) >= kills // 2
     assert_same(results(tmp_path, name), straight(name))
 
 
@@ -332,7 +338,7 @@ def test_a_signal_finishes_the_step_and_saves(name, number, step, begin, run, st
 @pytest.mark.parametrize("name", ["v1", V4])
 def test_a_signal_in_an_evaluation_saves_after_it(name, number, begin, tmp_path):
     child = begin(name, tmp_path, slow_evaluation=0.3)
-    child.wait_for("evaluating\n", times=3)
+    child.wait_for("evaluating\n", times=2)
     child.send(number)
     code, _, err = child.finish()
     assert code == 128 + number
@@ -343,7 +349,7 @@ def test_a_signal_in_an_evaluation_saves_after_it(name, number, begin, tmp_path)
 @pytest.mark.parametrize("name", LATE)
 def test_ctrl_c_in_the_evaluations_after_training_loses_nothing(name, begin, run, straight, tmp_path):
     child = begin(name, tmp_path, slow_evaluation=0.3, EVAL_INTERVAL=STEPS)
-    child.wait_for("evaluating\n", times=3)
+    child.wait_for("evaluating\n", times=2)
     child.send(signal.SIGINT)
     code, _, err = child.finish()
     assert code == 130
@@ -359,7 +365,7 @@ def test_ctrl_c_in_the_evaluations_after_training_loses_nothing(name, begin, run
 @pytest.mark.parametrize("name", RUNGS)
 def test_a_second_signal_stops_at_once(name, begin, tmp_path):
     child = begin(name, tmp_path, slow=5)
-    child.wait_for("step     0")  # the first evaluation; a batch of five seconds begins
+    child.wait_for("batch 0\n")  # which takes five seconds
     time.sleep(0.1)
     child.send(signal.SIGINT)
     time.sleep(0.2)
@@ -398,7 +404,7 @@ def test_a_run_without_a_terminal_says_how_far_it_is(name, begin, tmp_path):
     child.wait_for("batch 25\n")
     out, log = child.out, read_log(part(tmp_path, name))
     child.kill()
-    assert [line["step"] for line in log] == [0, 10, 20]
+    assert [line["step"] for line in log] == [10, 20]
     progress = [line for line in out.splitlines() if re.match(r"step +\d+ of", line)]
     assert 2 <= len(progress) < 20  # about one in 0.1 s
     assert all(re.fullmatch(r"step +\d+ of 60  loss \d\.\d{3}  [\d,]+ tokens/s  about \d+ s left", s) for s in progress)
@@ -483,16 +489,16 @@ def assert_finite(out, name):
     ("v0", "LEARNING_RATE", 0.03), ("v1", "LEARNING_RATE", 0.003), ("v1_1", "LEARNING_RATE", 0.003),
     ("v2", "LEARNING_RATE", 0.003), ("v3", "LEARNING_RATE", 0.003), (V4, "LEARNING_RATE_ADAMW", 0.01),
 ])  # fmt: skip
-def test_a_loss_that_is_not_finite_ends_the_run_which_a_lower_rate_continues(name, rate, lower, run, tmp_path):
+def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_trains(name, rate, lower, run, tmp_path):
+    """Before the first checkpoint there is nothing to go on from."""
     code, _, err = run(name, tmp_path, EVAL_INTERVAL=5, **{rate: 1e30})
-    assert_one_line(code, err, "loss is", "at step", f"{rate}=1e+30", "RESUME=True")
+    assert_one_line(code, err, "loss is", "at step", f"{rate}=1e+30")
+    assert "RESUME" not in err
     assert re.search("lower LEARNING_RATE or LEARNING_RATE_ADAMW" if name == V4 else "lower LEARNING_RATE[, ]", err)
     assert "DTYPE" not in err  # it is float32
     assert ("WARMUP_STEPS" in err) == (name in LATE)
-    assert f"goes on from step {assert_finite(tmp_path, name)}" in err
-    code, out, err = run(name, tmp_path, RESUME=True, **{rate: lower})
+    code, _, err = run(name, tmp_path, **{rate: lower})
     assert code == 0, err
-    assert f"going on with other constants: {rate} was 1e+30 and is {lower}" in out
     assert assert_finite(tmp_path, name) == STEPS
 
 
@@ -630,9 +636,8 @@ def test_two_processes_do_what_one_does(name, begin_together, alone, tmp_path):
         assert out.count("val bpb") == (0 if k else len(alone[name][1]) + 1)  # only one of them talks
     ours = results(tmp_path, name)
     assert_close(ours, alone[name])
-    # Before the first step the weights are the same, so the evaluation in two parts must be the one in one part.
-    for key in ("val_loss", "val_bpb", "val_top_1", "val_top_5", "val_calibration_error"):
-        assert ours[1][0][key] == pytest.approx(alone[name][1][0][key], rel=1e-9)
+    for key in ("val_loss", "val_bpb", "val_top_1", "val_top_5"):  # an evaluation in two parts is one in one part
+        assert ours[1][0][key] == pytest.approx(alone[name][1][0][key], rel=1e-6)
 
 
 def test_a_dead_process_ends_the_run_which_others_can_continue(begin_together, run, alone, tmp_path):
