@@ -5,14 +5,14 @@ training memory above the imported libraries falls to less than a quarter. Where
 about it:
 
 1. Logits: with V = 4,096, those of a batch outweigh all else. The loss is summed over chunks of tokens, and the
-   backward pass computes the logits of a chunk again, so that only one chunk's logits exist at any time.
+   gradient of a chunk is computed beside its loss, so only one chunk's logits exist at any time, in memory made once.
 2. Activations: a batch is worked off in micro-batches whose gradients add up (gradient accumulation).
 3. Token ids: 16 bits instead of 64, and memory-mapped: only what a batch touches is read.
 4. Optimizer: `fused=True` updates weights and moments in place, without temporary copies of them.
 5. Memory that is freed: the C library keeps blocks of some megabytes for later, and the gaps between them add up.
    On Linux it is told to give them back at once.
 
-What is new against v1: `loss_in_chunks`, the loop over micro-batches, `return_freed_memory`, and the table that shows
+What is new against v1: `LossInChunks`, the loop over micro-batches, `return_freed_memory`, and the table that shows
 where the memory goes.
 
     python v1_1.py                              train, evaluate, write a sample: results in runs/v1_1/
@@ -31,7 +31,6 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
@@ -96,19 +95,45 @@ def get_batch(ids, step):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def chunk_loss(x, targets, head):
-    """Summed cross-entropy of the logits `head(x)`: x (n, C), targets (n,)."""
-    return F.cross_entropy(head(x), targets, reduction="sum")
+class LossInChunks(torch.autograd.Function):
+    """Mean cross-entropy of the logits x W' + b, CHUNK_SIZE tokens at a time, all of them in one piece of memory.
+
+    Its gradient by the logits is (softmax - one-hot of the target) / N, which is known as soon as they are. So a chunk
+    gives its loss and its share of all gradients, and its logits make room for the next; the backward pass only
+    multiplies by the gradient that arrives.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, targets):
+        """x (N, C), weight (V, C), bias (V,), targets (N,)."""
+        N, loss = len(x), x.new_zeros(())
+        room = x.new_empty(min(CHUNK_SIZE, N), len(weight))
+        gradients = [torch.zeros_like(t) for t in (x, weight, bias)] if ctx.needs_input_grad[0] else None
+        for i in range(0, N, CHUNK_SIZE):
+            x_chunk, target = x[i : i + CHUNK_SIZE], targets[i : i + CHUNK_SIZE, None]
+            p = torch.addmm(bias, x_chunk, weight.T, out=room[: len(target)])  # logits (n, V)
+            p -= p.amax(1, keepdim=True)  # so that no exponential overflows
+            logit = p.gather(1, target)
+            total = p.exp_().sum(1, keepdim=True)
+            loss += (total.log() - logit).sum() / N
+            if gradients:
+                p /= N * total  # softmax / N
+                p.scatter_add_(1, target, p.new_full(target.shape, -1 / N))
+                d_x, d_weight, d_bias = gradients
+                torch.mm(p, weight, out=d_x[i : i + CHUNK_SIZE])
+                d_weight.addmm_(p.T, x_chunk)
+                d_bias += p.sum(0)
+        ctx.save_for_backward(*gradients or ())
+        return loss
+
+    @staticmethod
+    def backward(ctx, grad):
+        return *(grad * gradient for gradient in ctx.saved_tensors), None
 
 
 def loss_in_chunks(x, targets, head):
-    """Mean cross-entropy of the logits `head(x)`, for x (N, C) and targets (N,), CHUNK_SIZE tokens at a time.
-
-    The logits of a chunk are not kept for the backward pass, which computes them again (Chen et al. 2016, "Training
-    Deep Nets with Sublinear Memory Cost", arXiv:1604.06174).
-    """
-    chunks = zip(x.split(CHUNK_SIZE), targets.split(CHUNK_SIZE))
-    return sum(checkpoint(chunk_loss, x, targets, head, use_reentrant=False) for x, targets in chunks) / len(targets)
+    """Mean cross-entropy of the logits `head(x)`, for x (N, C) and targets (N,)."""
+    return LossInChunks.apply(x, head.weight, head.bias, targets)
 
 
 class LanguageModel(nn.Module):

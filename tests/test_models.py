@@ -457,14 +457,36 @@ def test_the_loss_in_chunks_and_its_gradients(chunk_size, load):
 
 
 def test_no_chunk_has_more_logits_than_it_may(load):
-    """And the backward pass computes them again, instead of keeping those of all chunks."""
-    head, seen = nn.Linear(6, 11), []
-    head.register_forward_hook(lambda module, args, logits: seen.append(len(logits)))
+    """And all of them share one piece of memory; what is kept for the backward pass has the size of the inputs."""
+    head, seen, kept = nn.Linear(6, 11), [], []
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, op, types, args=(), kwargs=None):
+            result = op(*args, **(kwargs or {}))
+            if op is torch.ops.aten.addmm.out:
+                seen.append((len(result), result.data_ptr()))
+            return result
+
     module = load("v1_1", CHUNK_SIZE=8)
-    loss = module.loss_in_chunks(inputs(30, 6).requires_grad_(), torch.arange(30) % 11, head)
-    assert seen == [8, 8, 8, 6]
-    loss.backward()
-    assert sorted(seen[4:]) == [6, 8, 8, 8]
+    x = inputs(30, 6).requires_grad_()
+    with Watch(), torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        module.loss_in_chunks(x, torch.arange(30) % 11, head)
+    assert [n for n, _ in seen] == [8, 8, 8, 6] and len({place for _, place in seen}) == 1
+    assert kept == [30 * 6, 11 * 6, 11]
+
+
+def test_the_loss_in_chunks_without_gradients(load):
+    """An evaluation computes none; a second backward pass, of twice the loss, has them twice; large logits are fine."""
+    module, head, x, targets = load("v1_1", CHUNK_SIZE=8), nn.Linear(6, 11), 300 * inputs(30, 6), torch.arange(30) % 11
+    plain = F.cross_entropy(head(x), targets)
+    with torch.no_grad():
+        torch.testing.assert_close(module.loss_in_chunks(x, targets, head), plain)
+    x.requires_grad_()
+    loss = module.loss_in_chunks(x, targets, head)
+    first = torch.autograd.grad(loss, (x, *head.parameters()), retain_graph=True)
+    twice = torch.autograd.grad(2 * loss, (x, *head.parameters()))
+    torch.testing.assert_close(twice, tuple(2 * t for t in first))
+    torch.testing.assert_close(first, torch.autograd.grad(F.cross_entropy(head(x), targets), (x, *head.parameters())))
 
 
 def test_gelu_is_that_of_torch(load):
