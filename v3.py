@@ -113,8 +113,10 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x):
-        if x.device.type != "cpu" or not self.training or self.p == 0:
-            return F.dropout(x, self.p, self.training)
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
         # There, a random number for each element costs more than a layer: one of 64 bits serves eight, a byte each.
         random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
         dropped = min(255, round(256 * self.p))

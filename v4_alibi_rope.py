@@ -129,7 +129,7 @@ def rope_table(positions, D, base):
 
 
 def apply_rope(x, table):
-    """Turn the pairs (x[i], x[i + D / 2]) of `x` (B, H, T, D) by the angles of `table`."""
+    """Turn the pairs (x[i], x[i + D / 2]) of `x` (..., T, D) by the angles of `table`."""
     cos, sin = table
     a, b = x.float().chunk(2, -1)
     return torch.cat([a * cos - b * sin, a * sin + b * cos], -1).type_as(x)
@@ -215,8 +215,10 @@ class Dropout(nn.Module):
         self.p = p
 
     def forward(self, x):
-        if x.device.type != "cpu" or not self.training or self.p == 0:
-            return F.dropout(x, self.p, self.training)
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
         # There, a random number for each element costs more than a layer: one of 64 bits serves eight, a byte each.
         random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
         dropped = min(255, round(256 * self.p))
@@ -229,9 +231,10 @@ def attend(q, k, v, scale, bias=None):
     a token sees itself and those before it."""
     T, K = q.size(2), k.size(2)
     if bias is not None or 1 < T < K:
-        future = torch.ones(T, K, dtype=torch.bool, device=q.device).triu(K - T + 1)
-        bias = torch.zeros(1) if bias is None else bias
-        mask = bias.to(q.device, q.dtype).masked_fill(future, -math.inf)  # (H, T, K)
+        mask = q.new_zeros(1) if bias is None else bias.to(q.dtype)  # (1, H, T, K)
+        if T > 1:
+            future = torch.ones(T, K, dtype=torch.bool, device=q.device).triu(K - T + 1)
+            mask = mask.masked_fill(future, -math.inf)
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, scale=scale)
     if T > 512 or q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale)  # one fused kernel
@@ -259,16 +262,17 @@ class Attention(nn.Module):
         self.qkv = nn.Linear(N_EMBD, 3 * N_EMBD, bias=False)
         self.proj = nn.Linear(N_EMBD, N_EMBD, bias=False)
 
-    def forward(self, x, rope, cache):
+    def forward(self, x, rope, bias, cache):
         B, T, C = x.shape
         H, D = self.n_head, C // self.n_head
-        q, k, v = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        qkv = self.qkv(x).view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
+        q, k, v = qkv  # each (B, H, T, D)
         if self.position == "rope":
-            q, k = apply_rope(q, rope), apply_rope(k, rope)
+            q, k = apply_rope(qkv[:2], rope)
         if cache:
             k, v = cache.extend(self.layer, k, v)
-        if self.position == "alibi" and cache:
-            y = attend(q, k, v, D**-0.5, alibi_bias(H, T, k.size(2)))  # (B, H, T, D)
+        if bias is not None:
+            y = attend(q, k, v, D**-0.5, bias)  # (B, H, T, D)
         elif self.flex and torch.compiler.is_compiling():
             y = alibi_by_flex_attention(q * D**-0.5, k, v, *self.flex)
         elif self.position == "alibi":
@@ -299,8 +303,8 @@ class Block(nn.Module):
         self.mlp = MLP()
         self.dropout = Dropout(DROPOUT)
 
-    def forward(self, x, rope, cache):
-        x = x + self.dropout(self.attention(norm(x), rope, cache))  # (B, T, C)
+    def forward(self, x, rope, bias, cache):
+        x = x + self.dropout(self.attention(norm(x), rope, bias, cache))  # (B, T, C)
         return x + self.dropout(self.mlp(norm(x)))
 
 
@@ -316,7 +320,7 @@ class LanguageModel(nn.Module):
         if position == "sinusoidal" and N_EMBD % 2:
             raise ValueError(f"N_EMBD={N_EMBD} must be even, since half of the numbers of a position are sines")
         self.position, self.block_size = position, BLOCK_SIZE
-        self.head_size, self.rope_base = N_EMBD // N_HEAD, ROPE_BASE
+        self.n_head, self.head_size, self.rope_base = N_HEAD, N_EMBD // N_HEAD, ROPE_BASE
         self.embedding = nn.Embedding(vocab_size, N_EMBD)
         if position == "learned":
             self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)
@@ -336,16 +340,18 @@ class LanguageModel(nn.Module):
         """
         start = cache.length if cache else 0
         positions = torch.arange(start, start + idx.size(1), device=idx.device)
-        x, rope = norm(self.embedding(idx)), None  # (B, T, C)
+        x, rope, bias = norm(self.embedding(idx)), None, None  # (B, T, C)
         if self.position == "learned":
             x = x + self.position_embedding(positions)
         elif self.position == "sinusoidal":  # Vaswani et al. 2017, section 3.5, all sines first, then all cosines
             x = x + torch.cat(rope_table(positions, x.size(-1), self.rope_base)[::-1], -1)
         elif self.position == "rope":
             rope = rope_table(positions, self.head_size, self.rope_base)
+        elif self.position == "alibi" and cache:
+            bias = alibi_bias(self.n_head, idx.size(1), start + idx.size(1))[None].to(idx.device)
         x = self.dropout(x)
         for block in self.blocks:
-            x = block(x, rope, cache)
+            x = block(x, rope, bias, cache)
         if cache:
             cache.length += idx.size(1)
         logits = self.head(norm(x)).float()  # (B, T, V)
@@ -565,7 +571,7 @@ def draw(logits):
     return torch.multinomial(p, 1)
 
 
-@torch.no_grad()
+@torch.inference_mode()
 def generate(model, ids, n_tokens):
     """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
     model.eval()

@@ -22,7 +22,7 @@ COMMITTED = ROOT / "results" / "runs"
 EXPERIMENTS = ROOT / "results" / "experiments"
 BENCHMARKS = ROOT / "results" / "benchmarks"
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
-MEASURED = ("tokenizer", "training", "generation", "ablation", "scaling", "soak")  # scripts that write their tables
+MEASURED = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak")  # scripts that write their tables
 KEPT = ("summary.json", "log.jsonl", "steps.csv", "sample.txt", "*.png")  # of a run; the weights are not committed
 
 
