@@ -975,8 +975,8 @@ def plot_loss(records, title):
 
     figure = Figure(figsize=(7, 4.5), layout="constrained")
     axes, seen = figure.subplots(), [record["tokens_seen"] / 1e6 for record in records]
-    means = [record["train_loss"] for record in records[1:]]
-    axes.plot(seen[1:], means, "o-", label="training (mean since the last point)")
+    means = [(x, record["train_loss"]) for x, record in zip(seen, records) if record["train_loss"] is not None]
+    axes.plot(*zip(*means), "o-", label="training (mean since the last point)")
     axes.plot(seen, [record["val_loss"] for record in records], "s-", label="validation")
     axes.set(xlabel="tokens seen (millions)", ylabel="loss (nats per token)", title=title)
     axes.grid(alpha=0.3)

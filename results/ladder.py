@@ -22,7 +22,7 @@ COMMITTED = ROOT / "results" / "runs"
 EXPERIMENTS = ROOT / "results" / "experiments"
 BENCHMARKS = ROOT / "results" / "benchmarks"
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
-MEASURED = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak")  # scripts that write their tables
+MEASURED = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak")  # scripts with tables
 KEPT = ("summary.json", "log.jsonl", "steps.csv", "sample.txt", "*.png")  # of a run; the weights are not committed
 
 
@@ -164,9 +164,10 @@ def plot(path):
     for folder in (*RUNGS[:-1], *sorted(p.parent.relative_to(COMMITTED) for p in COMMITTED.glob("v4*/*/summary.json"))):
         s = json.loads((COMMITTED / folder / "summary.json").read_text())
         log = [json.loads(line) for line in (COMMITTED / folder / "log.jsonl").read_text().splitlines()]
+        log = [line for line in log if line["step"]]
         seen = [line["tokens_seen"] * s["bytes_seen"] / s["tokens_seen"] / 1e6 for line in log]
         label = str(folder).replace("_alibi_rope/", ", ")
-        axes.plot(seen[1:], [line["val_bpb"] for line in log[1:]], "o--" if label == "v1_1" else "o-", label=label)
+        axes.plot(seen, [line["val_bpb"] for line in log], "o--" if label == "v1_1" else "o-", label=label)
     axes.set(xlabel="text seen (MB)", ylabel="validation bits per byte", title="The ladder")
     axes.set_xlim(left=0)
     axes.grid(alpha=0.3)

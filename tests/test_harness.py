@@ -463,6 +463,16 @@ def test_an_output_in_another_encoding_costs_no_results(encoding, load, monkeypa
     assert "summary.json" in names(module.OUT_DIR)
 
 
+def test_the_picture_of_the_loss_has_every_evaluation():
+    """A run that starts from trained weights is evaluated before its first step, when there is no training loss yet."""
+    records = [{"tokens_seen": 1e6 * k, "train_loss": 5.0 - k, "val_loss": 6.0 - k} for k in (1, 2)]
+    for before in ([], [{"tokens_seen": 0, "train_loss": None, "val_loss": 6.0}]):
+        training, validation = harness.plot_loss([*before, *records], "v3").axes[0].get_lines()
+        assert training.get_xydata().tolist() == [[1, 4], [2, 3]]
+        assert validation.get_xydata().tolist() == [*([[0, 6]] if before else []), [1, 5], [2, 4]]
+
+
+
 @pytest.mark.parametrize("name", ["v0", V4])
 def test_pictures_that_cannot_be_drawn_cost_a_line(name, load, start, monkeypatch):
     def fail(*arguments):
