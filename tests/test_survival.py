@@ -494,7 +494,7 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_trains(name, ra
     code, _, err = run(name, tmp_path, EVAL_INTERVAL=5, **{rate: 1e30})
     assert_one_line(code, err, "loss is", "at step", f"{rate}=1e+30")
     assert "RESUME" not in err
-    assert re.search("lower LEARNING_RATE or LEARNING_RATE_ADAMW" if name == V4 else "lower LEARNING_RATE[, ]", err)
+    assert re.search("lower LEARNING_RATE or LEARNING_RATE_ADAMW" if name == V4 else r"lower LEARNING_RATE\b", err)
     assert "DTYPE" not in err  # it is float32
     assert ("WARMUP_STEPS" in err) == (name in LATE)
     code, _, err = run(name, tmp_path, **{rate: lower})
@@ -559,7 +559,7 @@ BIG = {"MICRO_BATCH_SIZE": 2048, "BATCH_SIZE": 2048, "BLOCK_SIZE": 8, "CHUNK_SIZ
 @pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited by what /proc says")
 @pytest.mark.parametrize("name", RUNGS)
 def test_out_of_memory_says_what_to_lower_and_that_works(name, run, tmp_path):
-    limit = 90_000_000
+    limit = 40_000_000 if name == "v1_1" else 90_000_000
     constants = {**BIG, "MAX_STEPS": 4, "EVAL_INTERVAL": 2}
     code, _, err = run(name, tmp_path, limit=limit, **constants)
     assert_one_line(code, err, f"{name}.py: out of memory; lower ")
