@@ -1,10 +1,10 @@
 """The experiments of this repository: what each asks, and the runs that answer it.
 
-    python results/experiments.py --list               what there is, how many runs are done, how long they take
+    python results/experiments.py --list               what there is, how many runs are done, how long they took
     python results/experiments.py ladder               make the runs of an experiment that are missing, then its table
     python results/experiments.py ladder --table       only the table, of the runs that are done
     python results/experiments.py ladder DEVICE=cuda   with constants for all of its runs
-    python results/experiments.py ladder --gpu         with shapes for one GPU, and a data set to match
+    python results/experiments.py ladder --gpu         with shapes for one GPU, on the text that data/ holds
 
 A run is a rung with constants, as `python v3.py NAME=value ...` starts it, one after the other, in a folder of its own
 below runs/experiments/. It may be stopped at any time: the next start goes on from its last checkpoint. A run that is
@@ -139,7 +139,8 @@ STEPS_TO_V4 = {  # each with those before it
 
 
 def from_v3_to_v4(**constants):
-    """The runs: v3, v3 with more and more of v4's parts, v4. What is left at its end is Muon."""
+    """The runs: v3, v3 with more and more of v4's parts, v4. What the last one adds is Muon, and with it goes what it does
+    not need: weight decay of the matrices and clipping."""
     runs, edits = [Run("v3", "v3", constants)], ()
     for name, more in STEPS_TO_V4.items():
         edits += more
@@ -190,7 +191,7 @@ EXPERIMENTS = {
         columns=("val_bpb", "val_word_ppl", "n_params", "bytes_seen", "train_seconds"),
     ),
     "dropout": Experiment(
-        "When does dropout pay? On the sample, read about forty times.",
+        "When does dropout pay? On the sample, read about ninety times.",
         [Run(f"{p:g}", "v3", {"DATA": "runs/experiments/sample", "DROPOUT": p, "MAX_STEPS": 2000, **SMALLER})
          for p in (0.0, 0.1, 0.2, 0.3)],
         columns=("val_bpb", "best_step", "test_bpb", "train_seconds"),
