@@ -5,8 +5,8 @@ the earlier positions, and the softmax of the scores weighs their values (Vaswan
 Need", arXiv:1706.03762, section 3). The model is the decoder of that paper without its cross-attention: every
 sub-layer is followed by a residual connection and LayerNorm. Positions are learned vectors. There is no dropout.
 
-What is new against v1_1: the model. Micro-batches and mapped 16-bit ids stay; the loss in chunks and the return of freed
-memory were for the lesson on memory.
+What is new against v1_1: the model. Micro-batches and mapped 16-bit ids stay; the loss in chunks and the return of
+freed memory were for the lesson on memory.
 
     python v2.py                                train, evaluate, write a sample: results in runs/v2/
     python v2.py N_LAYER=4 N_HEAD=8             set any of the constants below for one run
