@@ -139,8 +139,8 @@ STEPS_TO_V4 = {  # each with those before it
 
 
 def from_v3_to_v4(**constants):
-    """The runs: v3, v3 with more and more of v4's parts, v4. What the last one adds is Muon; with it go weight decay and
-    clipping, which it does not need."""
+    """The runs: v3, v3 with more and more of v4's parts, v4. What the last one adds is Muon; with it go weight decay
+    and clipping, which it does not need."""
     runs, edits = [Run("v3", "v3", constants)], ()
     for name, more in STEPS_TO_V4.items():
         edits += more
