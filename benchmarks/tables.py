@@ -14,10 +14,12 @@ def table(head, rows, left=(0,)):
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in (head, ruler, *rows))
 
 
-def machine():
-    """Processor, number of cores, and versions."""
+def machine(device="cpu"):
+    """Processor, number of cores, and versions; of a run on a GPU its name."""
     import torch
 
+    if device.startswith("cuda"):
+        return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
     try:
         cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
     except (OSError, TypeError):  # not Linux, or a processor without a name

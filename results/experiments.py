@@ -1,34 +1,41 @@
 """The experiments of this repository: what each asks, and the runs that answer it.
 
-    python results/experiments.py --list               what there is, how many runs are done, how long they took
-    python results/experiments.py ladder               make the runs of an experiment that are missing, then its table
-    python results/experiments.py ladder --table       only the table, of the runs that are done
-    python results/experiments.py ladder DEVICE=cuda   with constants for all of its runs
-    python results/experiments.py ladder --gpu         with shapes for one GPU, on the text that data/ holds
+    python results/experiments.py --list                what there is, and how many runs are done
+    python results/experiments.py ladder positions      make the runs of experiments that are missing, then their tables
+    python results/experiments.py ladder --table        only the table, of the runs that are done
+    python results/experiments.py ladder DEVICE=cuda    with constants for all of its runs
+    python results/experiments.py ladder --jobs 8       eight runs at a time: small models leave a GPU room
+    python results/experiments.py ladder --gpu          with shapes for one GPU, on the text that data/ holds
+    python results/experiments.py shape --pace          measure how long steps take here, see below
 
-A run is a rung with constants, as `python v3.py NAME=value ...` starts it, one after the other, in a folder of its own
-below runs/experiments/. It may be stopped at any time: the next start goes on from its last checkpoint. A run that is
-done leaves a file in results/experiments/NAME/ with its summary and its evaluations, and is not made again. A change of
-a model that no constant makes is an edit of the rung's text, `(old, new)` as in an editor, on a copy in the folder of
-the run: `diff` shows it.
+A run is a rung with constants, as `python v3.py NAME=value ...` starts it, in a folder of its own below
+runs/experiments/. It may be stopped at any time: the next start goes on from its last checkpoint. A run that is done
+leaves a file in results/experiments/NAME/ with its summary and its evaluations, and is not made again; what two
+experiments have in common is made once. A change of a model that no constant makes is an edit of the rung's text,
+`(old, new)` as in an editor, on a copy in the folder of the run: `diff` shows it.
 
-Where runs are compared at equal seconds, a short trial tells the speed of each, and the number of steps follows from
-it. Such runs should be made on one machine that does nothing else; at equal text losses differ by rounding only.
+Where runs are compared at equal seconds, results/experiments/pace.json tells how long a step of each takes: measured by
+short trials, one after the other, on one machine that does nothing else, all compared ones anew with --pace. The number
+of steps follows from it, and with it the loss, on whatever machine the run itself is made: between machines losses
+differ by rounding only.
 """
 
 import argparse
+import contextlib
 import copy
 import importlib
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import subprocess
 import sys
 import time
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
-from statistics import mean
+from statistics import mean, median
 
 import torch
 import torch.nn.functional as F
@@ -38,12 +45,14 @@ sys.path.insert(0, str(ROOT))
 
 import harness  # noqa: E402
 from benchmarks.tables import machine, table  # noqa: E402
-from data import load_tokens  # noqa: E402
+from data import load_tokens, token_file  # noqa: E402
 
 WORK, RESULTS = ROOT / "runs" / "experiments", ROOT / "results" / "experiments"
 SEEDS = (1337, 1338, 1339)
 V4 = "v4_alibi_rope"
-TRIAL_STEPS = 30  # of a trial for the speed
+TRIAL_STEPS, WARM_UP = 24, 8  # of a trial for the pace, and those of them that do not count
+COSTS = ("VOCABULARY", "BATCH_SIZE", "MICRO_BATCH_SIZE", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "POSITION",
+         "DROPOUT")  # constants that the pace depends on
 # Shapes for one GPU, of those constants that a rung has. Their data: python data/prepare.py --dataset wikitext-103-v1
 GPU = {"BATCH_SIZE": 64, "MICRO_BATCH_SIZE": 64, "BLOCK_SIZE": 512, "N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768,
        "MAX_STEPS": 20_000, "DEVICE": "cuda"}  # fmt: skip
@@ -61,6 +70,10 @@ class Run:
     megabytes: float = 0.0  # trained on as much text, not for MAX_STEPS
     vocab_size: int = 0  # of a vocabulary of its own
     measure: str = ""  # what is measured of the trained model: one of MEASURES
+
+    def training(self):
+        """What makes it the same training as another run: everything but its name and what is measured of it."""
+        return self.rung, sorted(self.constants.items()), self.edits, self.seconds, self.megabytes, self.vocab_size
 
 
 @dataclass
@@ -138,14 +151,14 @@ STEPS_TO_V4 = {  # each with those before it
 }
 
 
-def from_v3_to_v4(**constants):
+def from_v3_to_v4():
     """The runs: v3, v3 with more and more of v4's parts, v4. What the last one adds is Muon; with it go weight decay
     and clipping, which it does not need."""
-    runs, edits = [Run("v3", "v3", constants)], ()
+    runs, edits = [Run("v3", "v3")], ()
     for name, more in STEPS_TO_V4.items():
         edits += more
-        runs.append(Run(f"+ {name}", "v3", constants, edits))
-    return [*runs, Run("+ Muon: v4", V4, {**constants, "POSITION": "rope"})]
+        runs.append(Run(f"+ {name}", "v3", edits=edits))
+    return [*runs, Run("+ Muon: v4", V4, {"POSITION": "rope"})]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -154,49 +167,82 @@ def from_v3_to_v4(**constants):
 
 ALIBI, ROPE_ONLY = {"POSITION": "alibi"}, {"POSITION": "rope"}
 VOCABULARIES = (500, 1000, 2000, 4096, 8192, 16384)
-SMALLER = {"N_LAYER": 2, "N_EMBD": 128, "EVAL_INTERVAL": 250, "PATIENCE": 1000}  # sees its text many times in minutes
+LADDER_MB = 18.57  # of text that every rung sees by default
+SMALLER = {"N_LAYER": 2, "N_EMBD": 128}
+
+
+def vocabularies():
+    """v2 and v4 with each vocabulary, on as much text as the ladder and for as many seconds."""
+    runs = []
+    for rung, constants in (("v2", {}), (V4, ROPE_ONLY)):
+        for what, limit in (("18.6 MB", {"megabytes": LADDER_MB}), ("300 s", {"seconds": 300})):
+            for size in VOCABULARIES:
+                default = size == 4096 and "megabytes" in limit
+                more = {} if default else {"vocab_size": size, **limit}
+                runs.append(Run(f"{rung.split('_')[0]}, {what}, {size:,}", rung, constants, **more))
+    return runs
+
+
+def lengths():
+    """v4 with a window of another length, as many tokens a step."""
+    return [Run(f"{scheme}, {size}", V4, {"POSITION": scheme} if size == 256 else
+                {"POSITION": scheme, "BLOCK_SIZE": size, "BATCH_SIZE": 4096 // size, "MICRO_BATCH_SIZE": 4096 // size},
+                measure="windows")
+            for scheme in ("alibi", "rope") for size in (128, 256, 512)]  # fmt: skip
+
+
+def dropouts():
+    """v3 on texts that it reads often: until it has long been overfitted, where it can be."""
+    texts = {"the sample, 89 times": {"DATA": "runs/experiments/sample", "MAX_STEPS": 2000, **SMALLER},
+             "a tenth, 20 times": {"DATA": "runs/experiments/tenth", "MAX_STEPS": 1480},
+             "all, 10 times": {"MAX_STEPS": 7430}}  # fmt: skip
+    return [Run(f"{text}, {p:g}", "v3", {**constants, "DROPOUT": p, "PATIENCE": 1000})
+            for text, constants in texts.items() for p in (0.0, 0.1, 0.2, 0.3)]  # fmt: skip
+
 
 EXPERIMENTS = {
     "ladder": Experiment(
         "How far does each rung come on the same text?",
         [Run("v0", "v0"), Run("v1", "v1"), Run("v1_1", "v1_1"), Run("v2", "v2"), Run("v3", "v3", measure="temperature"),
          Run("v4, alibi", V4, ALIBI, measure="windows"), Run("v4, rope", V4, ROPE_ONLY, measure="windows")],
-        columns=("val_bpb", "val_word_ppl", "bytes_seen", "train_seconds", "peak_memory_mb"),
+        columns=("val_bpb", "val_word_ppl", "bytes_seen", "pace"),
     ),
     "learning_rate": Experiment(
         "Is v3 well tuned?",
-        [Run(f"{rate:g}", "v3", {"LEARNING_RATE": rate, "MAX_STEPS": 640}) for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
-        seeds=SEEDS[:1],
+        [Run(f"{rate:g}", "v3", {"LEARNING_RATE": rate} if rate != 2e-3 else {})
+         for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
+        columns=("val_bpb", "val_word_ppl"),
     ),
-    "v3_to_v4": Experiment("What makes v4 better than v3?", from_v3_to_v4(MAX_STEPS=640)),
+    "v3_to_v4": Experiment(
+        "What makes v4 better than v3?", from_v3_to_v4(), columns=("val_bpb", "val_word_ppl", "pace")
+    ),
     "positions": Experiment(
         "How does a transformer know where its tokens stand, and what happens beyond the length it was trained on?",
-        [*(Run(scheme, V4, {"POSITION": scheme}, measure="windows") for scheme in ("learned", "sinusoidal", "none")),
-         *(Run(f"{scheme}, {size}", V4, {"POSITION": scheme, "BLOCK_SIZE": size, "BATCH_SIZE": 4096 // size,
-                                         "MICRO_BATCH_SIZE": 4096 // size}, measure="windows")
-           for size in (128, 512) for scheme in ("alibi", "rope"))],
-        columns=("val_bpb", "val_bpb_sliding", "test_bpb", "train_seconds"),
+        [*(Run(f"{scheme}, 256", V4, {"POSITION": scheme}, measure="windows")
+           for scheme in ("learned", "sinusoidal", "none")), *lengths()],
+        columns=("val_bpb", "val_bpb_sliding", "test_bpb", "pace"),
     ),
     "vocabulary": Experiment(
-        "Which vocabulary is best, in bits per byte, after as much text, and after as many seconds?",
-        [Run(f"{rung.split('_')[0]}, {size:,}, {what}", rung, ROPE_ONLY if rung == V4 else {}, vocab_size=size, **limit)
-         for what, limit in (("4 MB", {"megabytes": 4}), ("120 s", {"seconds": 120}))
-         for rung in ("v2", V4) for size in VOCABULARIES],
-        columns=("val_bpb", "val_word_ppl", "bytes_seen", "train_seconds"),
+        "Which vocabulary is best, in bits per byte, after as much text, and after as many seconds?", vocabularies(),
+        columns=("val_bpb", "val_word_ppl", "bytes_seen", "n_params", "pace"),
     ),
     "shape": Experiment(
         "Deeper or wider, after as many seconds?",
-        [*(Run(f"{n} × 256", "v3", {"N_LAYER": n}, seconds=240) for n in (1, 2, 4, 6, 8)),
-         *(Run(f"4 × {width}", "v3", {"N_EMBD": width}, seconds=240) for width in (128, 192, 320, 384))],
-        columns=("val_bpb", "val_word_ppl", "n_params", "bytes_seen", "train_seconds"),
+        [*(Run(f"{n} × 256", "v3", {"N_LAYER": n}, seconds=600) for n in (1, 2, 4, 6, 8)),
+         *(Run(f"4 × {width}", "v3", {"N_EMBD": width}, seconds=600) for width in (128, 192, 320, 384))],
+        columns=("val_bpb", "val_word_ppl", "n_params", "bytes_seen", "pace"),
     ),
     "dropout": Experiment(
-        "When does dropout pay? On the sample, read about ninety times.",
-        [Run(f"{p:g}", "v3", {"DATA": "runs/experiments/sample", "DROPOUT": p, "MAX_STEPS": 2000, **SMALLER})
-         for p in (0.0, 0.1, 0.2, 0.3)],
-        columns=("val_bpb", "best_step", "test_bpb", "train_seconds"),
+        "When does dropout pay?", dropouts(), columns=("val_bpb", "best_step", "steps", "test_bpb"),
     ),
 }  # fmt: skip
+
+
+def owner(run):
+    """(name of an experiment, its run): the first that is the same training as `run`."""
+    same = [(name, other) for name, experiment in EXPERIMENTS.items() for other in experiment.runs
+            if other.training() == run.training()]  # fmt: skip
+    return same[0] if same else (None, run)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -210,8 +256,9 @@ def slug(text):
     return "-".join(words.split())
 
 
-def result_file(experiment, run, seed, gpu):
-    """Where a finished run is kept."""
+def result_file(run, seed, gpu=False):
+    """Where a finished run is kept: in the folder of the first experiment that has it."""
+    experiment, run = owner(run)
     return RESULTS / (experiment + "_gpu" * gpu) / f"{slug(run.name)}-{seed}.json"
 
 
@@ -224,8 +271,8 @@ def edited(text, edits):
     return text
 
 
-def start(run, folder, constants):
-    """Train in a process of its own, from the last checkpoint if there is one. Raises ValueError if it fails."""
+def command(run, folder, constants):
+    """What starts the run in `folder`; writes the edited rung there."""
     folder.mkdir(parents=True, exist_ok=True)
     script = ROOT / f"{run.rung}.py"
     if run.edits:
@@ -233,30 +280,33 @@ def start(run, folder, constants):
         script = folder / script.name
         script.write_text(text, encoding="utf-8")
     arguments = [f"{name}={value}" for name, value in constants.items()]
-    done = subprocess.run([sys.executable, str(script), *arguments, f"OUT_DIR={folder / 'run'}", "RESUME=True"],
-                          cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)})  # fmt: skip
+    return [sys.executable, str(script), *arguments, f"OUT_DIR={folder / 'run'}", "RESUME=True"]
+
+
+def environment(jobs=1):
+    """Of a run that shares the processor with others."""
+    threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
+    return {**os.environ, "PYTHONPATH": str(ROOT), **threads}
+
+
+def start(run, folder, constants, jobs=1):
+    """Train in a process of its own, from the last checkpoint if there is one. Raises ValueError if it fails."""
+    with contextlib.ExitStack() as stack:
+        screen = None
+        if jobs > 1:  # the lines of several runs would be mixed up
+            folder.mkdir(parents=True, exist_ok=True)
+            screen = stack.enter_context(open(folder / "screen.txt", "w", encoding="utf-8"))
+        done = subprocess.run(command(run, folder, constants), cwd=ROOT, env=environment(jobs), stdout=screen,
+                              stderr=screen)  # fmt: skip
     if done.returncode:
-        raise ValueError(f"the run in {folder} has ended with exit code {done.returncode}; its message stands above")
+        where = f"its message stands in {folder / 'screen.txt'}" if screen else "its message stands above"
+        raise ValueError(f"the run in {folder} has ended with exit code {done.returncode}; {where}")
 
 
 def read_run(folder):
     """(summary, evaluations) of the finished run in `folder`."""
     log = [json.loads(line) for line in (folder / "run" / "log.jsonl").read_text(encoding="utf-8").splitlines()]
     return json.loads((folder / "run" / "summary.json").read_text(encoding="utf-8")), log
-
-
-def steps_in(run, seconds, folder, constants):
-    """How many steps the run makes in so many seconds: from a short trial, whose first steps do not count."""
-    path = folder / "steps_per_second.json"
-    if not path.exists():
-        trial = {**constants, "MAX_STEPS": TRIAL_STEPS, "EVAL_INTERVAL": TRIAL_STEPS, "SAMPLE_TOKENS": 1}
-        shutil.rmtree(folder / "trial", ignore_errors=True)
-        start(run, folder / "trial", trial)
-        steps = next((folder / "trial").rglob("steps.csv")).read_text().splitlines()[1 + TRIAL_STEPS // 3 :]
-        step_tokens = float(steps[0].split(",")[1]) / float(steps[0].split(",")[0])
-        pace = mean(step_tokens / float(row.split(",")[5]) for row in steps)  # seconds a step
-        path.write_text(json.dumps(1 / pace))
-    return max(2, round(seconds * json.loads(path.read_text())))
 
 
 def steps_on(megabytes, module, constants):
@@ -266,49 +316,166 @@ def steps_on(megabytes, module, constants):
     return max(2, round(1e6 * megabytes / (step_tokens * train.n_bytes / len(train))))
 
 
-def prepare(run, constants):
-    """Constants for a vocabulary of the run's own size. Makes the tokens of the sample, if the run trains on it; raises
-    ValueError if those of the vocabulary are missing."""
-    home = ROOT / constants.get("DATA", "data")
-    if home == WORK / "sample" and not home.exists():
-        command = ["data/prepare.py", "--sample", "--to", str(home), "--vocabulary", "data/bpe_vocab.json"]
-        if subprocess.run([sys.executable, *command], cwd=ROOT).returncode:
-            raise ValueError(f"python {' '.join(command)} has failed; its message stands above")
-    if run.vocab_size in (0, 4096):  # 4,096: that of data/
-        return {}
-    name = f"bpe_vocab_{run.vocab_size}.json"
-    if not (home / f"train_ids_{run.vocab_size}.pt").exists():
-        raise ValueError(f"there are no tokens of a vocabulary of {run.vocab_size:,}; to make them: python "
-                         f"data/prepare.py --vocab-size {run.vocab_size} (and --from DIR, where the text is)")
-    return {"VOCABULARY": name}
+def make_tenth(home):
+    """The token files of data/ with the first tenth of the training text only, in the folder `home`."""
+    home.mkdir(parents=True, exist_ok=True)
+    tokenizer = harness.BPETokenizer.load(ROOT / "data" / "bpe_vocab.json")
+    for split in ("val", "test", "train"):  # the last one is looked for
+        content = torch.load(token_file(split, "bpe_vocab.json"), weights_only=True)
+        content["dataset"] = f"a tenth of {content['dataset']}"
+        if split == "train":
+            content["ids"] = content["ids"][: len(content["ids"]) // 10].clone()
+            text = tokenizer.decode_bytes(content["ids"].tolist())
+            content |= {"n_tokens": len(content["ids"]), "n_bytes": len(text),
+                        "n_words": len(text.split()) + text.count(b"\n")}  # fmt: skip
+        torch.save(content, home / f"{split}_ids.pt")
+    shutil.copyfile(ROOT / "data" / "bpe_vocab.json", home / "bpe_vocab.json")
 
 
-def make(name, run, seed, own, gpu):
-    """Make one run of an experiment, unless it is done, and keep what it found."""
-    path = result_file(name, run, seed, gpu)
-    if path.exists():
-        return
+def prepare(runs):
+    """Make the texts of the runs that are parts of others. Raises ValueError if tokens are missing."""
+    homes = {run.constants.get("DATA") for run in runs}
+    sample, tenth = WORK / "sample", WORK / "tenth"
+    if "runs/experiments/sample" in homes and not sample.exists():
+        make_it = ["data/prepare.py", "--sample", "--to", str(sample), "--vocabulary", "data/bpe_vocab.json"]
+        if subprocess.run([sys.executable, *make_it], cwd=ROOT).returncode:
+            raise ValueError(f"python {' '.join(make_it)} has failed; its message stands above")
+    load_tokens("bpe_vocab.json")
+    if "runs/experiments/tenth" in homes and not (tenth / "bpe_vocab.json").exists():
+        make_tenth(tenth)
+    for size in sorted({run.vocab_size for run in runs} - {0, 4096}):
+        if not token_file("train", f"bpe_vocab_{size}.json").exists():
+            raise ValueError(f"there are no tokens of a vocabulary of {size:,}; to make them: python data/prepare.py "
+                             f"--vocab-size {size} (and --from DIR, where the text is)")
+
+
+def all_constants(run, seed, gpu=False):
+    """The constants of a run but for the number of its steps."""
     module = importlib.import_module(run.rung)
-    constants = {"EVAL_INTERVAL": 160} | {k: v for k, v in GPU.items() if gpu and hasattr(module, k)} | run.constants
-    constants |= {"SEED": seed} | prepare(run, constants)
-    folder = WORK / path.relative_to(RESULTS).with_suffix("")
-    if run.seconds or run.megabytes:
-        steps = steps_in(run, run.seconds, folder, constants | own) if run.seconds else (
-            steps_on(run.megabytes, module, constants))  # fmt: skip
-        constants |= {"MAX_STEPS": steps, "EVAL_INTERVAL": max(1, math.ceil(steps / 4))}
-    constants |= own
-    if not (folder / "run" / "summary.json").exists():
-        start(run, folder, constants)
-    summary, log = read_run(folder)
-    summary.pop("schemes", None)
-    found = {"run": run.name, "machine": machine(), "date": time.strftime("%Y-%m-%d"),
-             "command": f"python {run.rung}.py " + " ".join(f"{k}={v}" for k, v in constants.items()),
-             "edits": [list(edit) for edit in run.edits], "summary": summary, "log": log,
-             "measured": measure(run, folder)}  # fmt: skip
+    constants = {k: v for k, v in GPU.items() if gpu and hasattr(module, k)} | run.constants | {"SEED": seed}
+    if run.vocab_size not in (0, 4096):  # 4,096: that of data/
+        constants["VOCABULARY"] = f"bpe_vocab_{run.vocab_size}.json"
+    return constants
+
+
+def key_of_pace(run):
+    """What stands for the run in pace.json: the rung, and all that a step's time depends on."""
+    constants = all_constants(run, 0)
+    words = [run.rung, *(f"{name}={constants[name]}" for name in COSTS if name in constants)]
+    return " ".join([*words, *([f"({run.name})"] if run.edits else [])])
+
+
+def read_pace():
+    """{"machine", "date", "seconds": {key_of_pace: seconds a step}}"""
+    path = RESULTS / "pace.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}}
+
+
+def pace_of(run):
+    """Seconds a step of `run`. Raises ValueError if that was not measured."""
+    found = read_pace()["seconds"].get(key_of_pace(run))
+    if found is None:
+        name, _ = owner(run)
+        raise ValueError(f"how long a step of {run.name} takes was not measured yet: python results/experiments.py "
+                         f"{name} --pace")
+    return found
+
+
+def trial(run):
+    """Seconds a step: the median of some steps of a run that is broken off after them."""
+    folder = WORK / "pace"
+    shutil.rmtree(folder, ignore_errors=True)
+    process = subprocess.Popen(command(run, folder, {**all_constants(run, SEEDS[0]), "MAX_STEPS": 10_000,
+                                                     "DEVICE": "cpu"}),
+                               cwd=ROOT, env=environment(), stdout=subprocess.DEVNULL)  # fmt: skip
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            for path in (folder / "run").rglob("steps.csv"):
+                rows = path.read_text(encoding="utf-8").splitlines()[1:-1]
+                if len(rows) >= TRIAL_STEPS:
+                    rows = [list(map(float, row.split(","))) for row in rows[WARM_UP:TRIAL_STEPS]]
+                    return median(tokens / step / rate for step, tokens, _, _, _, rate in rows)
+        raise ValueError(f"the trial of {run.name} has ended with exit code {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def measure_pace(runs, again=True):
+    """Measure the pace of `runs`, one after the other, and keep it; without `again` only what is missing."""
+    kept = read_pace()
+    if not again and kept.get("machine", machine()) != machine():
+        raise ValueError("pace.json was measured on another machine; measure it whole with --pace")
+    for key, run in {key_of_pace(run): run for run in runs}.items():
+        if again or key not in kept["seconds"]:
+            kept |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"),
+                     "seconds": kept["seconds"] | {key: round(trial(run), 5)}}  # fmt: skip
+            write(RESULTS / "pace.json", json.dumps(kept, indent=1) + "\n")
+            print(f"{kept['seconds'][key]:8.4f} s a step: {key}", flush=True)
+
+
+def write(path, text):
+    """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     beside = path.with_suffix(".new")
-    beside.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    beside.write_text(text, encoding="utf-8")
     beside.replace(path)
+
+
+def make(run, seed, own, gpu=False, jobs=1):
+    """Make one run of an experiment, unless it is done, and keep what it found. Returns what went wrong, or None."""
+    path = result_file(run, seed, gpu)
+    if path.exists():
+        return None
+    try:
+        run = owner(run)[1]
+        module = importlib.import_module(run.rung)
+        constants = all_constants(run, seed, gpu)
+        if run.seconds:
+            constants["MAX_STEPS"] = max(2, round(run.seconds / pace_of(run)))
+        elif run.megabytes:
+            constants["MAX_STEPS"] = steps_on(run.megabytes, module, constants)
+        constants |= {k: v for k, v in own.items() if hasattr(module, k)}
+        constants.setdefault("EVAL_INTERVAL", math.ceil(int(constants.get("MAX_STEPS", module.MAX_STEPS)) / 8))
+        folder = WORK / path.relative_to(RESULTS).with_suffix("")
+        began = time.time()
+        if not (folder / "run" / "summary.json").exists():
+            start(run, folder, constants, jobs)
+        summary, log = read_run(folder)
+        summary.pop("schemes", None)
+        found = {"run": run.name, "machine": machine(summary["device"]), "date": time.strftime("%Y-%m-%d"),
+                 "command": f"python {run.rung}.py " + " ".join(f"{k}={v}" for k, v in constants.items()),
+                 "edits": [list(edit) for edit in run.edits], "summary": summary, "log": log,
+                 "measured": measure(run, folder)}  # fmt: skip
+        write(path, json.dumps(found, indent=1) + "\n")
+        if jobs > 1:
+            took = time.time() - began
+            print(f"{path.relative_to(RESULTS)}: val bpb {summary['val_bpb']:.4f}, {took:.0f} s", flush=True)
+    except (OSError, ValueError) as error:
+        return str(error)
+    except KeyboardInterrupt:
+        return "stopped"
+
+
+def make_all(todo, own, gpu, jobs):
+    """Make all of `todo`, [(run, seed)], `jobs` at a time. Raises ValueError if one fails, after the others."""
+    if jobs == 1:
+        for run, seed in todo:
+            if problem := make(run, seed, own, gpu):
+                if problem == "stopped":
+                    raise KeyboardInterrupt
+                raise ValueError(problem)
+        return
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+        tasks = [pool.submit(make, run, seed, own, gpu, jobs) for run, seed in todo]
+        try:
+            problems = [problem for task in tasks if (problem := task.result())]
+        except KeyboardInterrupt:
+            pool.shutdown(cancel_futures=True)
+            raise
+    if problems:
+        raise ValueError("; ".join(problems))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -392,10 +559,11 @@ def measure(run, folder):
 # ----------------------------------------------------------------------------------------------------------
 
 FORMATS = {"val_word_ppl": "{:,.1f}", "train_seconds": "{:,.0f}", "peak_memory_mb": "{:,.0f}", "n_params": "{:,.0f}",
-           "bytes_seen": "{:,.0f}", "best_step": "{:,.0f}"}  # fmt: skip
+           "bytes_seen": "{:,.0f}", "best_step": "{:,.0f}", "steps": "{:,.0f}", "pace": "{:.3f}"}  # fmt: skip
 TITLES = {"val_bpb": "val bpb", "val_bpb_sliding": "val bpb, sliding", "val_word_ppl": "val word ppl",
           "test_bpb": "test bpb", "train_seconds": "training, s", "peak_memory_mb": "peak memory, MB",
-          "n_params": "parameters", "bytes_seen": "bytes seen", "best_step": "best step"}  # fmt: skip
+          "n_params": "parameters", "bytes_seen": "bytes seen", "best_step": "best step", "steps": "steps",
+          "pace": "a step, s"}  # fmt: skip
 
 
 def spread(values, form="{:.4f}"):
@@ -407,56 +575,93 @@ def spread(values, form="{:.4f}"):
     return middle if low == high else f"{middle} ({low} to {high})"
 
 
+def values(found, column, run):
+    """The column of a table for each finished run."""
+    if column == "pace":
+        return [read_pace()["seconds"].get(key_of_pace(run))]
+    return [one["summary"].get(column) for one in found]
+
+
 def report(name, gpu=False):
     """The finished runs of an experiment as Markdown; None if there are none."""
-    experiment, rows, seeds, machines = EXPERIMENTS[name], [], set(), set()
+    experiment, rows, seeds, machines, columns = EXPERIMENTS[name], [], set(), set(), EXPERIMENTS[name].columns
     for run in experiment.runs:
-        paths = [result_file(name, run, seed, gpu) for seed in experiment.seeds]
+        paths = [result_file(run, seed, gpu) for seed in experiment.seeds]
         found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
         if not found:
             continue
         seeds |= {one["summary"]["seed"] for one in found}
         machines |= {one["machine"] for one in found}
-        cells = [spread([one["summary"].get(k) for one in found], FORMATS.get(k, "{:.4f}")) for k in experiment.columns]
+        cells = [spread(values(found, column, run), FORMATS.get(column, "{:.4f}")) for column in columns]
         rows.append([run.name, len(found), *cells])
     if not rows:
         return None
-    head = ["run", "seeds", *(TITLES[column] for column in experiment.columns)]
+    head = ["run", "seeds", *(TITLES[column] for column in columns)]
+    pace = f" Seconds a step: {read_pace()['machine']}." if "pace" in columns and "machine" in read_pace() else ""
     return (f"{table(head, rows)}\n{experiment.asks} Mean (lowest to highest) over the seeds "
-            f"{', '.join(map(str, sorted(seeds)))}. Made on: {'; '.join(sorted(machines))}.\n")  # fmt: skip
+            f"{', '.join(map(str, sorted(seeds)))}. Made on: {'; '.join(sorted(machines))}.{pace}\n")  # fmt: skip
 
 
 def list_all():
     """Print what each experiment asks, and how much of it is done."""
     for name, experiment in EXPERIMENTS.items():
-        files = [result_file(name, run, seed, False) for run in experiment.runs for seed in experiment.seeds]
-        done = [json.loads(path.read_text(encoding="utf-8")) for path in files if path.exists()]
-        minutes = sum(one["summary"]["train_seconds"] for one in done) / 60
-        took = f", {minutes:,.0f} minutes of training" if done else ""
-        print(f"{name:14} {len(done):2} of {len(files)} runs{took}\n{'':14} {experiment.asks}")
+        files = [result_file(run, seed) for run in experiment.runs for seed in experiment.seeds]
+        paces = [read_pace()["seconds"].get(key_of_pace(run)) for run in experiment.runs]
+        done = sum(path.exists() for path in files)
+        print(f"{name:14} {done:2} of {len(files)} runs{hours(experiment, paces)}\n{'':14} {experiment.asks}")
+
+
+def hours(experiment, paces):
+    """About how long all runs of an experiment take on the machine of pace.json."""
+    seconds = 0
+    for run, pace in zip(experiment.runs, paces):
+        module = importlib.import_module(run.rung)
+        steps = run.constants.get("MAX_STEPS", module.MAX_STEPS)
+        if run.megabytes and pace:
+            steps = steps_on(run.megabytes, module, all_constants(run, 0))
+        seconds += run.seconds or (pace * steps if pace else math.nan)
+    hours = len(experiment.seeds) * seconds / 3600
+    return "" if math.isnan(hours) else f", {hours:.1f} h of training on two cores like those of pace.json"
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The experiments of this repository.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("name", nargs="?", choices=list(EXPERIMENTS), help="of an experiment")
-    parser.add_argument("constants", nargs="*", metavar="NAME=value", help="constants for all of its runs")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="of an experiment, or NAME=value for all of its runs")
     parser.add_argument("--list", action="store_true", help="say what there is")
     parser.add_argument("--table", action="store_true", help="make no run, only the table")
+    parser.add_argument("--pace", action="store_true", help="make no run, measure how long steps take")
+    parser.add_argument("--missing", action="store_true", help="with --pace: only what was not measured")
+    parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--gpu", action="store_true", help="shapes for one GPU")
     args = parser.parse_args(argv)
-    if args.list or args.name is None:
+    names = [name for name in args.names if "=" not in name]
+    own = dict(text.partition("=")[::2] for text in args.names if "=" in text)
+    if args.list or not names:
         return list_all()
-    own = dict(argument.partition("=")[::2] for argument in args.constants)
-    experiment = EXPERIMENTS[args.name]
-    for seed in () if args.table else experiment.seeds:  # all runs with the first seed come first
-        for run in experiment.runs:
-            make(args.name, run, seed, own, args.gpu)
-    text = report(args.name, args.gpu)
-    if text is None:
-        raise ValueError(f"no run of {args.name} is done; without --table they are made")
-    print(text, end="")
-    (RESULTS / (args.name + "_gpu" * args.gpu) / "table.md").write_text(text, encoding="utf-8")
+    for name in names:
+        if name not in EXPERIMENTS:
+            raise ValueError(f"there is no experiment {name!r}; known are {', '.join(EXPERIMENTS)}")
+    runs = [run for name in names for run in EXPERIMENTS[name].runs]
+    if not args.table:
+        prepare(runs)
+    if args.pace:
+        return measure_pace(runs, again=not args.missing)
+    if not args.table:
+        todo = {}  # all runs with the first seed come first
+        for k in range(max(len(EXPERIMENTS[name].seeds) for name in names)):
+            for name in names:
+                for run in EXPERIMENTS[name].runs if k < len(EXPERIMENTS[name].seeds) else ():
+                    todo.setdefault(result_file(run, EXPERIMENTS[name].seeds[k], args.gpu),
+                                    (run, EXPERIMENTS[name].seeds[k]))  # fmt: skip
+        todo = [one for path, one in todo.items() if not path.exists()]
+        make_all(todo, own, args.gpu, max(1, args.jobs))
+    for name in names:
+        text = report(name, args.gpu)
+        if text is None:
+            raise ValueError(f"no run of {name} is done; without --table they are made")
+        print(text, end="")
+        write(RESULTS / (name + "_gpu" * args.gpu) / "table.md", text)
 
 
 if __name__ == "__main__":
