@@ -634,7 +634,7 @@ def main(argv=None):
     parser.add_argument("--missing", action="store_true", help="with --pace: only what was not measured")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--gpu", action="store_true", help="shapes for one GPU")
-    args = parser.parse_args(argv)
+    args = parser.parse_intermixed_args(argv)
     names = [name for name in args.names if "=" not in name]
     own = dict(text.partition("=")[::2] for text in args.names if "=" in text)
     if args.list or not names:
