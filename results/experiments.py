@@ -28,6 +28,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -152,13 +153,13 @@ STEPS_TO_V4 = {  # each with those before it
 
 
 def from_v3_to_v4():
-    """The runs: v3, v3 with more and more of v4's parts, v4. What the last one adds is Muon; with it go weight decay
-    and clipping, which it does not need."""
+    """The runs: v3, v3 with more and more of v4's parts, v4; and what made most, alone. What v4 adds is Muon; with it
+    go weight decay and clipping, which it does not need."""
     runs, edits = [Run("v3", "v3")], ()
     for name, more in STEPS_TO_V4.items():
         edits += more
         runs.append(Run(f"+ {name}", "v3", edits=edits))
-    return [*runs, Run("+ Muon: v4", V4, {"POSITION": "rope"})]
+    return [*runs, Run("+ Muon: v4", V4, {"POSITION": "rope"}), Run("v3, only RoPE", "v3", edits=ROPE[:-1])]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -195,7 +196,7 @@ def dropouts():
     """v3 on texts that it reads often: until it has long been overfitted, where it can be."""
     texts = {"the sample, 89 times": {"DATA": "runs/experiments/sample", "MAX_STEPS": 2000, **SMALLER},
              "a tenth, 20 times": {"DATA": "runs/experiments/tenth", "MAX_STEPS": 1480},
-             "all, 10 times": {"MAX_STEPS": 7430}}  # fmt: skip
+             "all, 5 times": {"MAX_STEPS": 3715}}  # fmt: skip
     return [Run(f"{text}, {p:g}", "v3", {**constants, "DROPOUT": p, "PATIENCE": 1000})
             for text, constants in texts.items() for p in (0.0, 0.1, 0.2, 0.3)]  # fmt: skip
 
@@ -228,14 +229,63 @@ EXPERIMENTS = {
     ),
     "shape": Experiment(
         "Deeper or wider, after as many seconds?",
-        [*(Run(f"{n} × 256", "v3", {"N_LAYER": n}, seconds=600) for n in (1, 2, 4, 6, 8)),
+        [*(Run(f"{n} × 256", "v3", {} if n == 4 else {"N_LAYER": n}, seconds=600) for n in (1, 2, 4, 6, 8)),
          *(Run(f"4 × {width}", "v3", {"N_EMBD": width}, seconds=600) for width in (128, 192, 320, 384))],
         columns=("val_bpb", "val_word_ppl", "n_params", "bytes_seen", "pace"),
+    ),
+    "beside": Experiment(
+        "How good are v2, v3 and v4 after ten minutes, beside what people would run instead (benchmarks/beside.py)?",
+        [Run("v2", "v2", seconds=600), Run("v3", "v3", seconds=600), Run("v4, rope", V4, ROPE_ONLY, seconds=600)],
+        columns=("val_bpb", "val_word_ppl", "pace"),
     ),
     "dropout": Experiment(
         "When does dropout pay?", dropouts(), columns=("val_bpb", "best_step", "steps", "test_bpb"),
     ),
 }  # fmt: skip
+
+
+WEIGHT_DECAY = (
+    ("DROPOUT = 0.0  #", "WEIGHT_DECAY = 0.2  # of the matrices of the blocks\nDROPOUT = 0.0  #"),
+    ("                p.sub_(u, alpha", """                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                p.sub_(u, alpha"""),
+)
+TIED = (
+    ("        for name, p in self.named_parameters():\n", """        self.head.weight = self.embedding.weight
+        for name, p in self.named_parameters():\n"""),
+    ('std=0.1 if name == "embedding.weight"', 'std=0.02 if name == "embedding.weight"'),
+)
+DROPOUT_INSIDE = (
+    ("        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n",
+     "        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n        self.dropout = Dropout(DROPOUT)\n"),
+    ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
+)
+
+
+def two_hours():
+    """v4 within 7,200 s, each run another choice; those with edits have the steps of the run without."""
+    usual = {"POSITION": "rope", "PATIENCE": 1000, "EXTRAPOLATION": "1,"}
+    mild, runs = usual | {"DROPOUT": 0.1}, []
+    for name, constants in {
+        "dropout 0": usual, "dropout 0.1": mild, "dropout 0.2": usual | {"DROPOUT": 0.2},
+        "windows of 512": mild | {"BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8},
+        "windows of 1,024": mild | {"BLOCK_SIZE": 1024, "BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 4},
+        "6 × 256": mild | {"N_LAYER": 6}, "4 × 320": mild | {"N_EMBD": 320},
+        "3 × 384": mild | {"N_LAYER": 3, "N_EMBD": 384}, "momentum 0.95": mild | {"MOMENTUM": 0.95},
+        "rate of Muon 0.02": mild | {"LEARNING_RATE": 0.02},
+        "rate of AdamW 0.005": mild | {"LEARNING_RATE_ADAMW": 0.005},
+    }.items():  # fmt: skip
+        runs.append(Run(name, V4, constants, seconds=7200))
+    runs.append(Run("vocabulary of 8,192", V4, mild, seconds=7200, vocab_size=8192))
+    edits = {"weight decay 0.2": WEIGHT_DECAY, "embeddings tied": TIED, "dropout in the MLP": DROPOUT_INSIDE}
+    for name, edits in edits.items():
+        runs.append(Run(name, V4, mild | {"MAX_STEPS": 6500}, edits))
+    return runs
+
+
+EXPERIMENTS["two_hours"] = Experiment(
+    "How good a model of WikiText-2 do two cores make in two hours?", two_hours(), seeds=SEEDS[:1],
+    columns=("val_bpb", "val_bpb_sliding", "val_word_ppl_sliding", "steps", "n_params"),
+)  # fmt: skip
 
 
 def owner(run):
@@ -366,9 +416,9 @@ def key_of_pace(run):
 
 
 def read_pace():
-    """{"machine", "date", "seconds": {key_of_pace: seconds a step}}"""
+    """{"machine", "date", "seconds": {key_of_pace: seconds a step}, "peak_mb": {key_of_pace: memory of the process}}"""
     path = RESULTS / "pace.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}}
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}, "peak_mb": {}}
 
 
 def pace_of(run):
@@ -382,7 +432,8 @@ def pace_of(run):
 
 
 def trial(run):
-    """Seconds a step: the median of some steps of a run that is broken off after them."""
+    """(seconds a step, peak memory in MB) of a run that is broken off after some steps: their median, and the most that
+    its process held."""
     folder = WORK / "pace"
     shutil.rmtree(folder, ignore_errors=True)
     process = subprocess.Popen(command(run, folder, {**all_constants(run, SEEDS[0]), "MAX_STEPS": 10_000,
@@ -395,7 +446,8 @@ def trial(run):
                 rows = path.read_text(encoding="utf-8").splitlines()[1:-1]
                 if len(rows) >= TRIAL_STEPS:
                     rows = [list(map(float, row.split(","))) for row in rows[WARM_UP:TRIAL_STEPS]]
-                    return median(tokens / step / rate for step, tokens, _, _, _, rate in rows)
+                    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+                    return median(tokens / step / rate for step, tokens, *_, rate in rows), int(peak) * 1024 / 1e6
         raise ValueError(f"the trial of {run.name} has ended with exit code {process.returncode}")
     finally:
         process.kill()
@@ -409,8 +461,9 @@ def measure_pace(runs, again=True):
         raise ValueError("pace.json was measured on another machine; measure it whole with --pace")
     for key, run in {key_of_pace(run): run for run in runs}.items():
         if again or key not in kept["seconds"]:
-            kept |= {"machine": machine(), "date": time.strftime("%Y-%m-%d"),
-                     "seconds": kept["seconds"] | {key: round(trial(run), 5)}}  # fmt: skip
+            seconds, peak_mb = trial(run)
+            kept["seconds"][key], kept["peak_mb"][key] = round(seconds, 5), round(peak_mb, 1)
+            kept |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
             write(RESULTS / "pace.json", json.dumps(kept, indent=1) + "\n")
             print(f"{kept['seconds'][key]:8.4f} s a step: {key}", flush=True)
 
@@ -559,11 +612,12 @@ def measure(run, folder):
 # ----------------------------------------------------------------------------------------------------------
 
 FORMATS = {"val_word_ppl": "{:,.1f}", "train_seconds": "{:,.0f}", "peak_memory_mb": "{:,.0f}", "n_params": "{:,.0f}",
-           "bytes_seen": "{:,.0f}", "best_step": "{:,.0f}", "steps": "{:,.0f}", "pace": "{:.3f}"}  # fmt: skip
+           "bytes_seen": "{:,.0f}", "best_step": "{:,.0f}", "steps": "{:,.0f}", "pace": "{:.3f}",
+           "val_word_ppl_sliding": "{:,.1f}"}  # fmt: skip
 TITLES = {"val_bpb": "val bpb", "val_bpb_sliding": "val bpb, sliding", "val_word_ppl": "val word ppl",
           "test_bpb": "test bpb", "train_seconds": "training, s", "peak_memory_mb": "peak memory, MB",
           "n_params": "parameters", "bytes_seen": "bytes seen", "best_step": "best step", "steps": "steps",
-          "pace": "a step, s"}  # fmt: skip
+          "pace": "a step, s", "val_word_ppl_sliding": "val word ppl, sliding"}  # fmt: skip
 
 
 def spread(values, form="{:.4f}"):
@@ -573,6 +627,12 @@ def spread(values, form="{:.4f}"):
         return "–"
     low, middle, high = (form.format(x) for x in (min(values), mean(values), max(values)))
     return middle if low == high else f"{middle} ({low} to {high})"
+
+
+def read_found(run, seeds, gpu=False):
+    """What the finished ones of the run with each of `seeds` have found."""
+    paths = [result_file(run, seed, gpu) for seed in seeds]
+    return [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
 
 
 def values(found, column, run):
@@ -586,8 +646,7 @@ def report(name, gpu=False):
     """The finished runs of an experiment as Markdown; None if there are none."""
     experiment, rows, seeds, machines, columns = EXPERIMENTS[name], [], set(), set(), EXPERIMENTS[name].columns
     for run in experiment.runs:
-        paths = [result_file(run, seed, gpu) for seed in experiment.seeds]
-        found = [json.loads(path.read_text(encoding="utf-8")) for path in paths if path.exists()]
+        found = read_found(run, experiment.seeds, gpu)
         if not found:
             continue
         seeds |= {one["summary"]["seed"] for one in found}

@@ -1,29 +1,36 @@
-"""Make the tables of the README and ladder.png from the committed runs.
+"""Make the tables of README.md and results/README.md, and the pictures in results/, from the committed results.
 
-    python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/, and those in
-                                         runs/experiments/ to results/experiments/
-    python results/ladder.py             write the tables from results/runs/ and results/benchmarks/
-    python results/ladder.py --check     exit with code 1 if a table is not what they say
+    python results/ladder.py --collect   first copy the finished runs from runs/ to results/runs/
+    python results/ladder.py             write tables and pictures
+    python results/ladder.py --check     exit with code 1 if a table is not what the results say
+
+What is compared comes from results/experiments/ (three seeds; experiments.py makes it), what is shown of a single run
+from results/runs/, what is timed from results/benchmarks/.
 """
 
 import argparse
+import importlib
 import json
 import re
 import shutil
 import sys
 from pathlib import Path
+from statistics import mean
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path.insert(0, str(ROOT))
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
 
+import experiments  # noqa: E402
 from benchmarks.tables import table  # noqa: E402
+from experiments import V4, Run, key_of_pace, read_pace, spread  # noqa: E402
 
 COMMITTED = ROOT / "results" / "runs"
-EXPERIMENTS = ROOT / "results" / "experiments"
 BENCHMARKS = ROOT / "results" / "benchmarks"
-RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
+PAGES = ("README.md", "results/README.md")
+RUNGS = ("v0", "v1", "v1_1", "v2", "v3", V4)
 MEASURED = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak")  # scripts with tables
 KEPT = ("summary.json", "log.jsonl", "steps.csv", "sample.txt", "*.png")  # of a run; the weights are not committed
+SIDE, SLIDING = "side_by_side", "sliding"
 
 
 def collect():
@@ -36,10 +43,6 @@ def collect():
                 target = COMMITTED / path.relative_to(ROOT / "runs")
                 target.parent.mkdir(parents=True, exist_ok=True)
                 shutil.copyfile(path, target)
-    for path in (ROOT / "runs" / "experiments").glob("*/summary.json"):
-        target = EXPERIMENTS / path.parent.name / path.name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(path, target)
 
 
 def read_summaries():
@@ -50,6 +53,32 @@ def read_summaries():
     return summaries
 
 
+def found(experiment):
+    """{name of a run: what its seeds found}, of the runs that are done."""
+    runs = {run.name: experiments.read_found(run, experiments.EXPERIMENTS[experiment].seeds)
+            for run in experiments.EXPERIMENTS[experiment].runs}  # fmt: skip
+    return {name: seeds for name, seeds in runs.items() if seeds}
+
+
+def column(seeds, key, form="{:.4f}"):
+    """A number of the summaries of some seeds, as a cell of a table."""
+    return spread([one["summary"][key] for one in seeds], form)
+
+
+def middle(seeds, key):
+    return mean(one["summary"][key] for one in seeds)
+
+
+def pace(run):
+    """Seconds a step of `run` on the machine of pace.json."""
+    return read_pace()["seconds"].get(key_of_pace(run))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------
+
+
 def what(s):
     """One line on the model of a summary."""
     h = s["hyperparameters"]
@@ -57,147 +86,333 @@ def what(s):
         return "bigram table"
     if s["rung"].startswith("v1"):
         return f"MLP on {h['CONTEXT_SIZE']} tokens" + (", lean" if s["rung"] == "v1_1" else "")
-    kind = {"v2": "transformer", "v3": "GPT-2 block, schedule, bf16"}.get(s["rung"])
+    kind = {"v2": "transformer", "v3": "GPT-2 block, schedule"}.get(s["rung"])
     kind = kind or f"modern block, Muon, {s['position']}"
     return f"{kind}; {h['N_LAYER']} × {h['N_EMBD']}, context {h['BLOCK_SIZE']}"
 
 
-def ladder(summaries):
-    runs = [s for s in summaries.values() if "schemes" not in s] + [*summaries["v4_alibi_rope"]["schemes"].values()]
-    rows = [
-        [
-            s["rung"].replace("_alibi_rope", ""), what(s), f"{s['n_params']:,}", f"{s['bytes_seen'] / 1e6:.1f}",
-            f"**{s['val_bpb']:.4f}**", f"{s['val_word_ppl']:,.1f}", f"{s['train_seconds']:,.0f}",
-            f"{s['tokens_per_second']:,.0f}", f"{s['peak_memory_mb']:,.0f}",
-        ]
-        for s in runs
-    ]  # fmt: skip
-    head = ["rung", "model", "parameters", "MB of text seen", "val bpb", "val word perplexity", "training, s",
-            "tokens/s", "peak memory, MB"]  # fmt: skip
-    return table(head, rows, left=(0, 1))
+def ladder():
+    rows, memory = [], read_pace().get("peak_mb", {})
+    for run in experiments.EXPERIMENTS["ladder"].runs:
+        seeds = found("ladder")[run.name]
+        s, step, peak = seeds[0]["summary"], pace(run), memory.get(key_of_pace(run))
+        rows.append([s["rung"].replace("_alibi_rope", ""), what(s), f"{s['n_params'] / 1e6:.2f} M",
+                     f"**{middle(seeds, 'val_bpb'):.4f}**", column(seeds, "val_bpb").partition(" ")[2].strip("()"),
+                     f"{middle(seeds, 'val_word_ppl'):,.1f}", f"{step * s['steps'] / 60:.1f}" if step else "–",
+                     f"{peak:,.0f}" if peak else "–"])  # fmt: skip
+    return table(["rung", "model", "parameters", "val bpb", "lowest to highest", "val word ppl", "training, min",
+                  "peak memory, MB"], rows, left=(0, 1))  # fmt: skip
 
 
-def memory(summaries):
-    rows = []
-    for rung in ("v1", "v1_1"):
-        s = summaries[rung]
-        rows.append([rung, f"{s['peak_memory_mb']:,.0f}", f"{s['import_memory_mb']:,.0f}",
-                     f"{s['peak_memory_mb'] - s['import_memory_mb']:,.0f}", f"{s['tokens_per_second']:,.0f}",
-                     f"{s['val_bpb']:.4f}"])  # fmt: skip
-    above = [s["peak_memory_mb"] - s["import_memory_mb"] for s in (summaries["v1"], summaries["v1_1"])]
-    return table(["rung", "peak memory, MB", "of it libraries, MB", "above the libraries, MB", "tokens/s", "val bpb"],
-                 rows) + f"\nv1_1 needs {above[1] / above[0]:.2f} of v1's memory above the libraries."  # fmt: skip
-
-
-def metrics(summaries):
-    v4 = summaries["v4_alibi_rope"]["schemes"]
-    runs = {"v3": summaries["v3"], **{f"v4, {scheme}": s for scheme, s in v4.items()}}
-    rows = [
-        [
-            name, f"{s['val_bpb']:.4f}", f"{s['val_bpb_sliding']:.4f}", f"{s['val_word_ppl']:.1f}",
-            f"{s['val_word_ppl_sliding']:.1f}", f"{s['test_bpb']:.4f}", f"{s['test_word_ppl']:.1f}",
-            f"{100 * s['val_top_1']:.1f}%", f"{100 * s['val_top_5']:.1f}%", f"{100 * s['val_calibration_error']:.1f}%",
-        ]
-        for name, s in runs.items()
-    ]  # fmt: skip
-    return table(["run", "val bpb", "val bpb, sliding", "val word ppl", "val word ppl, sliding", "test bpb",
-                  "test word ppl", "top-1", "top-5", "calibration error"], rows)  # fmt: skip
-
-
-def extrapolation(summaries):
-    schemes = summaries["v4_alibi_rope"]["schemes"]
-    lengths = list(next(iter(schemes.values()))["extrapolation_bpb"])
-    rows = [[name, *("–" if b is None else f"{b:.4f}" for b in s["extrapolation_bpb"].values())]
-            for name, s in schemes.items()]  # fmt: skip
-    return table(["scheme", *(f"{n} tokens" for n in lengths)], rows)
-
-
-def closed_form(summaries):
-    s = summaries["v0"]
+def closed_form():
+    s = read_summaries()["v0"]
     trained, best = s["train_text_loss"], s["closed_form_loss"]
     return (f"Trained by gradient descent, v0's table reaches {trained:.4f} nats per token on the training text; the "
             f"counts give {best:.4f}, so it comes within {100 * (trained / best - 1):.2f}%.")  # fmt: skip
 
 
-def progress(summaries):
-    """Validation bits per byte of v4 while it trains, from the logs."""
-    logs = {}
-    for scheme in summaries["v4_alibi_rope"]["schemes"]:
-        path = COMMITTED / "v4_alibi_rope" / scheme / "log.jsonl"
-        logs[scheme] = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    rows = [["scheme", *(f"{line['tokens_seen'] / 1e6:.1f} M tokens" for line in next(iter(logs.values())))]]
-    for scheme, log in logs.items():
-        rows.append([scheme, *(f"{line['val_bpb']:.4f} ({line['seconds']:.0f} s)" for line in log)])
-    return table(rows[0], rows[1:])
+def memory():
+    """Peak memory and pace of v1 and v1_1, from the trials of pace.json."""
+    kept, rows = read_pace(), []
+    for rung in ("v1", "v1_1"):
+        key = key_of_pace(Run(rung, rung))
+        s = found("ladder")[rung][0]["summary"]["hyperparameters"]
+        rows.append([rung, f"{kept['peak_mb'][key]:,.0f}", f"{kept['peak_mb'][key] - kept['libraries_mb']:,.0f}",
+                     f"{s['BATCH_SIZE'] * s['BLOCK_SIZE'] / kept['seconds'][key]:,.0f}",
+                     column(found("ladder")[rung], "val_bpb")])  # fmt: skip
+    return table(["rung", "peak memory, MB", "of it above the libraries", "tokens/s", "val bpb"], rows)
 
 
-def experiments(summaries):
-    """Runs in results/experiments/, below the default run of their rung."""
-    runs = [json.loads(path.read_text()) for path in sorted(EXPERIMENTS.glob("*/summary.json"))]
-    defaults = [summaries[rung] for rung in RUNGS if rung in {run["rung"] for run in runs}]
+def v3_to_v4():
+    rows, before = [], None
+    for run in experiments.EXPERIMENTS["v3_to_v4"].runs:
+        seeds = found("v3_to_v4")[run.name]
+        bpb, step = middle(seeds, "val_bpb"), pace(run)
+        base = middle(found("v3_to_v4")["v3"], "val_bpb") if run.name.startswith("v3,") else before
+        rows.append([run.name, column(seeds, "val_bpb"), "" if base is None else f"{bpb - base:+.3f}",
+                     f"{middle(seeds, 'val_word_ppl'):,.0f}", f"{step:.2f}" if step else "–"])  # fmt: skip
+        before = bpb
+    return table(["model", "val bpb", "change", "val word ppl", "a step, s"], rows)
+
+
+def learning_rate():
+    rows = [[name, column(seeds, "val_bpb"), f"{middle(seeds, 'val_word_ppl'):,.0f}"]
+            for name, seeds in found("learning_rate").items()]  # fmt: skip
+    return table(["learning rate of v3", "val bpb", "val word ppl"], rows)
+
+
+def _measured(seeds, way, size):
+    values = [one["measured"][way].get(str(size)) for one in seeds]
+    return spread([value for value in values if value is not None])
+
+
+def positions():
+    """Every scheme trained at 256 tokens, in windows of 1, 4 and 16 times as many."""
     rows = []
-    for s in sorted([*defaults, *runs], key=lambda s: (s["rung"], s["dataset"] == "sample")):  # a stable sort
-        default = summaries[s["rung"]]["hyperparameters"]
-        ignored = {"OUT_DIR", "MAX_STEPS", "EVAL_INTERVAL", "DEVICE", "MICRO_BATCH_SIZE"}  # columns tell the rest
-        changed = [f"{k} = {v}" for k, v in s["hyperparameters"].items() if k not in ignored and v != default.get(k)]
-        best = s["bytes_seen"] * s["best_step"] / s["steps"]
-        rows.append([s["rung"], s["dataset"], ", ".join(changed) or "default", f"{s['val_bpb']:.4f}",
-                     f"{s['val_word_ppl']:,.1f}", f"{best / 1e6:.1f}", f"{s['bytes_seen'] / 1e6:.1f}"])  # fmt: skip
-    return table(["rung", "text", "changed", "best val bpb", "val word perplexity", "best after, MB", "trained on, MB"],
-                 rows, left=(0, 1, 2))  # fmt: skip
+    for scheme in ("alibi", "rope", "sinusoidal", "learned", "none"):
+        seeds = found("positions")[f"{scheme}, 256"]
+        rows.append([scheme, *(_measured(seeds, way, size).partition(" ")[0] for size in (256, 1024, 4096)
+                               for way in (SIDE, SLIDING))])  # fmt: skip
+    return table(["scheme", *(f"{size:,}, {way}" for size in (256, 1024, 4096) for way in ("side by side", "sliding"))],
+                 rows)  # fmt: skip
 
 
-def short_run(summaries):
-    """What v4 reaches when it is given a minute or two, and by which command."""
-    s = json.loads((EXPERIMENTS / "v4_100_seconds" / "summary.json").read_text())
-    default = summaries["v4_alibi_rope"]["hyperparameters"]
-    changed = [f"{k}={v}" for k, v in s["hyperparameters"].items() if v != default[k] and k != "OUT_DIR"]
-    return (f"`python v4_alibi_rope.py {' '.join(changed)}` reaches {s['val_bpb']:.4f} bits per byte after "
-            f"{s['train_seconds']:.0f} seconds of training.")  # fmt: skip
+def positions_all():
+    rows = []
+    for name, seeds in found("positions").items():
+        size = seeds[0]["summary"]["hyperparameters"]["BLOCK_SIZE"]
+        for title, way in (("side by side", SIDE), ("sliding", SLIDING)):
+            rows.append([name, title, *(_measured(seeds, way, size * times) for times in (1, 2, 4, 8, 16))])
+    head = ["scheme, trained at", "windows", "as long", *(f"{times} times" for times in (2, 4, 8, 16))]
+    return table(head, rows, left=(0, 1))
 
 
-def plot(path):
-    """Draw the validation bits per byte of all rungs over the text that they have seen."""
-    import matplotlib.pyplot as plt
+def vocabulary():
+    all_runs = found("vocabulary")
+    columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", "300 s")]
+    best = {c: min((name for name in all_runs if name.startswith(c)), key=lambda n: middle(all_runs[n], "val_bpb"))
+            for c in columns}  # fmt: skip
+    rows = []
+    for size in experiments.VOCABULARIES:
+        names = [f"{c}, {size:,}" for c in columns]
+        cells = [column(all_runs[name], "val_bpb") if name in all_runs else "–" for name in names]
+        cells = [f"**{cell}**" if name in best.values() else cell for name, cell in zip(names, cells)]
+        rows.append([f"{size:,}", *cells])
+    return table(["vocabulary", *columns], rows)
 
-    figure, axes = plt.subplots(figsize=(8, 5), layout="constrained")
-    for folder in (*RUNGS[:-1], *sorted(p.parent.relative_to(COMMITTED) for p in COMMITTED.glob("v4*/*/summary.json"))):
-        s = json.loads((COMMITTED / folder / "summary.json").read_text())
-        log = [json.loads(line) for line in (COMMITTED / folder / "log.jsonl").read_text().splitlines()]
-        log = [line for line in log if line["step"]]
-        seen = [line["tokens_seen"] * s["bytes_seen"] / s["tokens_seen"] / 1e6 for line in log]
-        label = str(folder).replace("_alibi_rope/", ", ")
-        axes.plot(seen, [line["val_bpb"] for line in log], "o--" if label == "v1_1" else "o-", label=label)
-    axes.set(xlabel="text seen (MB)", ylabel="validation bits per byte", title="The ladder")
-    axes.set_xlim(left=0)
-    axes.grid(alpha=0.3)
-    axes.legend()
-    figure.savefig(path, dpi=120)
-    plt.close(figure)
+
+def shape():
+    rows = []
+    for run in experiments.EXPERIMENTS["shape"].runs:
+        seeds = found("shape").get(run.name, [])
+        if seeds:
+            s = seeds[0]["summary"]
+            rows.append([run.name, f"{s['n_params'] / 1e6:.2f} M", f"{s['steps']:,}", column(seeds, "val_bpb"),
+                         f"{middle(seeds, 'val_word_ppl'):,.0f}"])  # fmt: skip
+    return table(["v3, layers × width", "parameters", "steps", "val bpb", "val word ppl"], rows)
+
+
+def dropout():
+    """The best validation loss on the way, and the last one."""
+    runs, rows = found("dropout"), []
+    for text in dict.fromkeys(name.rpartition(", ")[0] for name in runs):
+        for p in ("0", "0.1", "0.2", "0.3"):
+            if seeds := runs.get(f"{text}, {p}"):
+                last = spread([one["log"][-1]["val_bpb"] for one in seeds])
+                trained = mean(one["log"][-1]["train_loss"] for one in seeds)
+                rows.append([text, p, column(seeds, "val_bpb"), last, f"{trained:.2f}",
+                             f"{mean(one['log'][-1]['val_loss'] for one in seeds):.2f}"])  # fmt: skip
+    return table(["text", "dropout", "best val bpb", "val bpb at the end", "training loss there",
+                  "validation loss there"], rows)  # fmt: skip
+
+
+def metrics():
+    """Windows, accuracy and calibration, means of the seeds."""
+    rows = []
+    for name in ("v3", "v4, alibi", "v4, rope"):
+        seeds = found("ladder")[name]
+        cells = [f"{middle(seeds, key):.{digits}f}" for key, digits in (
+            ("val_bpb", 4), ("val_bpb_sliding", 4), ("val_word_ppl", 1), ("val_word_ppl_sliding", 1), ("test_bpb", 4),
+            ("test_word_ppl", 1))]  # fmt: skip
+        rows.append([name, *cells, *(f"{100 * middle(seeds, f'val_{key}'):.1f}%"
+                                     for key in ("top_1", "top_5", "calibration_error"))])  # fmt: skip
+    return table(["run", "val bpb", "val bpb, sliding", "val word ppl", "val word ppl, sliding", "test bpb",
+                  "test word ppl", "top-1", "top-5", "calibration error"], rows)  # fmt: skip
+
+
+def temperature():
+    seeds = [one["measured"] for one in found("ladder")["v3"]]
+    before, after = ([one[key]["calibration_error"] for one in seeds] for key in ("test", "test_tempered"))
+    bpb = [mean(one[key]["bpb"] for one in seeds) for key in ("test", "test_tempered")]
+    fitted = spread([one["temperature"] for one in seeds], "{:.2f}")
+    return (f"Fitted on the validation split, v3's temperature is {fitted}; it the calibration error on the "
+            f"test split goes from {spread(before, '{:.2%}')} to "
+            f"{spread(after, '{:.2%}')}, and bits per byte from {bpb[0]:.4f} to {bpb[1]:.4f}.")  # fmt: skip
+
+
+def two_hours():
+    rows = []
+    for run in experiments.EXPERIMENTS["two_hours"].runs:
+        for one in found("two_hours").get(run.name, []):
+            s = one["summary"]
+            rows.append([run.name, f"{s['steps']:,}", f"{s['n_params'] / 1e6:.1f} M", f"{s['val_bpb']:.4f}",
+                         f"{s['val_bpb_sliding']:.4f}", f"{s['val_word_ppl_sliding']:.1f}",
+                         f"{one['log'][-1]['train_loss']:.2f}"])  # fmt: skip
+    return table(["choice", "steps", "parameters", "val bpb", "val bpb, sliding", "val word ppl, sliding",
+                  "training loss at the end"], rows)  # fmt: skip
+
+
+TABLES = (ladder, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape, dropout,
+          metrics, temperature, two_hours)  # fmt: skip
 
 
 def write(check):
-    """Write all tables into the README, or with `check` change nothing. Returns whether they were up to date."""
-    summaries, path = read_summaries(), ROOT / "README.md"
-    tables = (ladder, closed_form, memory, metrics, extrapolation, progress, short_run, experiments)
-    made = {make.__name__: make(summaries) for make in tables}
-    before = readme = path.read_text(encoding="utf-8")
+    """Write all tables into the pages, or with `check` change nothing. Returns whether they were up to date."""
+    pages = {page: (ROOT / page).read_text(encoding="utf-8") for page in PAGES}
+    makers = {make.__name__: make for make in TABLES}
     for name in MEASURED:
-        if (BENCHMARKS / f"{name}.md").exists() and f"<!-- benchmark_{name} -->" in readme:
-            text = (BENCHMARKS / f"{name}.md").read_text(encoding="utf-8")
-            made[f"benchmark_{name}"] = re.sub("(?m)^#+ ", "#### ", text)
-    for mark, text in made.items():
-        place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
-        if not place.search(readme):
-            raise ValueError(f"README.md has no place for the table: <!-- {mark} --> ... <!-- /{mark} -->")
-        readme = place.sub(lambda found, text=text: f"{found[1]}{text.strip()}\n{found[2]}", readme)
-    if readme != before and not check:
-        path.write_text(readme, encoding="utf-8")
-    return readme == before
+        path = BENCHMARKS / f"{name}.md"
+        makers[f"benchmark_{name}"] = lambda path=path: re.sub("(?m)^#+ ", "#### ", path.read_text(encoding="utf-8"))
+    current = True
+    for page, text in pages.items():
+        new = text
+        for mark in re.findall(r"<!-- (\w+) -->\n", text):
+            if mark not in makers:
+                raise ValueError(f"{page} asks for a table that nothing makes: {mark}")
+            place = re.compile(rf"(<!-- {mark} -->\n).*?(<!-- /{mark} -->)", re.S)
+            made = makers[mark]().strip()
+            new = place.sub(lambda found, made=made: f"{found[1]}{made}\n{found[2]}", new)
+        if new != text:
+            current = False
+            if not check:
+                (ROOT / page).write_text(new, encoding="utf-8")
+    unused = makers.keys() - {mark for text in pages.values() for mark in re.findall(r"<!-- (\w+) -->\n", text)}
+    if unused:
+        raise ValueError(f"no page has a place for {', '.join(sorted(unused))}: <!-- name --> ... <!-- /name -->")
+    return current
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Pictures
+# ----------------------------------------------------------------------------------------------------------
+
+
+def band(axes, seeds, x, y, **style):
+    """A line through the mean over seeds, and the area from the lowest to the highest of them."""
+    length = min(len(one["log"]) for one in seeds)
+    points = [[one["log"][k] for one in seeds] for k in range(length)]
+    xs = [x(at[0], seeds[0]) for at in points]
+    line = axes.plot(xs, [mean(map(y, at)) for at in points], "o-", ms=3, **style)[0]
+    axes.fill_between(xs, [min(map(y, at)) for at in points], [max(map(y, at)) for at in points], alpha=0.25,
+                      color=line.get_color(), lw=0)  # fmt: skip
+
+
+def val_bpb(record):
+    return record["val_bpb"]
+
+
+def plot_ladder(plt):
+    """Bits per byte of all rungs over the text that they have seen, and over the time it takes on two cores."""
+    figure, (text, clock) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for run in experiments.EXPERIMENTS["ladder"].runs:
+        seeds, step = found("ladder")[run.name], pace(run)
+        style = {"label": run.name, "ls": "--" if run.name == "v1_1" else "-"}
+        megabytes = seeds[0]["summary"]["bytes_seen"] / seeds[0]["summary"]["steps"] / 1e6
+        band(text, seeds, lambda r, one, per_step=megabytes: r["step"] * per_step, val_bpb, **style)
+        if step:
+            band(clock, seeds, lambda r, one, step=step: r["step"] * step / 60, val_bpb, **style)
+    text.set(xlabel="text seen (MB)", ylabel="validation bits per byte", xlim=(0, None))
+    clock.set(xlabel="training on two CPU cores (minutes)", xscale="log")
+    text.legend(fontsize=8)
+    return figure
+
+
+def plot_v3_to_v4(plt):
+    runs = [(name, seeds) for name, seeds in found("v3_to_v4").items() if not name.startswith("v3,")]
+    figure, axes = plt.subplots(figsize=(8, 3.8), layout="constrained")
+    for k, (name, seeds) in enumerate(reversed(runs)):
+        values = [one["summary"]["val_bpb"] for one in seeds]
+        axes.barh(k, mean(values) - 1.35, left=1.35, color="C1" if "RoPE" in name else "C0", alpha=0.8)
+        axes.plot(values, [k] * len(values), "k.", ms=4)
+        axes.text(max(values) + 0.004, k, f"{mean(values):.3f}", va="center", fontsize=8)
+    axes.set_yticks(range(len(runs)), [name for name, _ in reversed(runs)])
+    axes.set(xlabel="validation bits per byte (dots: seeds)", xlim=(1.35, None))
+    return figure
+
+
+def plot_positions(plt):
+    """Each scheme in longer windows, side by side and sliding, and where in a window the loss is made."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for k, scheme in enumerate(("alibi", "rope", "sinusoidal", "none", "learned")):
+        seeds = found("positions").get(f"{scheme}, 256")
+        for ax, way in zip(axes, (SIDE, SLIDING)):
+            sizes = sorted(map(int, seeds[0]["measured"][way]))
+            means = [mean(one["measured"][way][str(size)] for one in seeds) for size in sizes]
+            ax.plot(sizes, means, "o-", ms=4, color=f"C{k}", label=scheme)
+        if scheme != "learned":
+            nats = [mean(at) for at in zip(*(one["measured"]["nats_by_place"] for one in seeds))]
+            axes[2].plot([32 * i + 16 for i in range(len(nats))], nats, color=f"C{k}", lw=1.3, label=scheme)
+    for ax, title in zip(axes, ("windows side by side", "windows that slide by 128")):
+        ax.axvline(256, color="grey", ls=":")
+        ax.set(xscale="log", title=title, xlabel="tokens in a window", ylim=(1.37, 1.75))
+        ax.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
+        ax.minorticks_off()
+    axes[2].axvline(256, color="grey", ls=":")
+    axes[2].set(title="windows of 1,024, side by side", xlabel="place in the window", ylabel="loss (nats per token)",
+                ylim=(3.1, 4.3))  # fmt: skip
+    axes[0].set_ylabel("validation bits per byte")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def plot_vocabulary(plt):
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    for ax, rung in zip(axes, ("v2", "v4")):
+        for limit, color in (("18.6 MB", "C0"), ("300 s", "C1")):
+            runs = {size: found("vocabulary").get(f"{rung}, {limit}, {size:,}") for size in experiments.VOCABULARIES}
+            runs = {size: [one["summary"]["val_bpb"] for one in seeds] for size, seeds in runs.items() if seeds}
+            label = f"after {limit}" + (" of text" if "MB" in limit else " on two cores")
+            ax.plot(list(runs), list(map(mean, runs.values())), "o-", color=color, label=label)
+            ax.fill_between(list(runs), list(map(min, runs.values())), list(map(max, runs.values())), alpha=0.25,
+                            color=color)  # fmt: skip
+        ax.set(xscale="log", title=rung, xlabel="tokens in the vocabulary", ylabel="validation bits per byte")
+        ax.set_xticks(experiments.VOCABULARIES, [f"{size:,}" for size in experiments.VOCABULARIES], fontsize=8)
+        ax.minorticks_off()
+        ax.legend(fontsize=8)
+    return figure
+
+
+def plot_shape(plt):
+    """v3 by depth and by width at equal seconds, and what dropout does where a text is read many times."""
+    runs = found("dropout")
+    texts = list(dict.fromkeys(name.rpartition(", ")[0] for name in runs))
+    n = 1 + len(texts)
+    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.8), layout="constrained", squeeze=False)
+    axes = axes[0]
+    lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 6, 8)],
+             "width (4 layers)": [f"4 × {w}" for w in (128, 192, 256, 320, 384)]}  # fmt: skip
+    for k, (title, names) in enumerate(lines.items()):
+        points = [(name, [one["summary"]["val_bpb"] for one in seeds]) for name in names
+                  if (seeds := found("shape").get(name))]  # fmt: skip
+        params = [found("shape")[name][0]["summary"]["n_params"] / 1e6 for name, _ in points]
+        low, middles, high = ([f(values) for _, values in points] for f in (min, mean, max))
+        axes[0].plot(params, middles, "o-", color=f"C{k}", label=title)
+        axes[0].fill_between(params, low, high, alpha=0.25, color=f"C{k}")
+        for (name, _), x, y in zip(points, params, middles):
+            axes[0].annotate(name, (x, y), (0, 6 if k else -12), textcoords="offset points", fontsize=7, ha="center")
+    axes[0].set(title="v3 after 600 s on two cores", xlabel="parameters (millions)", ylabel="validation bits per byte")
+    axes[0].legend(fontsize=8)
+    for ax, text in zip(axes[1:], texts):
+        for k, p in enumerate(("0", "0.1", "0.2", "0.3")):
+            if seeds := runs.get(f"{text}, {p}"):
+                epochs = lambda r, one: r["step"] / one["summary"]["steps"] * one["summary"]["epochs"]  # noqa: E731
+                band(ax, seeds, epochs, lambda r: r["val_loss"], color=f"C{k}", label=f"dropout {p}")
+                ax.plot([epochs(r, seeds[0]) for r in seeds[0]["log"]],
+                        [mean(one["log"][i]["train_loss"] for one in seeds) for i in range(len(seeds[0]["log"]))], ":",
+                        color=f"C{k}", lw=1)  # fmt: skip
+        ax.set(title=f"v3 on {text}", xlabel="times that the text was read", ylabel="loss (dotted: training)")
+        ax.legend(fontsize=8)
+    return figure
+
+
+PICTURES = {"ladder": plot_ladder, "v3_to_v4": plot_v3_to_v4, "positions": plot_positions,
+            "vocabulary": plot_vocabulary, "shape": plot_shape}  # fmt: skip
+
+
+def draw():
+    import matplotlib
+
+    matplotlib.use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "font.size": 9})
+    for name, plot in PICTURES.items():
+        figure = plot(plt)
+        figure.savefig(ROOT / "results" / f"{name}.png", dpi=110)
+        plt.close(figure)
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Make the README's tables from the committed run summaries.")
+    parser = argparse.ArgumentParser(description="Make tables and pictures from the committed results.")
     parser.add_argument("--collect", action="store_true", help="first copy the finished runs from runs/")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is not current")
     args = parser.parse_args(argv)
@@ -205,8 +420,8 @@ def main(argv=None):
         collect()
     current = write(args.check)
     if not args.check:
-        plot(ROOT / "results" / "ladder.png")
-    print("README.md is current" if current else "README.md is not current" if args.check else "README.md is written")
+        draw()
+    print("the tables are current" if current else "a table is not current" if args.check else "the tables are written")
     return 1 if args.check and not current else 0
 
 

@@ -1,0 +1,217 @@
+"""What people would run instead, on the same text, the same cores, for the same time.
+
+    python benchmarks/beside.py --examples DIR --nanogpt DIR --from DIR     all of them, then the table
+    python benchmarks/beside.py --table                                     only the table, of those that are done
+    python benchmarks/beside.py ... "nanoGPT, small"                        one of them
+
+DIR are checkouts of https://github.com/pytorch/examples and https://github.com/karpathy/nanoGPT, and the folder with
+WikiText-2 (wiki.train.tokens, ...). Their code runs as it is, with the commands of their README files:
+
+- word_language_model has whole words as its vocabulary. It trains epoch by epoch; here an alarm saves the weights when
+  the seconds are over and ends it as Ctrl-C would. Its perplexity counts every word and end of line.
+- nanoGPT's settings for small machines (its README, "I only have a macbook"), and its model with v3's constants. It gets
+  the tokens of this repository; a short trial tells how many steps the seconds hold, and its weights are evaluated here
+  over whole splits, in windows side by side.
+
+v2, v3 and v4 beside them are the experiment `beside` of results/experiments.py.
+"""
+
+import argparse
+import json
+import math
+import os
+import pickle
+import re
+import runpy
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+ROOT = Path(__file__).resolve().parents[1]
+sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+
+from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+
+WORK = ROOT / "runs" / "beside"
+WORDS = {
+    "word_language_model, LSTM": "--tied",
+    "word_language_model, Transformer": "--model Transformer --lr 5",
+    "word_language_model, Transformer, AdamW": "--model Transformer --use-optimizer --lr 0.001",
+}
+SMALL = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+         "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0")  # fmt: skip
+OURS = ("--device=cpu --eval_iters=20 --log_interval=1 --gradient_accumulation_steps=1 --block_size=256 "
+        "--batch_size=16 --n_layer=4 --n_head=4 --n_embd=256 --bias=True --learning_rate=2e-3 --min_lr=0 "
+        "--warmup_iters=60")  # fmt: skip
+NANO = {"nanoGPT, small": SMALL, "nanoGPT, v3's constants": OURS}
+TRIAL, WARM_UP = 40, 10  # steps
+
+
+def run_words(seconds, arguments):
+    """In a process of its own, in the folder of word_language_model: main.py, stopped after `seconds` of training."""
+    import torch
+
+    def stop(number, frame):
+        while "train" not in frame.f_globals:  # the frame of main.py
+            frame = frame.f_back
+        there = frame.f_globals
+        print(f"beside: validation loss {there['evaluate'](there['val_data'])}")
+        torch.save(there["model"], there["args"].save)
+        raise KeyboardInterrupt
+
+    signal.signal(signal.SIGALRM, stop)
+    sys.argv = ["main.py", *arguments]
+    sys.path.insert(0, ".")
+    signal.alarm(seconds + 5)  # it reads the text first
+    runpy.run_path("main.py", run_name="__main__")
+
+
+def words(name, folder, source, seconds):
+    """What word_language_model reaches. Raises ValueError if it fails."""
+    data = WORK / "words"
+    data.mkdir(parents=True, exist_ok=True)
+    for ours, theirs in (("train", "train"), ("valid", "valid"), ("test", "test")):
+        shutil.copyfile(source / f"wiki.{ours}.tokens", data / f"{theirs}.txt")
+    save = WORK / f"{name.replace(', ', '-')}.pt"
+    arguments = ["--data", str(data), "--save", str(save), "--epochs", "40", *WORDS[name].split()]
+    done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--inside", str(seconds), *arguments],
+                          cwd=folder / "word_language_model", capture_output=True, text=True)  # fmt: skip
+    found = re.search(r"beside: validation loss (\S+)", done.stdout)
+    test = re.search(r"\| test loss +(\S+)", done.stdout)
+    if not found or not test:
+        raise ValueError(f"{name} has failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+    steps = re.findall(r"\| epoch +(\d+) \| +(\d+)/ *(\d+) batches .* ms/batch +(\S+)", done.stdout)
+    epoch, batch, batches, _ = map(float, steps[-1])
+    return {"command": f"python main.py --epochs 40 {WORDS[name]}", "val_word_ppl": math.exp(float(found[1])),
+            "test_word_ppl": math.exp(float(test[1])), "epochs": epoch - 1 + batch / batches,
+            "ms_a_step": median(float(ms) for *_, ms in steps), "log": done.stdout.splitlines()}  # fmt: skip
+
+
+def nano_data(folder):
+    """The tokens of this repository where nanoGPT looks for them."""
+    from data import load_tokens
+
+    there, tokens = folder / "data" / "wikitext", load_tokens("bpe_vocab.json")
+    there.mkdir(parents=True, exist_ok=True)
+    for split in ("train", "val"):
+        tokens[split].ids.numpy().tofile(there / f"{split}.bin")
+    (there / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4096}))
+    return tokens
+
+
+def whole_split(model, tokens, size):
+    """Word perplexity of nanoGPT's model over a whole split, in windows of `size` tokens side by side."""
+    import torch
+    import torch.nn.functional as F
+
+    ids, nats = tokens.ids.long(), 0.0
+    with torch.no_grad():
+        for i in range(0, len(ids) - 1, size):
+            y = ids[i + 1 : i + size + 1]
+            logits, _ = model(ids[None, i : i + len(y)], y[None])  # with targets it gives the logits of all places
+            nats += F.cross_entropy(logits[0].double(), y, reduction="sum").item()
+    return math.exp(nats / tokens.n_words)
+
+
+def nano(name, folder, seconds):
+    """What nanoGPT reaches. Raises ValueError if it fails."""
+    import torch
+
+    tokens, out = nano_data(folder), WORK / name.replace(", ", "-").replace(" ", "-")
+    fixed = [sys.executable, "train.py", *NANO[name].split(), "--dataset=wikitext", f"--out_dir={out}"]
+
+    def train(steps, interval):
+        limits = [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={interval}"]
+        return subprocess.run([*fixed, *limits], cwd=folder, capture_output=True, text=True)
+
+    def times(done):
+        ms = [float(x) for x in re.findall(r"iter \d+: .* time (\S+)ms", done.stdout)]
+        if done.returncode or len(ms) < TRIAL:
+            raise ValueError(f"{name} has failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
+        return ms
+
+    steps = round(1000 * seconds / median(times(train(TRIAL, 10_000))[WARM_UP:]))
+    done = train(steps, steps)
+    ms = times(done)
+    sys.path.insert(0, str(folder))
+    from model import GPT, GPTConfig
+
+    saved = torch.load(out / "ckpt.pt", weights_only=True)
+    model = GPT(GPTConfig(**saved["model_args"])).eval()
+    model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()})
+    size = saved["model_args"]["block_size"]
+    batch = saved["config"]["batch_size"]
+    command = f"python train.py {NANO[name]} --dataset=wikitext --max_iters={steps} --lr_decay_iters={steps}"
+    return {"command": command, "val_word_ppl": whole_split(model, tokens["val"], size),
+            "test_word_ppl": whole_split(model, tokens["test"], size), "ms_a_step": median(ms[WARM_UP:]),
+            "train_seconds": sum(ms[1:steps]) / 1000, "epochs": steps * batch * size / len(tokens["train"]),
+            "log": [line for k, line in enumerate(done.stdout.splitlines()) if k % 50 == 0]}  # fmt: skip
+
+
+def commit(folder):
+    """The commit that the checkout is at, as its own file COMMIT says or git."""
+    if (folder / "COMMIT").exists():
+        return (folder / "COMMIT").read_text().strip()
+    return subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
+
+
+def report(kept):
+    """The table, with the rows of this repository from its experiments."""
+    import experiments
+
+    rows = []
+    for run in experiments.EXPERIMENTS["beside"].runs:
+        seeds = [one["summary"] for one in experiments.read_found(run, experiments.SEEDS)]
+        if seeds:
+            cells = [experiments.spread([s[key] for s in seeds], "{:.1f}") for key in ("val_word_ppl", "test_word_ppl")]
+            rows.append((seeds[0]["val_word_ppl"], [run.name, *cells, f"{seeds[0]['epochs']:.2f}"]))
+    for name, one in kept["peers"].items():
+        rows.append((one["val_word_ppl"], [name, f"{one['val_word_ppl']:.1f}", f"{one['test_word_ppl']:.1f}",
+                                           f"{one['epochs']:.2f}"]))  # fmt: skip
+    rows = [row for _, row in sorted(rows, key=lambda row: -row[0])]
+    return (table(["after 600 s on two cores", "val word ppl", "test word ppl", "times the text was read"], rows)
+            + f"\nMachine: {kept['machine']}.\n")  # fmt: skip
+
+
+def main():
+    parser = argparse.ArgumentParser(description="What people would run instead.", epilog=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("names", nargs="*", metavar="NAME", help=f"of {', '.join([*WORDS, *NANO])}")
+    parser.add_argument("--examples", type=Path, metavar="DIR", help="checkout of pytorch/examples")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="checkout of karpathy/nanoGPT")
+    parser.add_argument("--from", dest="source", type=Path, metavar="DIR", help="WikiText-2")
+    parser.add_argument("--seconds", type=int, default=600)
+    parser.add_argument("--table", action="store_true", help="run nothing")
+    args = parser.parse_args()
+    path = RESULTS / "beside.json"
+    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"peers": {}}
+    if not args.table:
+        for option in ("examples", "nanogpt", "source"):
+            if getattr(args, option) is None or not getattr(args, option).is_dir():
+                raise ValueError(f"--{option.replace('source', 'from')} must name a folder")
+    for name in () if args.table else args.names or [*WORDS, *NANO]:
+        if name not in {**WORDS, **NANO}:
+            raise ValueError(f"there is no {name!r}; known are {', '.join([*WORDS, *NANO])}")
+        folder = (args.examples if name in WORDS else args.nanogpt).resolve()
+        found = words(name, folder, args.source, args.seconds) if name in WORDS else nano(name, folder, args.seconds)
+        kept["peers"][name] = {"commit": commit(folder), "date": time.strftime("%Y-%m-%d"), **found}
+        kept["machine"] = machine()
+        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        print(f"{name}: word perplexity {found['val_word_ppl']:.1f}, on the test split {found['test_word_ppl']:.1f}")
+    text = report(kept)
+    print(text, end="")
+    (RESULTS / "beside.md").write_text(text, encoding="utf-8")
+
+
+if __name__ == "__main__":
+    if sys.argv[1:2] == ["--inside"]:
+        run_words(int(sys.argv[2]), sys.argv[3:])
+        os._exit(0)  # threads of libraries may be anywhere
+    try:
+        main()
+    except (OSError, ValueError) as error:
+        sys.exit(f"beside.py: {error}")
