@@ -9,9 +9,9 @@ WikiText-2 (wiki.train.tokens, ...). Their code runs as it is, with the commands
 
 - word_language_model has whole words as its vocabulary. It trains epoch by epoch; here an alarm saves the weights when
   the seconds are over and ends it as Ctrl-C would. Its perplexity counts every word and end of line.
-- nanoGPT's settings for small machines (its README, "I only have a macbook"), and its model with v3's constants. It gets
-  the tokens of this repository; a short trial tells how many steps the seconds hold, and its weights are evaluated here
-  over whole splits, in windows side by side.
+- nanoGPT's settings for small machines (its README, "I only have a macbook"), and its model with v3's constants. It
+  gets the tokens of this repository; a short trial tells how many steps the seconds hold, and its weights are evaluated
+  here over whole splits, in windows side by side.
 
 v2, v3 and v4 beside them are the experiment `beside` of results/experiments.py.
 """

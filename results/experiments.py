@@ -244,11 +244,6 @@ EXPERIMENTS = {
 }  # fmt: skip
 
 
-WEIGHT_DECAY = (
-    ("DROPOUT = 0.0  #", "WEIGHT_DECAY = 0.2  # of the matrices of the blocks\nDROPOUT = 0.0  #"),
-    ("                p.sub_(u, alpha", """                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
-                p.sub_(u, alpha"""),
-)
 TIED = (
     ("        for name, p in self.named_parameters():\n", """        self.head.weight = self.embedding.weight
         for name, p in self.named_parameters():\n"""),
@@ -259,6 +254,15 @@ DROPOUT_INSIDE = (
      "        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n        self.dropout = Dropout(DROPOUT)\n"),
     ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
 )
+
+
+def weight_decay(rate):
+    """Edits that let the matrices of the blocks decay by `rate` times the learning rate."""
+    return (
+        ("DROPOUT = 0.0  #", f"WEIGHT_DECAY = {rate}  # of the matrices of the blocks\nDROPOUT = 0.0  #"),
+        ("                p.sub_(u, alpha", '''                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                p.sub_(u, alpha'''),
+    )  # fmt: skip
 
 
 def two_hours():
@@ -276,15 +280,30 @@ def two_hours():
     }.items():  # fmt: skip
         runs.append(Run(name, V4, constants, seconds=7200))
     runs.append(Run("vocabulary of 8,192", V4, mild, seconds=7200, vocab_size=8192))
-    edits = {"weight decay 0.2": WEIGHT_DECAY, "embeddings tied": TIED, "dropout in the MLP": DROPOUT_INSIDE}
-    for name, edits in edits.items():
-        runs.append(Run(name, V4, mild | {"MAX_STEPS": 6500}, edits))
+    edits = {"weight decay 0.2": weight_decay(0.2), "embeddings tied": TIED, "dropout in the MLP": DROPOUT_INSIDE}
+    runs += [Run(name, V4, mild | {"MAX_STEPS": 6500}, edit) for name, edit in edits.items()]
+    longer = mild | {"BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "MAX_STEPS": 6495}
+    for name, constants in {"rate of AdamW 0.015": {"LEARNING_RATE_ADAMW": 0.015}, "momentum 0.8": {"MOMENTUM": 0.8},
+                            "rate of Muon 0.04": {"LEARNING_RATE": 0.04}, "cool-down 0.8": {"COOLDOWN": 0.8},
+                            "dropout 0.15": {"DROPOUT": 0.15}}.items():  # fmt: skip
+        runs.append(Run(f"windows of 512, {name}", V4, longer | constants))
+    runs.append(Run("windows of 512, dropout in the MLP", V4, longer, DROPOUT_INSIDE))
+    runs.append(Run("windows of 512, weight decay 0.02", V4, longer, weight_decay(0.02)))
     return runs
 
 
 EXPERIMENTS["two_hours"] = Experiment(
     "How good a model of WikiText-2 do two cores make in two hours?", two_hours(), seeds=SEEDS[:1],
     columns=("val_bpb", "val_bpb_sliding", "val_word_ppl_sliding", "steps", "n_params"),
+)  # fmt: skip
+
+
+BEST = {"POSITION": "rope", "BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "DROPOUT": 0.1, "STRIDE": 64,
+        "PATIENCE": 1000}  # fmt: skip
+EXPERIMENTS["best"] = Experiment(
+    "What does the best choice of two_hours make of two hours, and of reading on?",
+    [Run("v4, two hours", V4, BEST, seconds=7200, measure="best")], seeds=SEEDS[:1],
+    columns=("val_bpb", "val_bpb_sliding", "val_word_ppl_sliding", "steps", "train_seconds"),
 )  # fmt: skip
 
 
@@ -454,9 +473,16 @@ def trial(run):
         process.wait()
 
 
+def libraries_mb():
+    """Memory in MB of a process that has loaded what a rung needs, before it has a model."""
+    code = "import v1, torch._dynamo, harness; print(harness.peak_memory_mb('cpu'))"
+    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+
+
 def measure_pace(runs, again=True):
     """Measure the pace of `runs`, one after the other, and keep it; without `again` only what is missing."""
     kept = read_pace()
+    kept["libraries_mb"] = round(libraries_mb(), 1)
     if not again and kept.get("machine", machine()) != machine():
         raise ValueError("pace.json was measured on another machine; measure it whole with --pace")
     for key, run in {key_of_pace(run): run for run in runs}.items():
@@ -592,8 +618,36 @@ def temperature(module, model, tokens, tokenizer):
             "test_tempered": module.evaluate(Tempered(model, best), tokens["test"])}  # fmt: skip
 
 
+def dynamic_evaluation(module, model, tokens, rate, stride=64):
+    """Bits per byte and word perplexity of a model that goes on learning while it reads: after every `stride` tokens,
+    which it predicts with as much context as its windows hold, it makes a step of plain gradient descent on their loss
+    (Krause et al. 2018, arXiv:1709.07432, section 3). A `rate` of 0 is the evaluation in sliding windows."""
+    model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
+    n, parameters = len(ids) - 1, list(model.parameters())
+    for i in range(0, n, stride):
+        stop = min(i + stride, n)
+        start = max(0, stop - size)
+        logits = model(ids[None, start:stop].to(module.DEVICE))[0, i - start :]  # (stop - i, V)
+        loss = F.cross_entropy(logits, ids[i + 1 : stop + 1].to(module.DEVICE))
+        nats += loss.item() * (stop - i)
+        with torch.no_grad():
+            for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
+                p.sub_(g, alpha=rate)
+    return {"bpb": nats / (math.log(2) * tokens.n_bytes), "word_ppl": math.exp(nats / tokens.n_words)}
+
+
+def best(module, model, tokens, tokenizer):
+    """The test split in windows that slide by 64; and read with dynamic evaluation, its rate chosen on the first 65,536
+    tokens of the validation split."""
+    part = first_part(tokens["val"], tokenizer, WINDOW_TOKENS)
+    rates = {rate: dynamic_evaluation(module, model, part, rate)["bpb"] for rate in (0.0, 0.01, 0.03, 0.1, 0.3)}
+    rate = min(rates, key=rates.get)
+    return {"test_sliding": module.evaluate(model, tokens["test"], stride=64), "rates": rates,
+            "test_reading_on": dynamic_evaluation(module, model, tokens["test"], rate)}  # fmt: skip
+
+
 WINDOW_TOKENS = 65_536  # of the validation split, for what costs a pass in many windows
-MEASURES = {"windows": windows, "temperature": temperature}
+MEASURES = {"windows": windows, "temperature": temperature, "best": best}
 
 
 def measure(run, folder):

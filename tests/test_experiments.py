@@ -1,11 +1,13 @@
 """results/experiments.py: its plan, the edits that lead from v3 to v4, runs that stop and go on, tables."""
 
+import copy
 import importlib.util
 import json
 import math
 import shutil
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -33,31 +35,49 @@ def experiments(tmp_path, monkeypatch):
 
 
 def test_the_plan(experiments):
-    """Every constant exists in its rung, no two runs share a file, every comparison has three seeds or says so."""
+    """Every constant exists in its rung, no two trainings share a file, every comparison has three seeds or says so."""
     import harness
 
-    files = []
+    files = {}
     for name, experiment in experiments.EXPERIMENTS.items():
-        assert len(experiment.seeds) == 3 or name == "learning_rate"
-        assert experiment.asks.endswith("?") or "?" in experiment.asks
+        assert len(experiment.seeds) == 3 or name in ("two_hours", "best")
+        assert experiment.asks.endswith("?")
         assert set(experiment.columns) <= experiments.TITLES.keys()
+        assert len({run.name for run in experiment.runs}) == len(experiment.runs)
         for run in experiment.runs:
             known = harness._read_source(ROOT / f"{run.rung}.py")[0]
             assert run.constants.keys() <= known.keys(), run
             assert run.measure in ("", *experiments.MEASURES)
-            files += [experiments.result_file(name, run, seed, False) for seed in experiment.seeds]
-    assert len(files) == len(set(files))
+            experiments.edited((ROOT / f"{run.rung}.py").read_text(encoding="utf-8"), run.edits)
+            files.setdefault(experiments.result_file(run, 1), []).append(run)
+            assert experiments.owner(run)[1].measure or not run.measure, run  # measured where it is made
+    for runs in files.values():
+        assert all(run.training() == runs[0].training() for run in runs)
+
+
+def test_what_two_experiments_have_in_common_is_made_once(experiments):
+    """v3 with its default constants: in the folder of the ladder, whatever it is called elsewhere."""
+    shared = [run for name in ("ladder", "v3_to_v4", "learning_rate") for run in experiments.EXPERIMENTS[name].runs
+              if run.training() == experiments.Run("v3", "v3").training()]  # fmt: skip
+    assert [run.name for run in shared] == ["v3", "v3", "0.002"]
+    assert {experiments.result_file(run, 7) for run in shared} == {experiments.RESULTS / "ladder" / "v3-7.json"}
 
 
 def variant(experiments, edits, tmp_path, name="v3"):
-    """v3 after `edits`, as a module."""
-    path = tmp_path / "edited" / "v3.py"
+    """A rung after `edits`, as a module."""
+    path = tmp_path / "edited" / f"{name}.py"
     path.parent.mkdir(exist_ok=True)
-    path.write_text(experiments.edited((ROOT / "v3.py").read_text(encoding="utf-8"), edits), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location("edited_v3", path)
+    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
+    path.write_text(experiments.edited(text, edits), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"edited_{name}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
+
+
+def steps(experiments):
+    """The runs between v3 and v4, each of them v3 with more edits."""
+    return [run for run in experiments.from_v3_to_v4() if run.name.startswith("+") and run.rung == "v3"]
 
 
 SHAPE = {"N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 32, "BLOCK_SIZE": 32, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8,
@@ -67,7 +87,7 @@ SHAPE = {"N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 32, "BLOCK_SIZE": 32, "BATCH_SIZE"
 def test_the_edits_lead_from_v3_to_the_model_of_v4(experiments, load, tmp_path):
     """With all of them v3 has v4's logits for v4's weights, v4's schedule, and v4's rates for embeddings and head."""
     v4 = load(V4, **SHAPE, COOLDOWN=0.5, LEARNING_RATE_ADAMW=0.01)
-    v3 = variant(experiments, experiments.from_v3_to_v4()[-2].edits, tmp_path)
+    v3 = variant(experiments, steps(experiments)[-1].edits, tmp_path)
     vars(v3).update(SHAPE)
     theirs, ours = randomize(v4.LanguageModel(50, "rope"), 0.3).eval(), v3.LanguageModel(50).eval()
     for p in (ours.head.weight, *(w for b in ours.blocks for w in (b.attention.proj.weight, b.mlp[-1].weight))):
@@ -87,8 +107,9 @@ def test_the_edits_lead_from_v3_to_the_model_of_v4(experiments, load, tmp_path):
 
 def test_every_edit_on_the_way_trains(experiments, tmp_path):
     """Each step is another model or another optimizer, and its loss falls."""
+    assert len(steps(experiments)) == len(experiments.STEPS_TO_V4)
     ids = torch.arange(3000) * 7 % 50
-    for run in experiments.from_v3_to_v4()[1:-1]:
+    for run in steps(experiments):
         v3 = variant(experiments, run.edits, tmp_path)
         vars(v3).update(SHAPE)
         torch.manual_seed(1)
@@ -101,6 +122,34 @@ def test_every_edit_on_the_way_trains(experiments, tmp_path):
             optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[-1] < losses[0] - 0.2, run.name
+
+
+def test_what_v4_is_tried_with_in_two_hours(experiments, tmp_path):
+    """A decay shrinks a matrix of the blocks by the rate times it; tied, embeddings and head are one; dropout in the
+    MLP sets a share of its numbers to zero."""
+    shape = SHAPE | {"DROPOUT": 0.0, "LEARNING_RATE": 0.05}
+    moved = []
+    for edits in ((), experiments.weight_decay(0.5)):
+        v4 = variant(experiments, edits, tmp_path, V4)
+        vars(v4).update(shape)
+        torch.manual_seed(1)
+        model = randomize(v4.LanguageModel(50, "rope"), 0.1)
+        before = model.blocks[0].mlp.fc.weight.detach().clone()
+        model(*v4.get_batch(torch.arange(3000) * 7 % 50, 0)).backward()
+        for optimizer in v4.make_optimizers(model):
+            optimizer.step()
+        moved.append(model.blocks[0].mlp.fc.weight.detach())
+    torch.testing.assert_close(moved[0] - moved[1], 0.05 * 0.5 * before)
+
+    v4 = variant(experiments, experiments.TIED, tmp_path, V4)
+    vars(v4).update(shape)
+    model = v4.LanguageModel(50, "rope")
+    assert model.head.weight is model.embedding.weight and 0.01 < model.head.weight.std() < 0.03
+    v4 = variant(experiments, experiments.DROPOUT_INSIDE, tmp_path, V4)
+    vars(v4).update(shape | {"DROPOUT": 0.5})
+    mlp = v4.MLP()
+    x = torch.randn(64, 32)
+    assert not torch.allclose(mlp(x), mlp(x)) and torch.equal(mlp.eval()(x), mlp(x))
 
 
 def test_an_edit_that_does_not_find_its_place_is_refused(experiments):
@@ -131,7 +180,8 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     assert files == ["table.md", "v3-no-cosine-2.json", "v4-2.json"]
     found = json.loads((tiny.RESULTS / "tiny" / "v4-2.json").read_text())
     assert found["summary"]["seed"] == 2 and found["log"][-1]["val_bpb"] == found["summary"]["val_bpb"]
-    assert found["command"].startswith("python v4_alibi_rope.py EVAL_INTERVAL=160 ") and found["machine"]
+    assert found["command"].startswith("python v4_alibi_rope.py DATA=") and found["machine"]
+    assert "EVAL_INTERVAL=1" in found["command"].split()  # an eighth of six steps
     assert "SEED=2" in found["command"].split()
     assert set(found["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
     assert json.loads((tiny.RESULTS / "tiny" / "v3-no-cosine-2.json").read_text())["edits"]
@@ -147,6 +197,27 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     assert "tiny            2 of 2 runs" in capfd.readouterr().out
 
 
+def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
+    """The same files as one after the other; what fails is said after the others, and where its message is."""
+    monkeypatch.setattr(tiny, "ProcessPoolExecutor", ThreadPool)
+    tiny.main(["tiny", *TINY, "--jobs", "2"])
+    assert sorted(path.name for path in (tiny.RESULTS / "tiny").iterdir()) == [
+        "table.md", "v3-no-cosine-2.json", "v4-2.json"]  # fmt: skip
+    assert "tiny/v4-2.json: val bpb" in capfd.readouterr().out
+    (tiny.RESULTS / "tiny" / "v4-2.json").unlink()
+    shutil.rmtree(tiny.WORK / "tiny" / "v4-2")
+    with pytest.raises(ValueError, match="has ended with exit code 1; its message stands in .*screen.txt"):
+        tiny.main(["tiny", *TINY, "MAX_STEPS=0", "--jobs", "2"])
+    assert "MAX_STEPS=0 must be" in (tiny.WORK / "tiny" / "v4-2" / "screen.txt").read_text()
+
+
+class ThreadPool(ThreadPoolExecutor):
+    """In place of processes, which would not know the tiny experiment."""
+
+    def __init__(self, jobs, context):
+        super().__init__(jobs)
+
+
 def test_a_run_that_fails_ends_with_a_line(tiny, capfd):
     with pytest.raises(ValueError, match="has ended with exit code 1; its message stands above"):
         tiny.main(["tiny", *TINY, "MAX_STEPS=0"])
@@ -155,21 +226,60 @@ def test_a_run_that_fails_ends_with_a_line(tiny, capfd):
         tiny.main(["tiny", "--table"])
 
 
-def test_steps_for_a_time_and_for_a_text(experiments, monkeypatch, tmp_path, data_dir):
-    """From the speed of a trial after its first third, and from the bytes that a token has."""
-    rows = [f"{k},{1000 * k},1,1,1,{100 if k <= 10 else 2000}" for k in range(1, 31)]
-
-    def trial(run, folder, constants):
-        folder.mkdir(parents=True)
-        (folder / "steps.csv").write_text("\n".join(["head", *rows]) + "\n")
-
-    monkeypatch.setattr(experiments, "start", trial)
-    assert experiments.steps_in(None, 60, tmp_path / "run", {}) == 120  # 1,000 tokens a step, 2,000 a second
+def test_steps_for_as_much_text(experiments, data_dir):
+    """From the bytes that a token has."""
     module = importlib.import_module("v3")
     tokens = data.load_tokens("bpe_vocab_500.json", str(data_dir))["train"]
     constants = {"VOCABULARY": "bpe_vocab_500.json", "DATA": str(data_dir), "BATCH_SIZE": 4, "BLOCK_SIZE": 32}
     n = experiments.steps_on(0.5, module, constants)
     assert n * 4 * 32 * tokens.n_bytes / len(tokens) == pytest.approx(5e5, rel=0.01)
+
+
+def test_the_pace_is_that_of_a_run(tiny, monkeypatch, capfd):
+    """A trial is broken off, its steps but the first ones count; steps for a time follow from it; what is known is not
+    measured again unless asked for, and never beside what another machine has measured."""
+    run = tiny.EXPERIMENTS["tiny"].runs[1]
+    run.constants |= {"N_LAYER": 1, "N_EMBD": 32, "N_HEAD": 2, "BLOCK_SIZE": 16, "BATCH_SIZE": 4, "COMPILE": False}
+    with pytest.raises(ValueError, match="was not measured yet: python results/experiments.py tiny --pace"):
+        tiny.pace_of(run)
+    tiny.measure_pace([run], again=False)
+    kept = json.loads((tiny.RESULTS / "pace.json").read_text())
+    (key,) = kept["seconds"]
+    assert key == (f"{V4} VOCABULARY=bpe_vocab_500.json BATCH_SIZE=4 BLOCK_SIZE=16 N_LAYER=1 N_HEAD=2 N_EMBD=32 "
+                   "POSITION=rope")  # fmt: skip
+    assert 1e-4 < kept["seconds"][key] < 5
+    assert 100 < kept["libraries_mb"] < kept["peak_mb"][key]
+    monkeypatch.setattr(tiny, "trial", lambda run: (0.25, 1.0))
+    tiny.measure_pace([run], again=False)
+    assert tiny.pace_of(run) == kept["seconds"][key]
+    tiny.measure_pace([run])
+    assert tiny.pace_of(run) == 0.25
+
+    timed = tiny.Run("timed", V4, run.constants, seconds=1)
+    timed.constants.pop("MAX_STEPS")
+    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("?", [timed], seeds=(2,)))
+    assert tiny.make(timed, 2, {"SAMPLE_TOKENS": "1", "DEVICE": "cpu", "STRIDE": "16", "DTYPE": "float32"}) is None
+    assert tiny.read_found(timed, [2])[0]["summary"]["steps"] == 4
+    monkeypatch.setattr(tiny, "machine", lambda: "another")
+    with pytest.raises(ValueError, match="measured on another machine"):
+        tiny.measure_pace([run], again=False)
+
+
+def test_a_tenth_is_the_beginning_of_the_text(experiments, monkeypatch, tmp_path, data_dir):
+    """Its counts are those of its text, and it is loaded like any other."""
+    monkeypatch.setattr(experiments, "token_file",
+                        lambda split, vocabulary: data_dir / f"{split}_ids_500.pt")  # fmt: skip
+    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    (tmp_path / "data").mkdir()
+    shutil.copyfile(data_dir / "bpe_vocab_500.json", tmp_path / "data" / "bpe_vocab.json")
+    experiments.make_tenth(tmp_path / "tenth")
+    whole = data.load_tokens("bpe_vocab_500.json", str(data_dir))
+    part = data.load_tokens("bpe_vocab.json", str(tmp_path / "tenth"))
+    assert part["train"].ids.tolist() == whole["train"].ids[: len(whole["train"]) // 10].tolist()
+    assert part["val"].ids.tolist() == whole["val"].ids.tolist()
+    tokenizer = experiments.harness.BPETokenizer.load(data_dir / "bpe_vocab_500.json")
+    text = tokenizer.decode_bytes(part["train"].ids.tolist())
+    assert (part["train"].n_bytes, part["train"].n_words) == (len(text), len(text.split()) + text.count(b"\n"))
 
 
 class Knows:
@@ -211,6 +321,31 @@ def test_the_temperature_is_that_of_the_least_loss(experiments, load, monkeypatc
     assert found["test_tempered"] == hot and found["test"] == module.evaluate(model, tokens["test"])
 
 
+def test_reading_on(experiments, load):
+    """Without a rate it is the evaluation in sliding windows; with one it learns a text that repeats itself, and leaves
+    the model as it was. The first step is that of an optimizer."""
+    module = load("v3")
+    model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 900)
+    still = experiments.dynamic_evaluation(module, model, tokens["val"], 0.0, stride=16)
+    assert still["bpb"] == pytest.approx(module.evaluate(model, tokens["val"], stride=16)["bpb"], rel=1e-5)
+    again = copy.copy(tokens["val"])
+    again.ids = tokens["val"].ids[:100].repeat(9)
+    before = model.head.weight.clone()
+    still, learned = (experiments.dynamic_evaluation(module, model, again, rate, stride=16)["bpb"] for rate in (0, 1.0))
+    assert learned < 0.9 * still and torch.equal(model.head.weight, before)
+
+    two = copy.copy(tokens["val"])
+    two.ids, ids = tokens["val"].ids[:25], tokens["val"].ids[:25].long()
+    found = experiments.dynamic_evaluation(module, model, two, 0.5, stride=16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    first = F.cross_entropy(model(ids[None, :16])[0], ids[1:17])
+    first.backward()
+    optimizer.step()
+    second = F.cross_entropy(model(ids[None, :24])[0, 16:], ids[17:], reduction="sum")
+    nats = 16 * first.item() + second.item()
+    assert found["word_ppl"] == pytest.approx(math.exp(nats / two.n_words), rel=1e-5)
+
+
 def test_spreads(experiments):
     assert experiments.spread([1.0, 2.0, 4.5]) == "2.5000 (1.0000 to 4.5000)"
     assert experiments.spread([3, 3], "{:,.0f}") == "3"
@@ -221,10 +356,13 @@ def test_spreads(experiments):
 def test_committed_tables_are_those_of_the_committed_runs(name, experiments, tmp_path):
     shutil.copytree(ROOT / "results" / "experiments" / name, tmp_path / "results" / name)
     expected = (ROOT / "results" / "experiments" / name / "table.md").read_text(encoding="utf-8")
+    for other in (ROOT / "results" / "experiments").iterdir():  # a run may be kept in the folder of another
+        if other.name != name:
+            (shutil.copytree if other.is_dir() else shutil.copyfile)(other, tmp_path / "results" / other.name)
     assert experiments.report(name.removesuffix("_gpu"), name.endswith("_gpu")) == expected
 
 
 def test_an_unknown_experiment_is_refused():
     command = [sys.executable, "results/experiments.py", "nothing"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 2 and "invalid choice" in done.stderr
+    assert done.returncode == 1 and "there is no experiment 'nothing'; known are ladder, " in done.stderr

@@ -399,13 +399,14 @@ def test_the_fast_alibi_is_the_bias_when_compiled(dtype, n_head, T, load):
 @torch.no_grad()
 def test_alibi_by_flex_attention_is_the_bias_when_compiled(load):
     """What a GPU runs; a CPU can compute it forwards."""
-    module = load(V4)
-    q, k, v = inputs(3, 1, 6, 256, 64)
-    parts = module.flex_parts(6, 256, "cpu")
+    module, device = load(V4), "cuda" if torch.cuda.is_available() else "cpu"
+    q, k, v = (x.to(device) for x in inputs(3, 1, 6, 256, 64))
+    parts = module.flex_parts(6, 256, device)
     flex = torch.compile(lambda q, k, v: module.alibi_by_flex_attention(q / 8, k, v, *parts), dynamic=False)
     for dtype in TOLERANCE:
         x = [t.to(dtype) for t in (q, k, v)]
-        assert distance_from(alibi_in_double(*x)[0], flex(*x)) < 1.5 * TOLERANCE[dtype]
+        expected = alibi_in_double(*(t.cpu() for t in x))[0]
+        assert distance_from(expected, flex(*x).cpu()) < 1.5 * TOLERANCE[dtype]
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-9), (torch.long, 1e-2)])

@@ -10,7 +10,9 @@ import pytest
 import harness
 
 ROOT = Path(__file__).resolve().parents[1]
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = ("README.md", "results/README.md")
+README, RESULTS = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+NAMED = {"README.md": ("v3_to_v4", "v3"), "results/README.md": ("shape", "4 × 192")}
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
 
 
@@ -20,7 +22,9 @@ def ladder(tmp_path, monkeypatch):
     spec = importlib.util.spec_from_file_location("ladder", ROOT / "results" / "ladder.py")
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
-    (tmp_path / "README.md").write_bytes((ROOT / "README.md").read_bytes())
+    (tmp_path / "results").mkdir()
+    for page in PAGES:
+        (tmp_path / page).write_bytes((ROOT / page).read_bytes())
     monkeypatch.setattr(module, "ROOT", tmp_path)
     return module
 
@@ -30,12 +34,47 @@ def test_tables_are_what_the_committed_runs_say(ladder):
 
 
 def test_a_changed_number_is_noticed_and_mended(ladder):
+    for page, text in zip(PAGES, (README, RESULTS)):
+        experiment, run = NAMED[page]
+        bpb = f"{ladder.middle(ladder.found(experiment)[run], 'val_bpb'):.4f}"
+        assert bpb in text
+        (ladder.ROOT / page).write_text(text.replace(bpb, "0.1234"), encoding="utf-8")
+        assert not ladder.write(check=True)
+        ladder.write(check=False)
+        assert (ladder.ROOT / page).read_text(encoding="utf-8") == text
+
+
+def test_a_table_without_a_place_and_a_place_without_a_table_are_noticed(ladder):
     readme = ladder.ROOT / "README.md"
-    bpb = f"{ladder.read_summaries()['v3']['val_bpb']:.4f}"
-    readme.write_text(README.replace(bpb, "0.1234"), encoding="utf-8")
-    assert not ladder.write(check=True)
-    ladder.write(check=False)
-    assert readme.read_text(encoding="utf-8") == README
+    readme.write_text(README.replace("<!-- metrics -->", ""), encoding="utf-8")
+    with pytest.raises(ValueError, match="no page has a place for metrics"):
+        ladder.write(check=True)
+    readme.write_text(README + "<!-- nothing -->\n<!-- /nothing -->\n", encoding="utf-8")
+    with pytest.raises(ValueError, match="README.md asks for a table that nothing makes: nothing"):
+        ladder.write(check=True)
+
+
+def test_a_cell_is_the_mean_and_the_range_of_the_seeds(ladder):
+    """Read from the files themselves."""
+    folder = ROOT / "results" / "experiments" / "ladder"
+    bpb = [json.loads(path.read_text())["summary"]["val_bpb"] for path in sorted(folder.glob("v3-*.json"))]
+    row = next(line for line in README.splitlines() if line.startswith("| v3 | GPT-2 block"))
+    assert len(bpb) == 3
+    assert [cell.strip(" *") for cell in row.split("|")[4:6]] == [
+        f"{sum(bpb) / 3:.4f}", f"{min(bpb):.4f} to {max(bpb):.4f}"]  # fmt: skip
+
+
+def test_experiments_used_the_constants_of_the_scripts(ladder):
+    """But for those that their command sets."""
+    for path in sorted((ROOT / "results" / "experiments").glob("*/*-*.json")):
+        found = json.loads(path.read_text())
+        _, script, *words = found["command"].split()
+        now = json.loads(json.dumps(harness.constants(vars(importlib.import_module(script.removesuffix(".py"))))))
+        own = dict(word.partition("=")[::2] for word in words)
+        then = found["summary"]["hyperparameters"]
+        decide = now.keys() - own.keys() - {"OUT_DIR", "RESUME", "DEVICE"}
+        assert {k: then[k] for k in decide} == {k: now[k] for k in decide}, path
+        assert found["summary"]["seed"] == int(own["SEED"])
 
 
 def test_bits_per_byte_fall_from_rung_to_rung_on_the_same_text(ladder):
@@ -62,8 +101,16 @@ def test_committed_runs_used_the_constants_of_the_scripts(rung):
 
 
 def test_files_that_the_readme_shows_are_there():
-    for link in re.findall(r"\]\(([^)#]+)\)", README):
-        assert link.startswith("http") or (ROOT / link).exists(), link
+    for page, text in zip(PAGES, (README, RESULTS)):
+        for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
+            assert link.startswith("http") or (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_links_to_a_heading_find_it():
+    for page, heading in re.findall(r"\]\(([^)#]*)#([^)]+)\)", README):
+        text = RESULTS if page else README
+        headings = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
+        assert heading in [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings], heading
 
 
 def test_ci_finds_the_test_command_of_the_readme():
