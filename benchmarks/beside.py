@@ -45,10 +45,11 @@ WORDS = {
 SMALL = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
          "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0")  # fmt: skip
 OURS = ("--device=cpu --eval_iters=20 --log_interval=1 --gradient_accumulation_steps=1 --block_size=256 "
-        "--batch_size=16 --n_layer=4 --n_head=4 --n_embd=256 --bias=True --learning_rate=2e-3 --min_lr=0 "
+        "--batch_size=16 --n_layer=4 --n_head=4 --n_embd=256 --bias=True --learning_rate=2e-3 --min_lr=0.0 "
         "--warmup_iters=60")  # fmt: skip
 NANO = {"nanoGPT, small": SMALL, "nanoGPT, v3's constants": OURS}
 TRIAL, WARM_UP = 40, 10  # steps
+LOADING = 5  # seconds that word_language_model takes to read the text, which do not count
 
 
 def run_words(seconds, arguments):
@@ -66,7 +67,7 @@ def run_words(seconds, arguments):
     signal.signal(signal.SIGALRM, stop)
     sys.argv = ["main.py", *arguments]
     sys.path.insert(0, ".")
-    signal.alarm(seconds + 5)  # it reads the text first
+    signal.alarm(seconds + LOADING)
     runpy.run_path("main.py", run_name="__main__")
 
 
@@ -167,7 +168,8 @@ def report(kept):
     for run in experiments.EXPERIMENTS["beside"].runs:
         seeds = [one["summary"] for one in experiments.read_found(run, experiments.SEEDS)]
         if seeds:
-            cells = [experiments.spread([s[key] for s in seeds], "{:.1f}") for key in ("val_word_ppl", "test_word_ppl")]
+            columns = [[s.get(key) for s in seeds] for key in ("val_word_ppl", "test_word_ppl")]
+            cells = [experiments.spread(column, "{:.1f}") for column in columns]
             rows.append((seeds[0]["val_word_ppl"], [run.name, *cells, f"{seeds[0]['epochs']:.2f}"]))
     for name, one in kept["peers"].items():
         rows.append((one["val_word_ppl"], [name, f"{one['val_word_ppl']:.1f}", f"{one['test_word_ppl']:.1f}",

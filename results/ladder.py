@@ -247,7 +247,7 @@ def two_hours_best():
     runs = [one for seeds in found("two_hours").values() for one in seeds]
     s = min((one["summary"] for one in runs), key=lambda summary: summary["val_bpb_sliding"])
     ppl = s["val_word_ppl_sliding"]
-    return (f"reaches {s['val_bpb_sliding']:.4f} bits per byte and a word perplexity of {ppl:.1f} on the validation "
+    return (f"It reaches {s['val_bpb_sliding']:.4f} bits per byte and a word perplexity of {ppl:.1f} on the validation "
             f"split in windows that slide by 128, and {s['test_word_ppl']:.1f} on the test split, in windows side by "
             "side.")  # fmt: skip
 

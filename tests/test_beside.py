@@ -1,0 +1,124 @@
+"""benchmarks/beside.py, with stand-ins for the programs of others that say what those say."""
+
+import importlib.util
+import json
+import math
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import data
+
+ROOT = Path(__file__).resolve().parents[1]
+
+WORDS_MAIN = """
+import argparse, time, torch
+parser = argparse.ArgumentParser()
+for name in ("data", "save", "epochs", "model", "lr"):
+    parser.add_argument("--" + name)
+parser.add_argument("--tied", action="store_true")
+args = parser.parse_args()
+model, val_data, test_data = {"steps": 0}, "val", "test"
+
+def evaluate(source):
+    assert (open(args.data + "/train.txt").read(), args.tied) == ("words", True)
+    return {"val": 2.0, "test": 1.0}[source] + model["steps"] / 1000
+
+def train():
+    while True:
+        model["steps"] = 50
+        print("| epoch   2 |   100/  400 batches | lr 20.00 | ms/batch 7.50 | loss  7.60 | ppl  2000.00")
+        time.sleep(0.2)
+
+try:
+    train()
+except KeyboardInterrupt:
+    model = {"steps": 0}
+with open(args.save, "rb") as f:
+    model = torch.load(f)
+print(f"| End of training | test loss  {evaluate(test_data):.2f} | test ppl     2.86")
+"""
+NANO_TRAIN = """
+import os, pickle, sys, numpy, torch
+sizes = dict(pair[2:].split("=") for pair in sys.argv[1:] if "=" in pair)
+there = "data/" + sizes["dataset"]
+assert pickle.load(open(there + "/meta.pkl", "rb"))["vocab_size"] == 4096
+assert len(numpy.fromfile(there + "/train.bin", dtype=numpy.uint16)) > 1000
+steps = int(sizes["max_iters"])
+for k in range(steps + 1):
+    print(f"iter {k}: loss 5.0, time 20.00ms, mfu 1.00%")
+if steps % int(sizes["eval_interval"]) == 0:
+    os.makedirs(sizes["out_dir"], exist_ok=True)
+    torch.save({"model_args": {"block_size": 64, "vocab_size": 4096}, "config": {"batch_size": 12},
+                "model": {"_orig_mod.p": torch.ones(1)}}, sizes["out_dir"] + "/ckpt.pt")
+"""
+NANO_MODEL = """
+import torch
+class GPTConfig:
+    def __init__(self, block_size, vocab_size):
+        self.vocab_size = vocab_size
+class GPT(torch.nn.Module):
+    def __init__(self, config):
+        super().__init__()
+        self.p, self.vocab_size = torch.nn.Parameter(torch.zeros(1)), config.vocab_size
+    def forward(self, x, y):
+        assert self.p == 1  # the saved weight
+        return torch.zeros(*x.shape, self.vocab_size), None
+"""
+
+
+@pytest.fixture
+def beside(tmp_path, monkeypatch):
+    spec = importlib.util.spec_from_file_location("beside", ROOT / "benchmarks" / "beside.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    monkeypatch.setattr(module, "WORK", tmp_path / "work")
+    return module
+
+
+def test_whole_words_are_stopped_and_evaluated_as_they_are_then(beside, tmp_path):
+    """The weights at that moment, by the program's own evaluation; also of the test split."""
+    folder = tmp_path / "examples" / "word_language_model"
+    folder.mkdir(parents=True)
+    (folder / "main.py").write_text(WORDS_MAIN)
+    for split in ("train", "valid", "test"):
+        (tmp_path / f"wiki.{split}.tokens").write_text("words")
+    found = beside.words("word_language_model, LSTM", folder.parent, tmp_path, seconds=beside.LOADING * -1 + 3)
+    assert found["val_word_ppl"] == pytest.approx(math.exp(2.05))
+    assert found["test_word_ppl"] == pytest.approx(math.exp(1.05))
+    assert (found["epochs"], found["ms_a_step"]) == (1.25, 7.5)
+    (folder / "main.py").write_text("raise SystemExit('it is broken')")
+    with pytest.raises(ValueError, match="LSTM has failed: .*it is broken"):
+        beside.words("word_language_model, LSTM", folder.parent, tmp_path, seconds=1)
+
+
+def test_nanogpt_trains_as_long_as_its_steps_take(beside, tmp_path, monkeypatch, load):
+    """20 ms a step: 100 steps in two seconds. A model that knows nothing needs log2(4,096) bits a token."""
+    load("v3")  # the text of the tests
+    tokens = data.load_tokens("bpe_vocab_500.json")
+    monkeypatch.setattr(data, "load_tokens", lambda vocabulary: tokens)
+    for name, text in (("train.py", NANO_TRAIN), ("model.py", NANO_MODEL)):
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    found = beside.nano("nanoGPT, small", tmp_path, seconds=2)
+    assert "--max_iters=100 --lr_decay_iters=100" in found["command"]
+    assert found["epochs"] == pytest.approx(100 * 12 * 64 / len(tokens["train"]))
+    for split in ("val", "test"):
+        nats = (len(tokens[split]) - 1) * math.log(4096)
+        assert found[f"{split}_word_ppl"] == pytest.approx(math.exp(nats / tokens[split].n_words), rel=1e-6)
+    assert torch.load(beside.WORK / "nanoGPT-small" / "ckpt.pt", weights_only=True)["config"] == {"batch_size": 12}
+
+
+def test_the_committed_table_is_that_of_the_committed_runs(beside):
+    folder = ROOT / "results" / "benchmarks"
+    kept = json.loads((folder / "beside.json").read_text(encoding="utf-8"))
+    assert beside.report(kept) == (folder / "beside.md").read_text(encoding="utf-8")
+    assert all(len(one["commit"]) == 40 for one in kept["peers"].values())
+
+
+def test_missing_folders_are_named(beside, monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["beside.py", "--examples", "/nowhere"])
+    with pytest.raises(ValueError, match="--examples must name a folder"):
+        beside.main()
