@@ -482,11 +482,11 @@ def libraries_mb():
 def measure_pace(runs, again=True):
     """Measure the pace of `runs`, one after the other, and keep it; without `again` only what is missing."""
     kept = read_pace()
-    kept["libraries_mb"] = round(libraries_mb(), 1)
     if not again and kept.get("machine", machine()) != machine():
         raise ValueError("pace.json was measured on another machine; measure it whole with --pace")
     for key, run in {key_of_pace(run): run for run in runs}.items():
         if again or key not in kept["seconds"]:
+            kept["libraries_mb"] = kept.get("libraries_mb") or round(libraries_mb(), 1)
             seconds, peak_mb = trial(run)
             kept["seconds"][key], kept["peak_mb"][key] = round(seconds, 5), round(peak_mb, 1)
             kept |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}

@@ -188,8 +188,8 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
 
     tiny.main(["tiny", *TINY])
     assert len(started) == 2
-    (tiny.RESULTS / "tiny" / "v4-2.json").unlink()
-    (tiny.WORK / "tiny" / "v4-2" / "run" / "summary.json").unlink()
+    (tiny.RESULTS / "tiny" / "v3-no-cosine-2.json").unlink()
+    (tiny.WORK / "tiny" / "v3-no-cosine-2" / "run" / "summary.json").unlink()
     capfd.readouterr()
     tiny.main(["tiny", *TINY])
     assert len(started) == 3 and "going on from step 6" in capfd.readouterr().out
@@ -325,7 +325,7 @@ def test_reading_on(experiments, load):
     """Without a rate it is the evaluation in sliding windows; with one it learns a text that repeats itself, and leaves
     the model as it was. The first step is that of an optimizer."""
     module = load("v3")
-    model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 900)
+    model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 897)
     still = experiments.dynamic_evaluation(module, model, tokens["val"], 0.0, stride=16)
     assert still["bpb"] == pytest.approx(module.evaluate(model, tokens["val"], stride=16)["bpb"], rel=1e-5)
     again = copy.copy(tokens["val"])
