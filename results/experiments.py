@@ -480,10 +480,13 @@ def libraries_mb():
 
 
 def measure_pace(runs, again=True):
-    """Measure the pace of `runs`, one after the other, and keep it; without `again` only what is missing."""
+    """Measure the pace of `runs`, one after the other, and keep it; without `again` only what is missing. On another
+    machine than before all that was kept goes. Raises ValueError if that would be so without `again`."""
     kept = read_pace()
     if not again and kept.get("machine", machine()) != machine():
         raise ValueError("pace.json was measured on another machine; measure it whole with --pace")
+    if kept.get("machine", machine()) != machine():  # its times stand beside none of another one
+        kept = {"seconds": {}, "peak_mb": {}}
     for key, run in {key_of_pace(run): run for run in runs}.items():
         if again or key not in kept["seconds"]:
             kept["libraries_mb"] = kept.get("libraries_mb") or round(libraries_mb(), 1)

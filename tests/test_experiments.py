@@ -263,6 +263,10 @@ def test_the_pace_is_that_of_a_run(tiny, monkeypatch, capfd):
     monkeypatch.setattr(tiny, "machine", lambda: "another")
     with pytest.raises(ValueError, match="measured on another machine"):
         tiny.measure_pace([run], again=False)
+    monkeypatch.setattr(tiny, "libraries_mb", lambda: 50.0)
+    tiny.measure_pace([timed])
+    assert tiny.read_pace() | {"date": ""} == {"machine": "another", "date": "", "seconds": {key: 0.25},
+                                               "peak_mb": {key: 1.0}, "libraries_mb": 50.0}  # fmt: skip
 
 
 def test_a_tenth_is_the_beginning_of_the_text(experiments, monkeypatch, tmp_path, data_dir):
