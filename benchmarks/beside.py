@@ -89,7 +89,7 @@ def words(name, folder, source, seconds):
     epoch, batch, batches, _ = map(float, steps[-1])
     return {"command": f"python main.py --epochs 40 {WORDS[name]}", "val_word_ppl": math.exp(float(found[1])),
             "test_word_ppl": math.exp(float(test[1])), "epochs": epoch - 1 + batch / batches,
-            "ms_a_step": median(float(ms) for *_, ms in steps), "log": done.stdout.splitlines()}  # fmt: skip
+            "ms_a_step": median(float(ms) for *_, ms in steps), "log": done.stdout.replace(str(ROOT), ".").splitlines()}  # fmt: skip
 
 
 def nano_data(folder):
@@ -150,7 +150,7 @@ def nano(name, folder, seconds):
     return {"command": command, "val_word_ppl": whole_split(model, tokens["val"], size),
             "test_word_ppl": whole_split(model, tokens["test"], size), "ms_a_step": median(ms[WARM_UP:]),
             "train_seconds": sum(ms[1:steps]) / 1000, "epochs": steps * batch * size / len(tokens["train"]),
-            "log": [line for k, line in enumerate(done.stdout.splitlines()) if k % 50 == 0]}  # fmt: skip
+            "log": [line.replace(str(ROOT), ".") for line in done.stdout.splitlines()[::50]]}  # fmt: skip
 
 
 def commit(folder):

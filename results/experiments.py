@@ -349,7 +349,8 @@ def command(run, folder, constants):
         script = folder / script.name
         script.write_text(text, encoding="utf-8")
     arguments = [f"{name}={value}" for name, value in constants.items()]
-    return [sys.executable, str(script), *arguments, f"OUT_DIR={folder / 'run'}", "RESUME=True"]
+    out = os.path.relpath(folder / "run", ROOT)  # it is kept in the summary, where the place of this machine is no use
+    return [sys.executable, str(script), *arguments, f"OUT_DIR={out}", "RESUME=True"]
 
 
 def environment(jobs=1):

@@ -116,3 +116,9 @@ def test_links_to_a_heading_find_it():
 def test_ci_finds_the_test_command_of_the_readme():
     pattern = re.search(r"grep -m 1 -E '([^']+)'", (ROOT / ".ci" / "run").read_text())[1]
     assert [line for line in README.splitlines() if re.fullmatch(pattern.strip("^$"), line)]
+
+
+def test_no_result_names_a_place_of_a_machine():
+    for path in (ROOT / "results").rglob("*.json"):
+        found = re.search(r'[" =](/(?:home|root|tmp|work|opt|Users|mnt)/[^" ]*)', path.read_text(encoding="utf-8"))
+        assert not found, (path.name, found)
