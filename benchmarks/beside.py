@@ -89,7 +89,8 @@ def words(name, folder, source, seconds):
     epoch, batch, batches, _ = map(float, steps[-1])
     return {"command": f"python main.py --epochs 40 {WORDS[name]}", "val_word_ppl": math.exp(float(found[1])),
             "test_word_ppl": math.exp(float(test[1])), "epochs": epoch - 1 + batch / batches,
-            "ms_a_step": median(float(ms) for *_, ms in steps), "log": done.stdout.replace(str(ROOT), ".").splitlines()}  # fmt: skip
+            "ms_a_step": median(float(ms) for *_, ms in steps),
+            "log": done.stdout.replace(str(ROOT), ".").splitlines()}  # fmt: skip
 
 
 def nano_data(folder):
