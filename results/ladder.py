@@ -14,6 +14,7 @@ import json
 import re
 import shutil
 import sys
+import textwrap
 from pathlib import Path
 from statistics import mean
 
@@ -242,18 +243,58 @@ def two_hours():
                   "training loss at the end"], rows)  # fmt: skip
 
 
+LITERATURE = {  # word perplexities on the test split of WikiText-2, all of models trained on GPUs
+    "LSTM, 200 units (GluonNLP's log, 750 epochs)": 101.6,
+    "LSTM, 650 units (GluonNLP's log, 750 epochs)": 86.9,
+    "LSTM, 1,500 units (GluonNLP's log, 750 epochs)": 82.3,
+    "pointer sentinel LSTM (Merity et al. 2016)": 80.8,
+    "AWD-LSTM (Merity et al. 2017, 750 epochs)": 65.8,
+}
+
+
+def best_run():
+    """The run of two hours on two cores."""
+    return found("best")["v4, two hours"][0]
+
+
+def best_in_words():
+    """{way of reading: (word perplexity on the validation split or None, on the test split)} of that run."""
+    s, measured = best_run()["summary"], best_run()["measured"]
+    return {"v4, windows of 512 side by side": (s["val_word_ppl"], s["test_word_ppl"]),
+            "v4, windows of 512 that slide by 64": (s["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
+            "v4, sliding, and learning from what it has read": (None, measured["test_reading_on"]["word_ppl"])}
+
+
 def two_hours_best():
-    """What the best choice by validation reaches."""
-    runs = [one for seeds in found("two_hours").values() for one in seeds]
-    s = min((one["summary"] for one in runs), key=lambda summary: summary["val_bpb_sliding"])
-    ppl = s["val_word_ppl_sliding"]
-    return (f"It reaches {s['val_bpb_sliding']:.4f} bits per byte and a word perplexity of {ppl:.1f} on the validation "
-            f"split in windows that slide by 128, and {s['test_word_ppl']:.1f} on the test split, in windows side by "
-            "side.")  # fmt: skip
+    """Two hours of two cores among what has been published, the worst first."""
+    rows = [(name, f"{val:.1f}" if val else "–", test) for name, (val, test) in best_in_words().items()]
+    rows += [(name, "–", test) for name, test in LITERATURE.items()]
+    rows = [[name, val, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
+            for name, val, test in sorted(rows, key=lambda row: -row[2])]  # fmt: skip
+    s, log = best_run()["summary"], best_run()["log"]
+    at = max((r for r in log if r["seconds"] <= 7200), key=lambda r: r["step"])
+    return (table(["model", "val word ppl", "test word ppl"], rows) +
+            f"\nv4: {s['steps']:,} steps, the text {s['epochs']:.1f} times; {s['n_params'] / 1e6:.1f} million "
+            f"parameters; seed {s['seed']}; {s['train_seconds']:,.0f} s of training (after {at['seconds']:,.0f} s "
+            f"{at['val_word_ppl']:.1f} on the validation split in windows side by side, {log[-1]['val_word_ppl']:.1f} "
+            f"at the end). {best_run()['machine']}.")  # fmt: skip
+
+
+def sample(words=110):
+    """How the sample of the run of two hours begins, as it is but for the ends of lines."""
+    text = best_run()["sample"]
+    paragraphs = [line.split() for line in text.splitlines() if line.strip()]
+    lines, left = [], words
+    for paragraph in paragraphs:
+        lines += [*textwrap.wrap(" ".join(paragraph[:left]) + (" ..." if len(paragraph) > left else ""), 118), ""]
+        left -= len(paragraph)
+        if left <= 0:
+            break
+    return "```\n" + "\n".join(lines).strip() + "\n```"
 
 
 TABLES = (ladder, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape, dropout,
-          metrics, temperature, two_hours, two_hours_best)  # fmt: skip
+          metrics, temperature, two_hours, two_hours_best, sample)  # fmt: skip
 
 
 def write(check):
@@ -415,8 +456,35 @@ def plot_shape(plt):
     return figure
 
 
+def plot_two_hours(plt):
+    """The run of two hours as it went, and where it stands among what has been published."""
+    run, words = best_run(), best_in_words()
+    figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    minutes = [r["seconds"] / 60 for r in run["log"]]
+    course.plot(minutes, [r["val_word_ppl"] for r in run["log"]], "o-", label="windows of 512 side by side")
+    sliding = words["v4, windows of 512 that slide by 64"][0]
+    course.plot(minutes[-1:], [sliding], "C3D", label="sliding by 64, at the end")
+    for r in [*run["log"][:-2], run["log"][-1]]:  # the last two stand close together
+        course.annotate(f"{r['val_word_ppl']:.0f}", (r["seconds"] / 60, r["val_word_ppl"]), (4, 5),
+                        textcoords="offset points", fontsize=8)  # fmt: skip
+    course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -4), textcoords="offset points", fontsize=8)
+    course.set(xlabel="training on two CPU cores (minutes)", ylabel="validation word perplexity", xlim=(0, 140),
+               ylim=(0, 400))  # fmt: skip
+    course.legend(fontsize=8)
+    rows = sorted([*((name, test, "C0") for name, (_, test) in words.items()),
+                   *((name.partition(" (")[0], test, "0.7") for name, test in LITERATURE.items())],
+                  key=lambda row: -row[1])  # fmt: skip
+    bars.barh([name for name, *_ in rows], [test for _, test, _ in rows], color=[color for *_, color in rows])
+    for k, (_, test, _) in enumerate(rows):
+        bars.text(test - 1, k, f"{test:.1f}", va="center", ha="right", fontsize=8)
+    bars.invert_yaxis()
+    bars.grid(False)
+    bars.set(xlabel="test word perplexity (grey: trained on GPUs)")
+    return figure
+
+
 PICTURES = {"ladder": plot_ladder, "v3_to_v4": plot_v3_to_v4, "positions": plot_positions,
-            "vocabulary": plot_vocabulary, "shape": plot_shape}  # fmt: skip
+            "vocabulary": plot_vocabulary, "shape": plot_shape, "two_hours": plot_two_hours}  # fmt: skip
 
 
 def draw():

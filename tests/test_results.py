@@ -64,6 +64,20 @@ def test_a_cell_is_the_mean_and_the_range_of_the_seeds(ladder):
         f"{sum(bpb) / 3:.4f}", f"{min(bpb):.4f} to {max(bpb):.4f}"]  # fmt: skip
 
 
+def test_the_two_hours_stand_among_what_was_published(ladder):
+    """Read from the file itself: the worst row comes first, and the sample is the beginning of the run's."""
+    (path,) = (ROOT / "results" / "experiments" / "best").glob("*-*.json")
+    found = json.loads(path.read_text(encoding="utf-8"))
+    test = {found["summary"]["test_word_ppl"], *(found["measured"][key]["word_ppl"]
+                                                 for key in ("test_sliding", "test_reading_on"))}  # fmt: skip
+    rows = re.search(r"<!-- two_hours_best -->\n(.*?)<!--", README, re.S)[1].splitlines()
+    last = [row.split("|")[3].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
+    assert {cell.strip("*") for cell in last if "*" in cell} == {f"{ppl:.1f}" for ppl in test}
+    assert len(last) == 8 and last == sorted(last, key=lambda cell: -float(cell.strip("*")))
+    shown = re.search(r"<!-- sample -->\n```\n(.*?)```", README, re.S)[1].split()
+    assert len(shown) > 90 and found["sample"].split()[: len(shown) - 1] == [word for word in shown if word != "..."]
+
+
 def test_experiments_used_the_constants_of_the_scripts(ladder):
     """But for those that their command sets."""
     for path in sorted((ROOT / "results" / "experiments").glob("*/*-*.json")):
