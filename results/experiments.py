@@ -299,7 +299,7 @@ EXPERIMENTS["two_hours"] = Experiment(
 
 
 BEST = {"POSITION": "rope", "BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "DROPOUT": 0.1, "STRIDE": 64,
-        "PATIENCE": 1000, "MAX_STEPS": 5500}  # as many as two cores made in 7,200 s  # fmt: skip
+        "PATIENCE": 1000, "MAX_STEPS": 5500}  # about two hours of two Zen 3 cores  # fmt: skip
 EXPERIMENTS["best"] = Experiment(
     "What does the best choice of two_hours make of two hours, and of reading on?",
     [Run("v4, two hours", V4, BEST, measure="best")], seeds=SEEDS[:1],
@@ -631,7 +631,8 @@ def temperature(module, model, tokens, tokenizer):
 def dynamic_evaluation(module, model, tokens, rate, stride=128):
     """Bits per byte and word perplexity of a model that goes on learning while it reads: after every `stride` tokens,
     which it predicts with as much context as its windows hold, it makes a step of plain gradient descent on their loss
-    (Krause et al. 2018, arXiv:1709.07432, section 3). A `rate` of 0 is the evaluation in sliding windows."""
+    (Krause et al. 2018, arXiv:1709.07432, section 3). A `rate` of 0 is the evaluation in sliding windows. `stride` is
+    at most the length of a window."""
     model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
     n, parameters = len(ids) - 1, list(model.parameters())
     for i in range(0, n, stride):

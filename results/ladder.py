@@ -243,12 +243,12 @@ def two_hours():
                   "training loss at the end"], rows)  # fmt: skip
 
 
-LITERATURE = {  # word perplexities on the test split of WikiText-2, all of models trained on GPUs
+LITERATURE = {  # word perplexities on the test split of WikiText-2, of models trained on GPUs
     "LSTM, 200 units (GluonNLP's log, 750 epochs)": 101.6,
     "LSTM, 650 units (GluonNLP's log, 750 epochs)": 86.9,
     "LSTM, 1,500 units (GluonNLP's log, 750 epochs)": 82.3,
     "pointer sentinel LSTM (Merity et al. 2016)": 80.8,
-    "AWD-LSTM (Merity et al. 2017, 750 epochs)": 65.8,
+    "AWD-LSTM (Merity et al. 2017)": 65.8,
 }
 
 

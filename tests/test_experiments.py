@@ -350,6 +350,21 @@ def test_reading_on(experiments, load):
     assert found["word_ppl"] == pytest.approx(math.exp(nats / two.n_words), rel=1e-5)
 
 
+def test_the_rate_of_reading_on_is_chosen_on_the_validation_split(experiments, load, monkeypatch):
+    """And the test split is read with that rate, and in windows that slide by 64, by the model as it was."""
+    monkeypatch.setattr(experiments, "WINDOW_TOKENS", 600)
+    monkeypatch.setattr(experiments, "first_part", lambda tokens, tokenizer, n: short_tokens(module, n)["val"])
+    module = load("v3", BLOCK_SIZE=128)
+    model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 700)
+    tokens["test"] = tokens["val"]
+    found = experiments.best(module, model, tokens, None)
+    part = short_tokens(module, 300)["val"]
+    assert found["rates"] == {r: experiments.dynamic_evaluation(module, model, part, r)["bpb"] for r in found["rates"]}
+    rate = min(found["rates"], key=found["rates"].get)
+    assert found["test_reading_on"] == experiments.dynamic_evaluation(module, model, tokens["test"], rate)
+    assert found["test_sliding"] == module.evaluate(model, tokens["test"], stride=64)
+
+
 def test_spreads(experiments):
     assert experiments.spread([1.0, 2.0, 4.5]) == "2.5000 (1.0000 to 4.5000)"
     assert experiments.spread([3, 3], "{:,.0f}") == "3"
