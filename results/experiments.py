@@ -628,11 +628,26 @@ def temperature(module, model, tokens, tokenizer):
             "test_tempered": module.evaluate(Tempered(model, best), tokens["test"])}  # fmt: skip
 
 
-def dynamic_evaluation(module, model, tokens, rate, stride=128):
+def gradient_sizes(module, model, tokens, stride=64, n=200):
+    """How large the gradient of each weight is, a tensor for each parameter: the root of its mean square over the last
+    `stride` tokens of `n` windows of the training text, and a little, so that it can be divided by (Krause et al. 2018,
+    section 5)."""
+    ids, size, parameters = tokens.ids, model.block_size, list(model.eval().parameters())
+    squares, starts = [torch.zeros_like(p) for p in parameters], torch.linspace(0, len(ids) - size - 1, n).long()
+    for i in starts.tolist():
+        window = ids[i : i + size + 1].long().to(module.DEVICE)
+        loss = F.cross_entropy(model(window[None, :-1])[0, -stride:], window[-stride:])
+        for square, g in zip(squares, torch.autograd.grad(loss, parameters)):
+            square.add_(g * g, alpha=1 / n)
+    return [square.sqrt() + 1e-4 for square in squares]
+
+
+def dynamic_evaluation(module, model, tokens, rate, sizes, stride=64):
     """Bits per byte and word perplexity of a model that goes on learning while it reads: after every `stride` tokens,
-    which it predicts with as much context as its windows hold, it makes a step of plain gradient descent on their loss
-    (Krause et al. 2018, arXiv:1709.07432, section 3). A `rate` of 0 is the evaluation in sliding windows. `stride` is
-    at most the length of a window."""
+    which it predicts with as much context as its windows hold, it makes a step of gradient descent on their loss, that
+    of each weight divided by its `sizes` (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5, without
+    the pull back to the first weights, which does not help here). A `rate` of 0 is the evaluation in sliding windows.
+    `stride` is at most the length of a window."""
     model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
     n, parameters = len(ids) - 1, list(model.parameters())
     for i in range(0, n, stride):
@@ -642,8 +657,8 @@ def dynamic_evaluation(module, model, tokens, rate, stride=128):
         loss = F.cross_entropy(logits, ids[i + 1 : stop + 1].to(module.DEVICE))
         nats += loss.item() * (stop - i)
         with torch.no_grad():
-            for p, g in zip(parameters, torch.autograd.grad(loss, parameters)):
-                p.sub_(g, alpha=rate)
+            for p, g, s in zip(parameters, torch.autograd.grad(loss, parameters), sizes):
+                p.sub_(g / s, alpha=rate)
     return {"bpb": nats / (math.log(2) * tokens.n_bytes), "word_ppl": math.exp(nats / tokens.n_words)}
 
 
@@ -651,10 +666,11 @@ def best(module, model, tokens, tokenizer):
     """The test split in windows that slide by 64; and read with dynamic evaluation, its rate chosen on the first 32,768
     tokens of the validation split."""
     part = first_part(tokens["val"], tokenizer, WINDOW_TOKENS // 2)
-    rates = {rate: dynamic_evaluation(module, model, part, rate)["bpb"] for rate in (0.01, 0.03, 0.1, 0.3)}
+    sizes = gradient_sizes(module, model, tokens["train"])
+    rates = {r: dynamic_evaluation(module, model, part, r, sizes)["bpb"] for r in (0.0, 5e-5, 1e-4, 2e-4, 4e-4)}
     rate = min(rates, key=rates.get)
     return {"test_sliding": module.evaluate(model, tokens["test"], stride=64), "rates": rates,
-            "test_reading_on": dynamic_evaluation(module, model, tokens["test"], rate)}  # fmt: skip
+            "test_reading_on": dynamic_evaluation(module, model, tokens["test"], rate, sizes)}  # fmt: skip
 
 
 WINDOW_TOKENS = 65_536  # of the validation split, for what costs a pass in many windows

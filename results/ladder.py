@@ -280,6 +280,12 @@ def two_hours_best():
             f"at the end). {best_run()['machine']}.")  # fmt: skip
 
 
+def reading_on():
+    """The rates that were tried for it: 0 is the evaluation without it."""
+    rows = [[f"{float(rate):g}", f"{bpb:.4f}"] for rate, bpb in best_run()["measured"]["rates"].items()]
+    return table(["rate", "bpb on the first 32,768 tokens of the validation split"], rows)
+
+
 def sample(words=110):
     """How the sample of the run of two hours begins, as it is but for the ends of lines."""
     text = best_run()["sample"]
@@ -294,7 +300,7 @@ def sample(words=110):
 
 
 TABLES = (ladder, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape, dropout,
-          metrics, temperature, two_hours, two_hours_best, sample)  # fmt: skip
+          metrics, temperature, two_hours, two_hours_best, reading_on, sample)  # fmt: skip
 
 
 def write(check):

@@ -327,21 +327,24 @@ def test_the_temperature_is_that_of_the_least_loss(experiments, load, monkeypatc
 
 def test_reading_on(experiments, load):
     """Without a rate it is the evaluation in sliding windows; with one it learns a text that repeats itself, and leaves
-    the model as it was. The first step is that of an optimizer."""
+    the model as it was. The first step is that of an optimizer whose rates are divided by the sizes."""
     module = load("v3")
     model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 897)
-    still = experiments.dynamic_evaluation(module, model, tokens["val"], 0.0, stride=16)
+    ones = [torch.ones_like(p) for p in model.parameters()]
+    still = experiments.dynamic_evaluation(module, model, tokens["val"], 0.0, ones, stride=16)
     assert still["bpb"] == pytest.approx(module.evaluate(model, tokens["val"], stride=16)["bpb"], rel=1e-5)
     again = copy.copy(tokens["val"])
     again.ids = tokens["val"].ids[:100].repeat(9)
     before = model.head.weight.clone()
-    still, learned = (experiments.dynamic_evaluation(module, model, again, rate, stride=16)["bpb"] for rate in (0, 1.0))
+    still, learned = (experiments.dynamic_evaluation(module, model, again, rate, ones, stride=16)["bpb"]
+                      for rate in (0, 1.0))  # fmt: skip
     assert learned < 0.9 * still and torch.equal(model.head.weight, before)
 
     two = copy.copy(tokens["val"])
     two.ids, ids = tokens["val"].ids[:25], tokens["val"].ids[:25].long()
-    found = experiments.dynamic_evaluation(module, model, two, 0.5, stride=16)
-    optimizer = torch.optim.SGD(model.parameters(), lr=0.5)
+    sizes = [torch.full_like(p, 1 + k) for k, p in enumerate(model.parameters())]
+    found = experiments.dynamic_evaluation(module, model, two, 0.5, sizes, stride=16)
+    optimizer = torch.optim.SGD([{"params": [p], "lr": 0.5 / (1 + k)} for k, p in enumerate(model.parameters())])
     first = F.cross_entropy(model(ids[None, :16])[0], ids[1:17])
     first.backward()
     optimizer.step()
@@ -350,18 +353,37 @@ def test_reading_on(experiments, load):
     assert found["word_ppl"] == pytest.approx(math.exp(nats / two.n_words), rel=1e-5)
 
 
+def test_sizes_of_gradients(experiments, load):
+    """Of a text that has two windows, which `backward` goes through one by one."""
+    module = load("v3")
+    model, tokens = randomize(module.LanguageModel(500), 0.1), short_tokens(module, 897)["val"]
+    size = model.block_size
+    tokens.ids = tokens.ids[: 2 * size + 1]
+    sizes = experiments.gradient_sizes(module, model, tokens, stride=5, n=2)
+    squares = [0.0] * len(sizes)
+    for ids in (tokens.ids[: size + 1].long(), tokens.ids[size:].long()):
+        model.zero_grad()
+        (-model(ids[None, :-1])[0].log_softmax(-1)[range(size), ids[1:]][-5:].mean()).backward()
+        squares = [square + p.grad**2 / 2 for square, p in zip(squares, model.parameters())]
+    for found, square in zip(sizes, squares, strict=True):
+        torch.testing.assert_close(found, square**0.5 + 1e-4)
+
+
 def test_the_rate_of_reading_on_is_chosen_on_the_validation_split(experiments, load, monkeypatch):
-    """And the test split is read with that rate, and in windows that slide by 64, by the model as it was."""
+    """And the test split is read with that rate, and in windows that slide by 64, by the model as it was; the sizes of
+    gradients are those on the training split."""
     monkeypatch.setattr(experiments, "WINDOW_TOKENS", 600)
     monkeypatch.setattr(experiments, "first_part", lambda tokens, tokenizer, n: short_tokens(module, n)["val"])
     module = load("v3", BLOCK_SIZE=128)
     model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 700)
     tokens["test"] = tokens["val"]
     found = experiments.best(module, model, tokens, None)
-    part = short_tokens(module, 300)["val"]
-    assert found["rates"] == {r: experiments.dynamic_evaluation(module, model, part, r)["bpb"] for r in found["rates"]}
+    part, sizes = short_tokens(module, 300)["val"], experiments.gradient_sizes(module, model, tokens["train"])
+    for rate, bpb in found["rates"].items():
+        assert bpb == experiments.dynamic_evaluation(module, model, part, rate, sizes)["bpb"]
     rate = min(found["rates"], key=found["rates"].get)
-    assert found["test_reading_on"] == experiments.dynamic_evaluation(module, model, tokens["test"], rate)
+    assert rate > 0
+    assert found["test_reading_on"] == experiments.dynamic_evaluation(module, model, tokens["test"], rate, sizes)
     assert found["test_sliding"] == module.evaluate(model, tokens["test"], stride=64)
 
 
