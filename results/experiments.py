@@ -646,8 +646,8 @@ def dynamic_evaluation(module, model, tokens, rate, sizes, stride=64):
     """Bits per byte and word perplexity of a model that goes on learning while it reads: after every `stride` tokens,
     which it predicts with as much context as its windows hold, it makes a step of gradient descent on their loss, that
     of each weight divided by its `sizes` (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5, without
-    the pull back to the first weights, which does not help here). A `rate` of 0 is the evaluation in sliding windows.
-    `stride` is at most the length of a window."""
+    the pull back to the first weights). A `rate` of 0 is the evaluation in sliding windows. `stride` is at most the
+    length of a window."""
     model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
     n, parameters = len(ids) - 1, list(model.parameters())
     for i in range(0, n, stride):
