@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: a thread each
+if "PYTEST_XDIST_WORKER" in os.environ:  # several test processes share the cores: a thread each, asleep while it waits
     os.environ.setdefault("OMP_NUM_THREADS", "1")
+    os.environ.setdefault("OMP_WAIT_POLICY", "passive")
 
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))

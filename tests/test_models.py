@@ -372,7 +372,7 @@ TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-3}
 @torch.no_grad()
 def test_the_fast_alibi_is_the_bias_in_double_precision(dtype, n_head, load):
     module = load(V4)
-    for T in (32, 256, 257, 512, 1024, *([4096] if n_head <= 4 else [])):
+    for T in (32, 256, 257, 512, 1024, *([4096] if n_head == 3 else [])):
         q, k, v = (x.to(dtype) for x in inputs(3, 1, n_head, T, 64))
         expected, without = alibi_in_double(q, k, v)
         assert distance_from(expected, fast_alibi(module)(q, k, v)) < TOLERANCE[dtype]
