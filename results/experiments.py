@@ -30,6 +30,7 @@ import multiprocessing
 import os
 import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -71,6 +72,7 @@ class Run:
     megabytes: float = 0.0  # trained on as much text, not for MAX_STEPS
     vocab_size: int = 0  # of a vocabulary of its own
     measure: str = ""  # what is measured of the trained model: one of MEASURES
+    later: dict = field(default_factory=dict)  # constants of all seeds but the first
 
     def training(self):
         """What makes it the same training as another run: everything but its name and what is measured of it."""
@@ -193,11 +195,13 @@ def lengths():
 
 
 def dropouts():
-    """v3 on texts that it reads often: until it has long been overfitted, where it can be."""
+    """v3 on texts that it reads often: until it has long been overfitted, where it can be. On a tenth, which takes longer
+    than the sample, the first seed shows that; the others end three evaluations after their best one."""
     texts = {"the sample, 89 times": {"DATA": "runs/experiments/sample", "MAX_STEPS": 2000, **SMALLER},
              "a tenth, 20 times": {"DATA": "runs/experiments/tenth", "MAX_STEPS": 1480},
              "all, 5 times": {"MAX_STEPS": 3715}}  # fmt: skip
-    return [Run(f"{text}, {p:g}", "v3", {**constants, "DROPOUT": p, "PATIENCE": 1000})
+    return [Run(f"{text}, {p:g}", "v3", {**constants, "DROPOUT": p, "PATIENCE": 1000},
+                later={"PATIENCE": 3} if text.startswith("a tenth") else {})
             for text, constants in texts.items() for p in (0.0, 0.1, 0.2, 0.3)]  # fmt: skip
 
 
@@ -359,18 +363,50 @@ def environment(jobs=1):
     return {**os.environ, "PYTHONPATH": str(ROOT), **threads}
 
 
+class Stopped(KeyboardInterrupt):
+    """SIGTERM. Unlike Ctrl-C it reaches this process only, not those that it has started."""
+
+
+def stop(*_):
+    raise Stopped
+
+
+RUNNING, HALTED = [], []  # the rung that this process has started, the signals to stop that it has got
+
+
+def halt(signum, _frame):
+    HALTED.append(signum)
+    for process in RUNNING if signum == signal.SIGTERM else ():  # Ctrl-C reaches it by itself
+        process.terminate()
+
+
+def as_worker():
+    """In a process that make_all has started: what stops it ends the rung and begins no other."""
+    signal.signal(signal.SIGINT, halt)
+    signal.signal(signal.SIGTERM, halt)
+
+
 def start(run, folder, constants, jobs=1):
-    """Train in a process of its own, from the last checkpoint if there is one. Raises ValueError if it fails."""
+    """Train in a process of its own, from the last checkpoint if there is one. Raises ValueError if it fails. If this
+    process is stopped, the rung finishes its step and saves first."""
     with contextlib.ExitStack() as stack:
         screen = None
         if jobs > 1:  # the lines of several runs would be mixed up
             folder.mkdir(parents=True, exist_ok=True)
             screen = stack.enter_context(open(folder / "screen.txt", "w", encoding="utf-8"))
-        done = subprocess.run(command(run, folder, constants), cwd=ROOT, env=environment(jobs), stdout=screen,
-                              stderr=screen)  # fmt: skip
-    if done.returncode:
+        process = subprocess.Popen(command(run, folder, constants), cwd=ROOT, env=environment(jobs), stdout=screen,
+                                   stderr=screen)  # fmt: skip
+        RUNNING[:] = [process]
+        try:
+            process.wait()
+        except KeyboardInterrupt as reason:
+            if isinstance(reason, Stopped):
+                process.terminate()
+            process.wait()
+            raise
+    if process.returncode:
         where = f"its message stands in {folder / 'screen.txt'}" if screen else "its message stands above"
-        raise ValueError(f"the run in {folder} has ended with exit code {done.returncode}; {where}")
+        raise ValueError(f"the run in {folder} has ended with exit code {process.returncode}; {where}")
 
 
 def read_run(folder):
@@ -428,6 +464,7 @@ def all_constants(run, seed, gpu=False):
     """The constants of a run but for the number of its steps."""
     module = importlib.import_module(run.rung)
     constants = {k: v for k, v in GPU.items() if gpu and hasattr(module, k)} | run.constants | {"SEED": seed}
+    constants |= run.later if seed in SEEDS[1:] else {}
     if run.vocab_size not in (0, 4096):  # 4,096: that of data/
         constants["VOCABULARY"] = f"bpe_vocab_{run.vocab_size}.json"
     return constants
@@ -514,7 +551,7 @@ def write(path, text):
 def make(run, seed, own, gpu=False, jobs=1):
     """Make one run of an experiment, unless it is done, and keep what it found. Returns what went wrong, or None."""
     path = result_file(run, seed, gpu)
-    if path.exists():
+    if path.exists() or HALTED:
         return None
     try:
         run = owner(run)[1]
@@ -543,8 +580,6 @@ def make(run, seed, own, gpu=False, jobs=1):
             print(f"{path.relative_to(RESULTS)}: val bpb {summary['val_bpb']:.4f}, {took:.0f} s", flush=True)
     except (OSError, ValueError) as error:
         return str(error)
-    except KeyboardInterrupt:
-        return "stopped"
 
 
 def make_all(todo, own, gpu, jobs):
@@ -552,15 +587,16 @@ def make_all(todo, own, gpu, jobs):
     if jobs == 1:
         for run, seed in todo:
             if problem := make(run, seed, own, gpu):
-                if problem == "stopped":
-                    raise KeyboardInterrupt
                 raise ValueError(problem)
         return
-    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
+    with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), as_worker) as pool:
         tasks = [pool.submit(make, run, seed, own, gpu, jobs) for run, seed in todo]
         try:
             problems = [problem for task in tasks if (problem := task.result())]
-        except KeyboardInterrupt:
+        except KeyboardInterrupt as reason:
+            if isinstance(reason, Stopped):
+                for worker in multiprocessing.active_children():
+                    worker.terminate()
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
@@ -804,11 +840,17 @@ def main(argv=None):
         write(RESULTS / (name + "_gpu" * args.gpu) / "table.md", text)
 
 
-if __name__ == "__main__":
+def program(argv=None):
+    """main() that ends, stopped or failed, with one line and an exit code."""
+    signal.signal(signal.SIGTERM, stop)
     try:
-        main()
-    except KeyboardInterrupt:
+        main(argv)
+    except KeyboardInterrupt as reason:
         print("experiments.py: stopped; the same command goes on from the last checkpoint", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(143 if isinstance(reason, Stopped) else 130)
     except (OSError, ValueError) as error:
         sys.exit(f"experiments.py: {error}")
+
+
+if __name__ == "__main__":
+    program()

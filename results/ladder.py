@@ -193,17 +193,22 @@ def shape():
     return table(["v3, layers × width", "parameters", "steps", "val bpb", "val word ppl"], rows)
 
 
+def to_the_end(seeds):
+    """Those runs that were not stopped early."""
+    return [one for one in seeds if one["summary"]["steps"] == one["summary"]["hyperparameters"]["MAX_STEPS"]]
+
+
 def dropout():
     """The best validation loss on the way, and the last one."""
     runs, rows = found("dropout"), []
     for text in dict.fromkeys(name.rpartition(", ")[0] for name in runs):
         for p in ("0", "0.1", "0.2", "0.3"):
             if seeds := runs.get(f"{text}, {p}"):
-                last = spread([one["log"][-1]["val_bpb"] for one in seeds])
-                trained = mean(one["log"][-1]["train_loss"] for one in seeds)
-                rows.append([text, p, column(seeds, "val_bpb"), last, f"{trained:.2f}",
-                             f"{mean(one['log'][-1]['val_loss'] for one in seeds):.2f}"])  # fmt: skip
-    return table(["text", "dropout", "best val bpb", "val bpb at the end", "training loss there",
+                ends = [one["log"][-1] for one in to_the_end(seeds)]
+                losses = [f"{mean(end[key] for end in ends):.2f}" for key in ("train_loss", "val_loss")]
+                rows.append([text, p, str(len(seeds)), column(seeds, "val_bpb"),
+                             spread([end["val_bpb"] for end in ends]), *losses])  # fmt: skip
+    return table(["text", "dropout", "seeds", "best val bpb", "val bpb at the end", "training loss there",
                   "validation loss there"], rows)  # fmt: skip
 
 
@@ -450,7 +455,7 @@ def plot_shape(plt):
     axes[0].legend(fontsize=8)
     for ax, text in zip(axes[1:], texts):
         for k, p in enumerate(("0", "0.1", "0.2", "0.3")):
-            if seeds := runs.get(f"{text}, {p}"):
+            if seeds := to_the_end(runs.get(f"{text}, {p}", [])):
                 style = {"ms": 2} if len(seeds[0]["log"]) > 30 else {}
                 epochs = lambda r, one: r["step"] / one["summary"]["steps"] * one["summary"]["epochs"]  # noqa: E731
                 band(ax, seeds, epochs, lambda r: r["val_loss"], color=f"C{k}", label=f"dropout {p}", **style)

@@ -1,12 +1,16 @@
 """results/experiments.py: its plan, the edits that lead from v3 to v4, runs that stop and go on, tables."""
 
+import contextlib
 import copy
 import importlib.util
 import json
 import math
+import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -214,8 +218,53 @@ def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
 class ThreadPool(ThreadPoolExecutor):
     """In place of processes, which would not know the tiny experiment."""
 
-    def __init__(self, jobs, context):
+    def __init__(self, jobs, context, initializer):
         super().__init__(jobs)
+
+
+STOPPED = """import sys
+from pathlib import Path
+sys.path[:0] = [{root!r}, {root!r} + "/results"]
+import experiments
+experiments.WORK, experiments.RESULTS = Path("work"), Path("results")
+runs = [experiments.Run(f"run {{k}}", "v0", {{"LEARNING_RATE": 0.1 * k}}) for k in (1, 2, 3, 4, 5)]
+experiments.EXPERIMENTS["tiny"] = experiments.Experiment("Does it stop?", runs, seeds=(1337,))
+experiments.prepare = lambda runs: None
+if __name__ == "__main__":
+    experiments.program(["tiny", "DATA={data}", "MAX_STEPS=1000000", "PATIENCE=1000000", "DEVICE=cpu", *sys.argv[1:]])
+"""
+
+
+@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_what_stops_it_stops_its_runs(signum, jobs, tmp_path, data_dir):
+    """Each run that had begun has a checkpoint of the step that it had come to, no other has begun, and no process is
+    left. SIGTERM goes to the program alone, Ctrl-C to all of its processes, as a terminal sends it."""
+    (tmp_path / "stopped.py").write_text(STOPPED.format(root=str(ROOT), data=data_dir))
+    process = subprocess.Popen([sys.executable, "stopped.py", "--jobs", str(jobs)], cwd=tmp_path, text=True,
+                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
+    try:
+        steps = [tmp_path / "work" / "tiny" / f"run-{k}-1337" / "run" / "steps.csv" for k in range(1, jobs + 1)]
+        until = time.monotonic() + 120
+        while not all(path.exists() and len(path.read_text().splitlines()) > 3 for path in steps):
+            assert process.poll() is None and time.monotonic() < until
+            time.sleep(0.1)
+        (os.kill if signum == signal.SIGTERM else os.killpg)(process.pid, signum)
+        _, errors = process.communicate(timeout=60)
+        with pytest.raises(ProcessLookupError):
+            while time.monotonic() < until:  # until the last process has been reaped
+                os.killpg(process.pid, 0)
+                time.sleep(0.1)
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, signal.SIGKILL)
+    assert process.returncode == 128 + signum
+    assert errors.splitlines()[-1] == "experiments.py: stopped; the same command goes on from the last checkpoint"
+    assert "Traceback" not in errors
+    assert sorted(path.name for path in (tmp_path / "work" / "tiny").iterdir()) == [
+        f"run-{k}-1337" for k in range(1, jobs + 1)]  # fmt: skip
+    for path in steps:
+        saved = torch.load(path.parent / "checkpoint.pt", weights_only=True)
+        assert str(saved["step"]) == path.read_text().splitlines()[-1].partition(",")[0]
 
 
 def test_a_run_that_fails_ends_with_a_line(tiny, capfd):
