@@ -195,8 +195,8 @@ def lengths():
 
 
 def dropouts():
-    """v3 on texts that it reads often: until it has long been overfitted, where it can be. On a tenth, which takes longer
-    than the sample, the first seed shows that; the others end three evaluations after their best one."""
+    """v3 on texts that it reads often: until it has long been overfitted, where it can be. On a tenth, which takes
+    longer than the sample, the first seed shows that; the others end three evaluations after their best one."""
     texts = {"the sample, 89 times": {"DATA": "runs/experiments/sample", "MAX_STEPS": 2000, **SMALLER},
              "a tenth, 20 times": {"DATA": "runs/experiments/tenth", "MAX_STEPS": 1480},
              "all, 5 times": {"MAX_STEPS": 3715}}  # fmt: skip
