@@ -222,7 +222,7 @@ class ThreadPool(ThreadPoolExecutor):
         super().__init__(jobs)
 
 
-STOPPED = """import sys
+STOPPED = """import signal, sys
 from pathlib import Path
 sys.path[:0] = [{root!r}, {root!r} + "/results"]
 import experiments
@@ -231,6 +231,7 @@ runs = [experiments.Run(f"run {{k}}", "v0", {{"LEARNING_RATE": 0.1 * k}}) for k 
 experiments.EXPERIMENTS["tiny"] = experiments.Experiment("Does it stop?", runs, seeds=(1337,))
 experiments.prepare = lambda runs: None
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell has started in the background ignores it
     experiments.program(["tiny", "DATA={data}", "MAX_STEPS=1000000", "PATIENCE=1000000", "DEVICE=cpu", *sys.argv[1:]])
 """
 
