@@ -590,8 +590,8 @@ def make_all(todo, own, gpu, jobs):
                 raise ValueError(problem)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), as_worker) as pool:
-        tasks = [pool.submit(make, run, seed, own, gpu, jobs) for run, seed in todo]
         try:
+            tasks = [pool.submit(make, run, seed, own, gpu, jobs) for run, seed in todo]
             problems = [problem for task in tasks if (problem := task.result())]
         except KeyboardInterrupt as reason:
             if isinstance(reason, Stopped):

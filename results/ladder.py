@@ -205,7 +205,8 @@ def dropout():
         for p in ("0", "0.1", "0.2", "0.3"):
             if seeds := runs.get(f"{text}, {p}"):
                 ends = [one["log"][-1] for one in to_the_end(seeds)]
-                losses = [f"{mean(end[key] for end in ends):.2f}" for key in ("train_loss", "val_loss")]
+                losses = [f"{mean(end[key] for end in ends):.2f}" if ends else "–"
+                          for key in ("train_loss", "val_loss")]  # fmt: skip
                 rows.append([text, p, str(len(seeds)), column(seeds, "val_bpb"),
                              spread([end["val_bpb"] for end in ends]), *losses])  # fmt: skip
     return table(["text", "dropout", "seeds", "best val bpb", "val bpb at the end", "training loss there",
