@@ -1,5 +1,6 @@
 """The text that the rungs train on, as tokens: `load_tokens` reads the token files, `prepare.py` makes them."""
 
+import re
 import shlex
 import sys
 import warnings
@@ -49,7 +50,11 @@ def vocabulary_file(name, home="data"):
                                 f"{shlex.quote(str(home))}")  # fmt: skip
     if not (folder / name).is_file():
         known = ", ".join(sorted(path.name for path in folder.glob("bpe_vocab*.json") if path.is_file()))
-        raise FileNotFoundError(f"there is no vocabulary {home}/{name}; known are {known or 'none'}")
+        size = re.fullmatch(r"bpe_vocab_(\d+)\.json", name)
+        text = "" if folder == DATA_DIR else f"--from TEXT --to {shlex.quote(str(home))} "
+        more = " (and with --from or --dataset, if you gave them)" if folder == DATA_DIR else ""
+        learn = f"; to learn it: python data/prepare.py {text}--vocab-size {size[1]}{more}" if size else ""
+        raise FileNotFoundError(f"there is no vocabulary {home}/{name}; known are {known or 'none'}{learn}")
     return folder / name
 
 

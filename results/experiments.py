@@ -788,13 +788,13 @@ def list_all():
 
 
 def hours(experiment, paces):
-    """About how long all runs of an experiment take on the machine of pace.json."""
+    """About how long all runs of an experiment take on the machine of pace.json. How many steps a number of megabytes
+    is depends on a vocabulary that may not be here, so that is taken from the runs that are done."""
     seconds = 0
     for run, pace in zip(experiment.runs, paces):
-        module = importlib.import_module(run.rung)
-        steps = run.constants.get("MAX_STEPS", module.MAX_STEPS)
-        if run.megabytes and pace:
-            steps = steps_on(run.megabytes, module, all_constants(run, 0))
+        steps = run.constants.get("MAX_STEPS", importlib.import_module(run.rung).MAX_STEPS)
+        if run.megabytes:
+            steps = next((one["summary"]["steps"] for one in read_found(run, experiment.seeds)), math.nan)
         seconds += run.seconds or (pace * steps if pace else math.nan)
     hours = len(experiment.seeds) * seconds / 3600
     return "" if math.isnan(hours) else f", {hours:.1f} h of training on two cores like those of pace.json"

@@ -201,6 +201,18 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     assert "tiny            2 of 2 runs" in capfd.readouterr().out
 
 
+def test_the_list_needs_no_tokens(tiny, capsys, monkeypatch):
+    """How many steps some text is depends on its vocabulary; where that is not here the runs that are done tell it."""
+    run = tiny.Run("large", "v2", megabytes=1, vocab_size=333)
+    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("Does it run?", [run], seeds=(2,)))
+    monkeypatch.setattr(tiny, "read_pace", lambda: {"seconds": {tiny.key_of_pace(run): 36.0}})
+    tiny.main(["--list"])
+    assert "tiny            0 of 1 runs\n" in capsys.readouterr().out
+    tiny.write(tiny.result_file(run, 2), json.dumps({"summary": {"steps": 500}}))
+    tiny.main(["--list"])
+    assert "tiny            1 of 1 runs, 5.0 h of training" in capsys.readouterr().out
+
+
 def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
     """The same files as one after the other; what fails is said after the others, and where its message is."""
     monkeypatch.setattr(tiny, "ProcessPoolExecutor", ThreadPool)

@@ -550,6 +550,23 @@ def test_a_home_that_is_not_there(here):
         data.load_tokens("bpe_vocab.json", "empty")
 
 
+def test_a_vocabulary_that_is_not_there(here, data_dir):
+    """What is said to learn it does, in data/ as in a home of one's own."""
+    (here / "novel.txt").write_text(story(60))
+    with pytest.raises(FileNotFoundError, match=r"bpe_vocab_4k\.json; known are [^;]*$"):
+        data.load_tokens("bpe_vocab_4k.json")
+    for home in ("data", "home"):
+        if home == "home":
+            prepare.main(["--from", "novel.txt", "--to", "home"])
+        with pytest.raises(FileNotFoundError) as caught:
+            data.load_tokens("bpe_vocab_300.json", home)
+        advice = str(caught.value).rpartition("to learn it: ")[2].removesuffix(
+            " (and with --from or --dataset, if you gave them)")  # fmt: skip
+        more = ["--from", "novel.txt"] if home == "data" else []
+        prepare.main([*shlex.split(advice.replace("TEXT", "novel.txt"))[2:], *more])
+        assert len(data.load_tokens("bpe_vocab_300.json", home)["val"]) > 0
+
+
 def test_a_home_below_the_repository_is_found_from_elsewhere(here, data_dir, tmp_path):
     (data_dir.parent / "homes").mkdir()
     (here / "novel.txt").write_text(story(60))
