@@ -460,6 +460,27 @@ def prepare(runs):
                              f"--vocab-size {size} (and --from DIR, where the text is)")
 
 
+def check_texts(todo, own, gpu=False):
+    """Raises ValueError if a run of `todo`, [(run, seed)], would read another text than those it is compared with."""
+    for name in dict.fromkeys(owner(run)[0] for run, _ in todo):
+        done = {run.constants.get("DATA", "data"): one["summary"]["dataset"] for run in EXPERIMENTS[name].runs
+                for one in read_found(run, EXPERIMENTS[name].seeds, gpu)}  # fmt: skip
+        for run, seed in todo:
+            home, constants = run.constants.get("DATA", "data"), all_constants(run, seed, gpu) | own
+            if owner(run)[0] != name or home not in done:
+                continue
+            here = constants.get("DATA", "data")
+            vocabulary = constants.get("VOCABULARY", importlib.import_module(run.rung).VOCABULARY)
+            if (text := load_tokens(vocabulary, here)["train"].dataset) == done[home]:
+                continue
+            folder = f"results/experiments/{name}{'_gpu' * gpu}"
+            mend = ("python data/prepare.py --from DIR, the folder with that text, mends it" if here == "data"
+                    else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
+                    else "leave DATA out")  # fmt: skip
+            raise ValueError(f"{here} holds {text!r}, and the runs in {folder} are of {done[home]!r}: {mend}; or move "
+                             f"{folder} aside to begin anew")  # fmt: skip
+
+
 def all_constants(run, seed, gpu=False):
     """The constants of a run but for the number of its steps."""
     module = importlib.import_module(run.rung)
@@ -831,6 +852,7 @@ def main(argv=None):
                     todo.setdefault(result_file(run, EXPERIMENTS[name].seeds[k], args.gpu),
                                     (run, EXPERIMENTS[name].seeds[k]))  # fmt: skip
         todo = [one for path, one in todo.items() if not path.exists()]
+        check_texts(todo, own, args.gpu)
         make_all(todo, own, args.gpu, max(1, args.jobs))
     for name in names:
         text = report(name, args.gpu)

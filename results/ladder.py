@@ -36,9 +36,8 @@ SIDE, SLIDING = "side_by_side", "sliding"
 
 def collect():
     """Copy summaries, logs, samples and pictures of the runs in runs/ to results/runs/."""
+    read_summaries(ROOT / "runs")  # nothing is copied if they do not belong together
     for rung in RUNGS:
-        if not (ROOT / "runs" / rung / "summary.json").exists():
-            raise FileNotFoundError(f"runs/{rung} has no finished run: python {rung}.py makes it")
         for pattern in KEPT:
             for path in (ROOT / "runs" / rung).rglob(pattern):
                 target = COMMITTED / path.relative_to(ROOT / "runs")
@@ -46,8 +45,13 @@ def collect():
                 shutil.copyfile(path, target)
 
 
-def read_summaries():
-    summaries = {rung: json.loads((COMMITTED / rung / "summary.json").read_text()) for rung in RUNGS}
+def read_summaries(folder=COMMITTED):
+    """{rung: the summary of its run in `folder`}. Raises FileNotFoundError if one has none, ValueError if they were
+    trained on different texts."""
+    for rung in RUNGS:
+        if not (folder / rung / "summary.json").exists():
+            raise FileNotFoundError(f"{folder.relative_to(ROOT)}/{rung} has no finished run: python {rung}.py makes it")
+    summaries = {rung: json.loads((folder / rung / "summary.json").read_text()) for rung in RUNGS}
     datasets = {summary["dataset"] for summary in summaries.values()}
     if len(datasets) > 1:
         raise ValueError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}")

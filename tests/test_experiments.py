@@ -213,6 +213,32 @@ def test_the_list_needs_no_tokens(tiny, capsys, monkeypatch):
     assert "tiny            1 of 1 runs, 5.0 h of training" in capsys.readouterr().out
 
 
+def test_runs_of_different_texts_are_not_compared(tiny, monkeypatch, data_dir):
+    """A run is refused, before it begins, where those that are done have read another text, in data/ or in a home that
+    is part of it; DATA=... is not let in either. Where nothing is done, any text will do."""
+    monkeypatch.setattr(data, "DATA_DIR", data_dir)  # the sample
+    monkeypatch.setattr(tiny, "make_all", lambda todo, *rest: pytest.fail("it has begun"))
+    run, other = tiny.Run("a", "v3", {"DROPOUT": 0.375}), tiny.Run("b", "v3", {"DROPOUT": 0.125})
+    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("Does it run?", [run, other], seeds=(2, 3)))
+    todo = [(other, 2), (run, 3)]
+    tiny.check_texts(todo, {})
+    summary = {"dataset": "sample"}
+    path = tiny.result_file(other, 3)
+    tiny.write(path, json.dumps({"summary": summary}))
+    tiny.check_texts(todo, {})
+    tiny.check_texts(todo, {}, gpu=True)
+    tiny.write(path, json.dumps({"summary": {"dataset": "wikitext-2-v1"}}))
+    with pytest.raises(ValueError, match="data holds 'sample', and the runs in results/experiments/tiny are of 'wikit"):
+        tiny.main(["tiny"])
+    tiny.check_texts(todo, {}, gpu=True)  # those are kept in a folder of their own
+    tiny.write(tiny.result_file(other, 3, gpu=True), json.dumps({"summary": {"dataset": "wikitext-103-v1"}}))
+    with pytest.raises(ValueError, match="experiments/tiny_gpu are of 'wikitext-103-v1'"):
+        tiny.check_texts(todo, {}, gpu=True)
+    tiny.write(path, json.dumps({"summary": summary}))
+    with pytest.raises(FileNotFoundError, match="there is no text in novel"):
+        tiny.check_texts(todo, {"DATA": "novel"})
+
+
 def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
     """The same files as one after the other; what fails is said after the others, and where its message is."""
     monkeypatch.setattr(tiny, "ProcessPoolExecutor", ThreadPool)
