@@ -61,9 +61,9 @@ def test_every_notebook_is_in_the_readme():
     assert [path.name for path in NOTEBOOKS if f"notebooks/{path.name}" not in readme] == []
 
 
-def test_the_picture_in_the_readme_is_one_of_the_notebooks():
-    readme = (ROOT / "README.md").read_text(encoding="utf-8")
-    (name,) = re.findall(r"!\[.*\]\((notebooks/.*\.png)\)", readme)
+def test_the_picture_in_the_guide_is_one_of_the_notebooks():
+    guide = (ROOT / "docs" / "guide.md").read_text(encoding="utf-8")
+    (name,) = re.findall(r"!\[.*\]\(../(notebooks/.*\.png)\)", guide)
     outputs = [output for path in NOTEBOOKS for cell in read(path).cells for output in cell.get("outputs", [])]
     pictures = [output["data"]["image/png"] for output in outputs if "image/png" in output.get("data", {})]
     assert (ROOT / name).read_bytes() in map(base64.b64decode, pictures)

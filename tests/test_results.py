@@ -10,8 +10,9 @@ import pytest
 import harness
 
 ROOT = Path(__file__).resolve().parents[1]
-PAGES = ("README.md", "results/README.md")
+PAGES = ("README.md", "results/README.md")  # those with tables
 README, RESULTS = ((ROOT / page).read_text(encoding="utf-8") for page in PAGES)
+TEXTS = {page: (ROOT / page).read_text(encoding="utf-8") for page in (*PAGES, "docs/guide.md", "docs/design.md")}
 NAMED = {"README.md": ("v3_to_v4", "v3"), "results/README.md": ("shape", "4 × 192")}
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
 
@@ -46,8 +47,8 @@ def test_a_changed_number_is_noticed_and_mended(ladder):
 
 def test_a_table_without_a_place_and_a_place_without_a_table_are_noticed(ladder):
     readme = ladder.ROOT / "README.md"
-    readme.write_text(README.replace("<!-- metrics -->", ""), encoding="utf-8")
-    with pytest.raises(ValueError, match="no page has a place for metrics"):
+    readme.write_text(README.replace("<!-- ladder -->", ""), encoding="utf-8")
+    with pytest.raises(ValueError, match="no page has a place for ladder"):
         ladder.write(check=True)
     readme.write_text(README + "<!-- nothing -->\n<!-- /nothing -->\n", encoding="utf-8")
     with pytest.raises(ValueError, match="README.md asks for a table that nothing makes: nothing"):
@@ -114,17 +115,32 @@ def test_committed_runs_used_the_constants_of_the_scripts(rung):
     assert summary["dataset"] == "wikitext-2-v1"
 
 
-def test_files_that_the_readme_shows_are_there():
-    for page, text in zip(PAGES, (README, RESULTS)):
+def test_files_that_a_page_shows_are_there():
+    for page, text in TEXTS.items():
         for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", text):
             assert link.startswith("http") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
 def test_links_to_a_heading_find_it():
-    for page, heading in re.findall(r"\]\(([^)#]*)#([^)]+)\)", README):
-        text = RESULTS if page else README
-        headings = [line.lstrip("# ").lower() for line in text.splitlines() if line.startswith("#")]
-        assert heading in [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings], heading
+    for page, text in TEXTS.items():
+        for other, heading in re.findall(r"\]\(([^)#]*)#([^)]+)\)", text):
+            path = (ROOT / page).parent / other if other else ROOT / page
+            headings = re.findall(r"(?m)^#+ (.*)", path.read_text(encoding="utf-8").lower())
+            assert heading in [re.sub(r"[^\w -]", "", line).replace(" ", "-") for line in headings], (page, heading)
+
+
+def test_every_page_is_reached_from_the_readme():
+    """And every picture of the results is shown on one of them."""
+    assert [page for page in TEXTS if page != "README.md" and f"]({page}" not in README] == []
+    shown = {(ROOT / page).parent.joinpath(picture).resolve() for page, text in TEXTS.items()
+             for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)}  # fmt: skip
+    assert set((ROOT / "results").glob("*.png")) <= shown
+
+
+def test_the_readme_is_read_in_some_minutes():
+    """Without tables, commands and references it has the words of about five minutes, at 250 a minute."""
+    prose = re.sub(r"```.*?```|(?m:^[|<!][^\n]*)", "", README.partition("## References")[0], flags=re.S)
+    assert len(prose.split()) < 1400
 
 
 def test_ci_finds_the_test_command_of_the_readme():
