@@ -370,7 +370,9 @@ def plot_ladder(plt):
             band(clock, seeds, lambda r, one, step=step: r["step"] * step / 60, val_bpb, **style)
     text.set(xlabel="text seen (MB)", ylabel="validation bits per byte", xlim=(0, None))
     clock.set(xlabel="training on two CPU cores (minutes)", xscale="log")
-    text.legend(fontsize=8)
+    clock.set_xticks((0.1, 0.3, 1, 3, 10, 30), ("0.1", "0.3", "1", "3", "10", "30"))
+    clock.minorticks_off()
+    text.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))  # between v0 and all others
     return figure
 
 
@@ -440,9 +442,11 @@ def plot_shape(plt):
     """v3 by depth and by width at equal seconds, and what dropout does where a text is read many times."""
     runs = found("dropout")
     texts = list(dict.fromkeys(name.rpartition(", ")[0] for name in runs))
-    n = 1 + len(texts)
-    figure, axes = plt.subplots(1, n, figsize=(4 * n, 3.8), layout="constrained", squeeze=False)
-    axes = axes[0]
+    rows = (2 + len(texts)) // 2
+    figure, axes = plt.subplots(rows, 2, figsize=(9, 3.4 * rows), layout="constrained", squeeze=False)
+    axes = axes.flatten()
+    for ax in axes[1 + len(texts) :]:
+        ax.remove()
     lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 6, 8)],
              "width (4 layers)": [f"4 × {w}" for w in (128, 192, 256, 320, 384)]}  # fmt: skip
     for k, (title, names) in enumerate(lines.items()):
