@@ -3,6 +3,7 @@
 import importlib.util
 import json
 import re
+import shlex
 from pathlib import Path
 
 import pytest
@@ -135,6 +136,31 @@ def test_every_page_is_reached_from_the_readme():
     shown = {(ROOT / page).parent.joinpath(picture).resolve() for page, text in TEXTS.items()
              for picture in re.findall(r"!\[[^]]*\]\(([^)]+)\)", text)}  # fmt: skip
     assert set((ROOT / "results").glob("*.png")) <= shown
+
+
+def commands(text):
+    """[words] of every `python FILE ...` that a page shows, in blocks and in sentences."""
+    text = re.sub(r"`[^`]*`", lambda code: code[0].replace("\n", " "), text.replace("```", ""))
+    return [shlex.split(line) for line in re.findall(r"(?:python|torchrun(?: --\S+)+) ([\w/]+\.py[^`#\n]*)", text)]
+
+
+@pytest.mark.parametrize("page", TEXTS)
+def test_commands_that_a_page_shows_exist(page):
+    """The file is there, a constant is one of the rung's, an option stands in the file, an experiment is one."""
+    found = commands(TEXTS[page])
+    assert len(found) > 5 or page == "docs/design.md"
+    experiments = (ROOT / "results" / "experiments.py").read_text(encoding="utf-8")
+    for script, *words in found:
+        source = (ROOT / script).read_text(encoding="utf-8")
+        rung = script.removesuffix(".py") in RUNGS
+        known = harness._read_source(ROOT / script)[0] if rung else {}
+        for word in words:
+            if rung and word != "--help":
+                assert word.partition("=")[0] in known, (script, word)
+            elif word.startswith("--") and word != "--help":
+                assert f'"{word.partition("=")[0]}"' in source, (script, word)
+            elif script == "results/experiments.py" and word != "NAME":
+                assert f'"{word}"' in experiments or word.isdigit() or "=" in word, word
 
 
 def test_the_readme_is_read_in_some_minutes():
