@@ -422,8 +422,10 @@ def _find_model(folders):
         if (place / "model.pt").exists():
             return place
     looked = dict.fromkeys(str(place.parent if len(folders) > 1 else place) for place in places)
-    raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; train one first, or name the folder "
-                            "of a run that has one")  # fmt: skip
+    below = dict.fromkeys(str(path.parent) for place in places for path in sorted(place.glob("*/model.pt")))
+    mend = (f"it has models below it, name one: {', '.join(below)}" if below
+            else "train one first, or name the folder of a run that has one")  # fmt: skip
+    raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; {mend}")
 
 
 def _load_model(folder, device):

@@ -840,9 +840,8 @@ def main(argv=None):
         if name not in EXPERIMENTS:
             raise ValueError(f"there is no experiment {name!r}; known are {', '.join(EXPERIMENTS)}")
     runs = [run for name in names for run in EXPERIMENTS[name].runs]
-    if not args.table:
-        prepare(runs)
     if args.pace:
+        prepare(runs)
         return measure_pace(runs, again=not args.missing)
     if not args.table:
         todo = {}  # all runs with the first seed come first
@@ -852,6 +851,8 @@ def main(argv=None):
                     todo.setdefault(result_file(run, EXPERIMENTS[name].seeds[k], args.gpu),
                                     (run, EXPERIMENTS[name].seeds[k]))  # fmt: skip
         todo = [one for path, one in todo.items() if not path.exists()]
+        if todo:  # tables of what is done need no text
+            prepare([run for run, _ in todo])
         check_texts(todo, own, args.gpu)
         make_all(todo, own, args.gpu, max(1, args.jobs))
     for name in names:

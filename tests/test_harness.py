@@ -852,6 +852,8 @@ def test_several_runs_are_loaded_at_once(trained):
     assert widths == [32, 16, 16]
     with pytest.raises(FileNotFoundError, match="no trained model in"):
         harness.load("runs/none at all")
+    with pytest.raises(FileNotFoundError, match=r"models below it, name one: \S*/v2, \S*/v3, \S*/v3\.1$"):
+        harness.load(folders[0].parent)
 
 
 def test_a_run_of_a_rung_that_is_gone_is_refused_in_one_line(trained):
