@@ -866,6 +866,7 @@ def main(argv=None):
 def program(argv=None):
     """main() that ends, stopped or failed, with one line and an exit code."""
     signal.signal(signal.SIGTERM, stop)
+    sys.stdout, sys.stderr = harness.Unbreakable(sys.stdout), harness.Unbreakable(sys.stderr)
     try:
         main(argv)
     except KeyboardInterrupt as reason:
