@@ -1,4 +1,4 @@
-"""What each part of v4 is worth: the loss after equal time with the part, and without it.
+"""What parts of v4 are worth: the loss after equal time with the part, and without it.
 
     python benchmarks/ablation.py             5 variants, 3 seeds, 100 s of training each, about 35 minutes
     python benchmarks/ablation.py --seeds 1   with the first seed only

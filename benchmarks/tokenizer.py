@@ -1,6 +1,6 @@
 """The tokenizer side by side with compiled ones: training, encoding, texts of many kinds, streams, preparing a corpus.
 
-    python benchmarks/tokenizer.py               WikiText-2 from ../shared/wikitext-2 where it is there, else the sample
+    python benchmarks/tokenizer.py               the bundled sample
     python benchmarks/tokenizer.py --from DIR    from a folder that holds wiki.{train,valid,test}.tokens
     python benchmarks/tokenizer.py --quick       small texts and few repeats: a minute, and no file is written
 
@@ -46,7 +46,6 @@ from benchmarks import tables  # noqa: E402
 from bpe_tokenizer import GPT2_PATTERN, BPETokenizer  # noqa: E402
 
 VOCABULARY = ROOT / "data" / "bpe_vocab.json"
-WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
 OURS, PEERS = "bpe_tokenizer", ("rustbpe", "tokenizers", "sentencepiece", "tiktoken")
 MB = 1_000_000
 
@@ -475,7 +474,7 @@ def main(argv=None):
     parser.add_argument("--from", dest="folder", metavar="DIR", type=Path, help="WikiText-2: wiki.*.tokens")
     parser.add_argument("--quick", action="store_true", help="small texts, few repeats, no file written")
     args = parser.parse_args(argv)
-    settings, folder = QUICK if args.quick else FULL, args.folder or (WIKITEXT if WIKITEXT.is_dir() else None)
+    settings, folder = QUICK if args.quick else FULL, args.folder
     for name in PEERS:
         if not find_spec(name):
             print(f"{name} is not installed and is left out: pip install {name}", file=sys.stderr)

@@ -4,8 +4,8 @@
     python results/ladder.py             write tables and pictures
     python results/ladder.py --check     exit with code 1 if a table is not what the results say
 
-What is compared comes from results/experiments/ (three seeds; experiments.py makes it), what is shown of a single run
-from results/runs/, what is timed from results/benchmarks/.
+What is compared comes from results/experiments/ (one to three seeds; experiments.py makes it), what is shown of a
+single run from results/runs/, what is timed from results/benchmarks/.
 """
 
 import argparse
