@@ -10,8 +10,8 @@ What is new against v3:
 
 - model: RMSNorm without weights, also of the embeddings, ReLU squared (So et al. 2021, arXiv:2109.08668), no biases,
   branches and head that start at zero;
-- optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks, a
-  rate of their own for embeddings and head, and a schedule that falls linearly in the second half;
+- optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks, a rate
+  of their own for embeddings and head, and rates that fall linearly in the second half;
 - positions: "rope", "alibi", and for comparison "learned", "sinusoidal", "none"; the table of length extrapolation;
 - embeddings drawn in two dimensions, nearest neighbours of tokens;
 - generation with a key-value cache.
@@ -62,7 +62,7 @@ N_HEAD = 4  # attention heads of a block
 N_EMBD = 256  # width: numbers that describe a token on its way through the blocks
 POSITION = "alibi,rope"  # position schemes, trained one after the other: alibi, rope, learned, sinusoidal, none
 ROPE_BASE = 10000.0  # RoPE's wavelengths go from 2 pi to 2 pi ROPE_BASE tokens
-DROPOUT = 0.0  # share of numbers set to zero in training; 0.1 pays where a text is read nine times
+DROPOUT = 0.0  # share of numbers set to zero in training, so that less is learned by heart
 STRIDE = 128  # of the overlapping windows in the last evaluation, in tokens
 EXTRAPOLATION = (1, 2, 4, 8, 16)  # multiples of BLOCK_SIZE at which the schemes are compared
 SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT

@@ -444,7 +444,7 @@ def make_tenth(home):
 
 
 def prepare(runs):
-    """Make the texts of the runs that are parts of others. Raises ValueError if tokens are missing."""
+    """Make the texts of the runs that are parts of others. Raises OSError and ValueError if tokens are missing."""
     homes = {run.constants.get("DATA") for run in runs}
     sample, tenth = WORK / "sample", WORK / "tenth"
     if "runs/experiments/sample" in homes and not sample.exists():
@@ -455,30 +455,25 @@ def prepare(runs):
     if "runs/experiments/tenth" in homes and not (tenth / "bpe_vocab.json").exists():
         make_tenth(tenth)
     for size in sorted({run.vocab_size for run in runs} - {0, 4096}):
-        if not token_file("train", f"bpe_vocab_{size}.json").exists():
-            raise ValueError(f"there are no tokens of a vocabulary of {size:,}; to make them: python data/prepare.py "
-                             f"--vocab-size {size} (and --from DIR, where the text is)")
+        load_tokens(f"bpe_vocab_{size}.json")
 
 
 def check_texts(todo, own, gpu=False):
     """Raises ValueError if a run of `todo`, [(run, seed)], would read another text than those it is compared with."""
-    for name in dict.fromkeys(owner(run)[0] for run, _ in todo):
-        done = {run.constants.get("DATA", "data"): one["summary"]["dataset"] for run in EXPERIMENTS[name].runs
-                for one in read_found(run, EXPERIMENTS[name].seeds, gpu)}  # fmt: skip
-        for run, seed in todo:
-            home, constants = run.constants.get("DATA", "data"), all_constants(run, seed, gpu) | own
-            if owner(run)[0] != name or home not in done:
-                continue
-            here = constants.get("DATA", "data")
-            vocabulary = constants.get("VOCABULARY", importlib.import_module(run.rung).VOCABULARY)
-            if (text := load_tokens(vocabulary, here)["train"].dataset) == done[home]:
-                continue
+    for run, seed in todo:
+        name, home, constants = owner(run)[0], run.constants.get("DATA", "data"), all_constants(run, seed, gpu) | own
+        done = {one["summary"]["dataset"] for other in EXPERIMENTS[name].runs
+                if other.constants.get("DATA", "data") == home
+                for one in read_found(other, EXPERIMENTS[name].seeds, gpu)}  # fmt: skip
+        here = constants.get("DATA", "data")
+        vocabulary = constants.get("VOCABULARY", importlib.import_module(run.rung).VOCABULARY)
+        if done and (text := load_tokens(vocabulary, here)["train"].dataset) not in done:
             folder = f"results/experiments/{name}{'_gpu' * gpu}"
             mend = ("python data/prepare.py --from DIR, the folder with that text, mends it" if here == "data"
                     else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
                     else "leave DATA out")  # fmt: skip
-            raise ValueError(f"{here} holds {text!r}, and the runs in {folder} are of {done[home]!r}: {mend}; or move "
-                             f"{folder} aside to begin anew")  # fmt: skip
+            raise ValueError(f"{here} holds {text!r}, and the runs in {folder} are of {', '.join(map(repr, done))}: "
+                             f"{mend}; or move {folder} aside to begin anew")  # fmt: skip
 
 
 def all_constants(run, seed, gpu=False):

@@ -455,9 +455,9 @@ def test_an_output_that_cannot_be_written_costs_no_results(where, folder, tmp_pa
 
 
 @pytest.mark.parametrize("command", ["bpe_tokenizer.py", "results/experiments.py --list", "v4_alibi_rope.py --help"])
-def test_a_reader_that_has_seen_enough_is_no_error(command, tmp_path):
+def test_a_reader_that_has_seen_enough_is_no_error(command):
     """The rest of it is lost before it is written, at the latest when the interpreter ends."""
-    shell = f'set -o pipefail; "$0" {command} | (exec 0<&-; sleep 0)'
+    shell = f'set -o pipefail; "$0" {command} | true'
     done = subprocess.run(["bash", "-c", shell, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=300)
     assert (done.returncode, done.stderr) == (0, "")
 
