@@ -156,7 +156,7 @@ def load_tokens(vocabulary, home="data"):
         raise ValueError(f"the token files {files} come from different data sets ({names}); {again}")
     if len({content["preparation"] for content in contents.values()}) > 1:
         raise ValueError(f"the token files {files} were not made together, so their texts may differ; {again}")
-    if names["train"] == "sample":
+    if names["train"] == "sample" and "--sample" not in command:  # it was not asked for
         print(f"The text is the small bundled sample, data/input.txt. For WikiText-2: {command}")
     n_bytes, n_words = (sum(content[key] for content in contents.values()) for key in ("n_bytes", "n_words"))
     if n_bytes > BYTES_PER_WORD * n_words:

@@ -1000,6 +1000,14 @@ def test_advice_for_those_who_have_the_sample_only(data_dir, tmp_path, monkeypat
     assert "sample" not in capfd.readouterr().out
 
 
+def test_who_asked_for_the_sample_is_not_advised(data_dir, tmp_path, capfd):
+    for asked in (["--sample"], []):
+        home = str(tmp_path / f"home of {len(asked)}")
+        prepare.main([*asked, "--to", home, "--vocabulary", str(data_dir / SMALL)])
+        assert data.load_tokens("bpe_vocab.json", home)["train"].dataset == "sample"
+        assert ("For WikiText-2" in capfd.readouterr().out) == (not asked)
+
+
 def test_advice_of_those_without_a_hub(data_dir, tmp_path, monkeypatch, capfd):
     data.load_tokens(SMALL)
     with_folder, with_connection = capfd.readouterr().err.splitlines()[-1].split(", or")
