@@ -758,8 +758,9 @@ def spread(values, form="{:.4f}"):
     values = [value for value in values if value is not None]
     if not values:
         return "–"
-    low, middle, high = (form.format(x) for x in (min(values), mean(values), max(values)))
-    return middle if low == high else f"{middle} ({low} to {high})"
+    low, high = min(values), max(values)
+    middle = form.format(mean(values))
+    return middle if low == high else f"{middle} ({form.format(low)} to {form.format(high)})"
 
 
 def read_found(run, seeds, gpu=False):

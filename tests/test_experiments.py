@@ -480,6 +480,7 @@ def test_the_rate_of_reading_on_is_chosen_on_the_validation_split(experiments, l
 def test_spreads(experiments):
     assert experiments.spread([1.0, 2.0, 4.5]) == "2.5000 (1.0000 to 4.5000)"
     assert experiments.spread([3, 3], "{:,.0f}") == "3"
+    assert experiments.spread([1.00001, 1.00003]) == "1.0000 (1.0000 to 1.0000)"  # several seeds, and seen to be
     assert experiments.spread([None]) == "–"
 
 
