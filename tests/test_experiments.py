@@ -243,16 +243,18 @@ def test_runs_of_different_texts_are_not_compared(tiny, monkeypatch, data_dir):
 
 def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
     """The same files as one after the other; what fails is said after the others, and where its message is."""
+    runs = [tiny.Run(name, "v0", tiny.EXPERIMENTS["tiny"].runs[0].constants) for name in "ab"]
+    runs[1].constants = {**runs[1].constants, "LEARNING_RATE": 0.25}
+    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("Do they run?", runs, seeds=(2,)))
     monkeypatch.setattr(tiny, "ProcessPoolExecutor", ThreadPool)
     tiny.main(["tiny", *TINY, "--jobs", "2"])
-    assert sorted(path.name for path in (tiny.RESULTS / "tiny").iterdir()) == [
-        "table.md", "v3-no-cosine-2.json", "v4-2.json"]  # fmt: skip
-    assert "tiny/v4-2.json: val bpb" in capfd.readouterr().out
-    (tiny.RESULTS / "tiny" / "v4-2.json").unlink()
-    shutil.rmtree(tiny.WORK / "tiny" / "v4-2")
+    assert sorted(path.name for path in (tiny.RESULTS / "tiny").iterdir()) == ["a-2.json", "b-2.json", "table.md"]
+    assert "tiny/b-2.json: val bpb" in capfd.readouterr().out
+    (tiny.RESULTS / "tiny" / "b-2.json").unlink()
+    shutil.rmtree(tiny.WORK / "tiny" / "b-2")
     with pytest.raises(ValueError, match="has ended with exit code 1; its message stands in .*screen.txt"):
         tiny.main(["tiny", *TINY, "MAX_STEPS=0", "--jobs", "2"])
-    assert "MAX_STEPS=0 must be" in (tiny.WORK / "tiny" / "v4-2" / "screen.txt").read_text()
+    assert "MAX_STEPS=0 must be" in (tiny.WORK / "tiny" / "b-2" / "screen.txt").read_text()
 
 
 class ThreadPool(ThreadPoolExecutor):
