@@ -31,6 +31,12 @@ SMALL = {
     "v3": LATE,
     V4: {**LATE, "POSITION": "alibi", "EXTRAPOLATION": (1, 2)},
 }
+# Of all trainings that are compiled: another shape costs half a minute, and what is compiled is kept. At this one two
+# threads share the products of matrices and the additions of a gradient.
+COMPILED = {
+    "COMPILE": True, "DTYPE": "bfloat16", "BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 16, "BLOCK_SIZE": 128, "N_LAYER": 1,
+    "N_HEAD": 2, "N_EMBD": 64, "DROPOUT": 0.1,
+}  # fmt: skip
 
 
 def make_model(module, vocab_size, position="alibi"):

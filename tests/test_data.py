@@ -670,7 +670,7 @@ def test_a_second_process_waits_and_takes_what_the_first_one_made(tmp_path, made
         for name, content in made.items():
             (root / "data" / name).write_bytes(content)
             (root / "data" / name.replace("_500", "")).write_bytes(content)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert (child.returncode, out, err) == (0, "text\n", "")
 
 
@@ -1300,7 +1300,7 @@ def test_a_signal_stops_it_in_one_line_and_changes_nothing(tmp_path, made, numbe
     assert child.stdout.readline() == "now\n"
     assert len(list((root / "data").glob("*.tmp"))) == 3  # a vocabulary and two splits
     child.send_signal(number)
-    out, err = child.communicate(timeout=60)
+    out, err = child.communicate(timeout=300)
     assert (child.returncode, out) == (code, "")
     assert len(err.splitlines()) == 1 and "stopped" in err
     assert snapshot(root / "data") == before

@@ -287,12 +287,12 @@ def test_what_stops_it_stops_its_runs(signum, jobs, tmp_path, data_dir):
                                stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
     try:
         steps = [tmp_path / "work" / "tiny" / f"run-{k}-1337" / "run" / "steps.csv" for k in range(1, jobs + 1)]
-        until = time.monotonic() + 120
+        until = time.monotonic() + 300
         while not all(path.exists() and len(path.read_text().splitlines()) > 3 for path in steps):
             assert process.poll() is None and time.monotonic() < until
             time.sleep(0.1)
         (os.kill if signum == signal.SIGTERM else os.killpg)(process.pid, signum)
-        _, errors = process.communicate(timeout=60)
+        _, errors = process.communicate(timeout=300)
         with pytest.raises(ProcessLookupError):
             while time.monotonic() < until:  # until the last process has been reaped
                 os.killpg(process.pid, 0)

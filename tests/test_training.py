@@ -16,6 +16,7 @@ import torch.nn.functional as F
 import data
 import harness
 from common import (
+    COMPILED,
     ROOT,
     RUNGS,
     SCHEMES,
@@ -608,15 +609,12 @@ def two_threads():
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
 @pytest.mark.parametrize("name", LATE)
 def test_compiled_runs_of_one_seed_are_the_same_bit_for_bit(name, load, two_threads, capsys):
-    """In bfloat16, with dropout, at a size at which two threads share the additions of a gradient. Their losses follow
-    those of float32 without compilation."""
-    constants = {"BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 16, "BLOCK_SIZE": 128, "N_LAYER": 1, "N_EMBD": 64,
-                 "DROPOUT": 0.1, "MAX_STEPS": 12, "EVAL_INTERVAL": 12, "COMPILE": True,
-                 "DTYPE": "bfloat16"}  # fmt: skip
-    (records, model, _), (_, again, _) = (train(load(name, **constants)) for _ in range(2))
+    """In bfloat16, with dropout, in two threads. Their losses follow those of float32 without compilation."""
+    constants = {**COMPILED, "MAX_STEPS": 12, "EVAL_INTERVAL": 12}
+    (records, model, _), (_, again, _) = (train(load(name, **constants), "rope") for _ in range(2))
     assert "without torch.compile" not in capsys.readouterr().out
     assert same_weights(model.state_dict(), again.state_dict())
-    plain = losses(train(load(name, **{**constants, "COMPILE": False, "DTYPE": "float32"}))[0])
+    plain = losses(train(load(name, **{**constants, "COMPILE": False, "DTYPE": "float32"}), "rope")[0])
     np.testing.assert_allclose(losses(records), plain, rtol=0.01)
     assert plain[-1, 1] < math.log(500) - 0.2  # it has learned something
 
