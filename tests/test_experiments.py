@@ -170,6 +170,7 @@ def tiny(experiments, monkeypatch, data_dir):
     runs = [experiments.Run("v3: no cosine", "v3", text, experiments.SCHEDULE),
             experiments.Run("v4", V4, {**text, "POSITION": "rope"}, measure="windows")]  # fmt: skip
     monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", experiments.Experiment("Does it run?", runs, seeds=(2,)))
+    monkeypatch.setattr(experiments, "WINDOW_TOKENS", 1000)
     return experiments
 
 
