@@ -42,6 +42,7 @@ import numpy as np
 import bpe_fast
 import unicode_classes
 from bpe_fast import shown, utf8
+from harness.files import atomic_write
 
 # ----------------------------------------------------------------------------------------------------------
 # Pre-tokenization
@@ -368,18 +369,16 @@ class BPETokenizer:
         return {"format": _FORMAT, "version": _VERSION, "pattern": PATTERNS[self.pattern], **self._order(),
                 "special_tokens": self.special_tokens, "fingerprint": self.fingerprint, "merges": merges}
 
-    def save(self, path):
-        """Write the vocabulary as JSON that a person can read: a line per merge, with the token that it makes."""
+    def to_json(self):
+        """The vocabulary as JSON that a person can read: a line per merge, with the token that it makes."""
         contents = self._contents()
         merges = ",\n  ".join(json.dumps(merge, ensure_ascii=False) for merge in contents.pop("merges"))
         head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in contents.items())
-        path = Path(path)
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")  # a save that fails leaves the old file whole
-        try:
-            beside.write_text(f'{{\n{head} "merges": [\n  {merges}\n ]\n}}\n', encoding="utf-8", newline="\n")
-            beside.replace(path)
-        finally:
-            beside.unlink(missing_ok=True)
+        return f'{{\n{head} "merges": [\n  {merges}\n ]\n}}\n'
+
+    def save(self, path):
+        """Write the vocabulary to the file `path`, whole or not at all. Raises OSError."""
+        atomic_write(path, lambda file: file.write(self.to_json().encode("utf-8")))
 
     @classmethod
     def load(cls, path):

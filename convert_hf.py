@@ -22,7 +22,6 @@ weights are read from safetensors, settings from JSON. It needs `pip install saf
 import argparse
 import contextlib
 import json
-import os
 import shlex
 import sys
 from pathlib import Path
@@ -33,6 +32,7 @@ import harness
 import v3
 import v4_alibi_rope as v4
 from bpe_tokenizer import BPETokenizer
+from harness.cli import first_line, robust_streams
 
 try:
     import safetensors.torch
@@ -49,8 +49,8 @@ NO_COUNTERPART = {
     "v1": "it is an MLP over a window of tokens",
     "v1_1": "it is an MLP over a window of tokens",
     "v2": "its LayerNorm stands after each sub-layer, and GPT-2's before it",
+    "v3_1": "none of the decoders with ReLU squared and without a gate learns a vector for each position",
     "alibi": "none of the decoders with ALiBi has RMSNorm and ReLU squared",
-    "learned": "none of the decoders with ReLU squared and without a gate learns a vector for each position",
     "sinusoidal": "none of the decoders with ReLU squared and without a gate adds sines",
     "none": "all of the decoders with ReLU squared and without a gate encode positions",
 }
@@ -278,32 +278,24 @@ def read_weights(folder):
         except OSError:
             raise
         except Exception as error:  # of many kinds, for what is damaged or newer than the library
-            raise ValueError(f"{folder / file} is damaged: {harness.first_line(error)}") from None
+            raise ValueError(f"{folder / file} is damaged: {first_line(error)}") from None
     return tensors
 
 
 def write_files(folder, files):
-    """Write `files`, {name: function that writes to a path}, in `folder`: all of them whole or none. Raises OSError."""
-    beside = {folder / f"writing-{name}": name for name in files}
+    """Write `files`, {name: function that writes to an open binary file}, in `folder`: all of them whole or none.
+    Raises OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        for path, name in beside.items():
-            files[name](path)
-            with open(path, "rb+") as file:
-                os.fsync(file.fileno())
-        for path, name in beside.items():
-            path.replace(folder / name)
-    except (OSError, RuntimeError, safetensors.SafetensorError) as error:  # of torch for a full disk
-        why = getattr(error.__context__ or error, "strerror", None) or f"disk full? {harness.first_line(error)}"
-        raise OSError(f"cannot write to {folder}: {why}") from None
-    finally:
-        for path in beside:
-            with contextlib.suppress(OSError):
-                path.unlink(missing_ok=True)
+    except OSError as error:
+        raise OSError(f"cannot write to {folder}: {error.strerror}") from None
+    with harness.atomic_writes() as write_one:
+        for name, write in files.items():
+            write_one(folder / name, write)
 
 
 def _json(content):
-    return lambda path: path.write_text(json.dumps(content, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    return lambda file: file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
 def _made_here(path):
@@ -349,17 +341,17 @@ def export(run, folder):
     names = {f"{x}_token": END for x in ("bos", "eos", "unk") if has_end}
     tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
     write_files(folder, {
-        WEIGHTS: lambda path: safetensors.torch.save_file(tensors, path, {"format": "pt", **MADE_BY}),
+        WEIGHTS: lambda file: file.write(safetensors.torch.save(tensors, {"format": "pt", **MADE_BY})),
         "config.json": _json({**config, **ids, "dtype": "float32"}),
         "generation_config.json": _json({"_from_model_config": True, **ids}),
         "tokenizer.json": _json(tokenizer.hf_tokenizer_json()),
         "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast", **names,
                                         "model_max_length": model.block_size, "clean_up_tokenization_spaces": False}),
     })  # fmt: skip
-    print(f"wrote {folder}, for transformers: {config['architectures'][0]}.from_pretrained({str(folder)!r})")
+    harness.say(f"wrote {folder}, for transformers: {config['architectures'][0]}.from_pretrained({str(folder)!r})")
 
 
-def bring_in(source, run):
+def import_model(source, run):
     """Make a run in the folder `run` of the model of Hugging Face in `source`: of v3 in `run` itself, of v4 in the
     folder of its scheme. Raises OSError, ValueError."""
     source, folder = Path(source), Path(run)
@@ -384,8 +376,9 @@ def bring_in(source, run):
         "hyperparameters": {**harness.constants(vars(rung)), **shape, "VOCABULARY": "vocabulary.json",
                             "OUT_DIR": str(folder)},
     }  # fmt: skip
-    write_files(folder, {"vocabulary.json": tokenizer.save, "model.pt": lambda path: torch.save(content, path)})
-    print(f"wrote the run {folder}: python {rung.__name__}.py OUT_DIR={shlex.quote(str(run))} PROMPT=\"...\"")
+    write_files(folder, {"vocabulary.json": lambda file: file.write(tokenizer.to_json().encode()),
+                         "model.pt": lambda file: torch.save(content, file)})  # fmt: skip
+    harness.say(f"wrote the run {folder}: python {rung.__name__}.py OUT_DIR={shlex.quote(str(run))} PROMPT=\"...\"")
 
 
 def main(argv=None):
@@ -404,16 +397,16 @@ def main(argv=None):
     if args.source is None:
         export(*args.folders)
     else:
-        bring_in(args.source, *args.folders)
+        import_model(args.source, *args.folders)
 
 
 if __name__ == "__main__":
-    sys.stdout, sys.stderr = harness.Unbreakable(sys.stdout), harness.Unbreakable(sys.stderr)
+    robust_streams()
     try:
         main()
     except (OSError, ValueError, MemoryError, ImportError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
-        sys.exit(f"convert_hf.py: {harness.first_line(error)}")
+        sys.exit(f"convert_hf.py: {first_line(error)}")
     except KeyboardInterrupt:
         sys.exit(130)

@@ -92,8 +92,8 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, tokens):
-    """Metrics over a whole split in windows of the model's size that do not overlap: each token after the first is
-    predicted once. Bits per byte and word perplexity do not depend on the vocabulary; the loss per token does."""
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does. Windows have the model's size and do not overlap."""
     model.eval()
     nats, n, size = 0.0, len(tokens) - 1, model.block_size
     for start in range(0, n, BATCH_SIZE * size):
@@ -207,8 +207,8 @@ def main():
 
         run.load_best(model)
         trained, optimum = compare_with_counts(model, tokens["train"].ids)
-        print(f"loss on the training text: {trained:.4f} nats per token; the best that any table reaches, from the "
-              f"counts: {optimum:.4f} ({100 * (trained / optimum - 1):+.2f}%)")
+        harness.say(f"loss on the training text: {trained:.4f} nats per token; the best that any table reaches, from "
+                    f"the counts: {optimum:.4f} ({100 * (trained / optimum - 1):+.2f}%)")
         torch.manual_seed(SEED)
         start = tokens["train"].start  # of a document
         sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])

@@ -114,8 +114,8 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, tokens):
-    """Metrics over a whole split in windows of the model's size that do not overlap: each token after the first is
-    predicted once. Bits per byte and word perplexity do not depend on the vocabulary; the loss per token does."""
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does. Windows have the model's size and do not overlap."""
     model.eval()
     nats, n, size = 0.0, len(tokens) - 1, model.block_size
     for start in range(0, n, BATCH_SIZE * size):

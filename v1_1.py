@@ -164,8 +164,8 @@ class LanguageModel(nn.Module):
 
 @torch.no_grad()
 def evaluate(model, tokens):
-    """Metrics over a whole split in windows of the model's size that do not overlap: each token after the first is
-    predicted once. Bits per byte and word perplexity do not depend on the vocabulary; the loss per token does."""
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does. Windows have the model's size and do not overlap."""
     model.eval()
     nats, n, size = 0.0, len(tokens) - 1, model.block_size
     for start in range(0, n, MICRO_BATCH_SIZE * size):
@@ -239,10 +239,10 @@ def print_memory(model, tokens, run):
         ("activations: batch; micro-batch", per_token * batch, per_token * micro_batch),
         ("logits, their log-softmax and gradient: batch; chunk", 12 * vocab_size * batch, 12 * vocab_size * chunk),
     ]
-    print(f"{'memory, MB':55}{'v1':>8}{'v1_1':>8}")
+    harness.say(f"{'memory, MB':55}{'v1':>8}{'v1_1':>8}")
     for name, there, here in rows + [("sum", *(sum(row[i] for row in rows) for i in (1, 2)))]:
-        print(f"{name:55}{there / 1e6:8.1f}{here / 1e6:8.1f}")
-    print(f"{'measured: peak above the imported libraries':63}{run.peak_mb - run.import_mb:8.1f}")
+        harness.say(f"{name:55}{there / 1e6:8.1f}{here / 1e6:8.1f}")
+    harness.say(f"{'measured: peak above the imported libraries':63}{run.peak_mb - run.import_mb:8.1f}")
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -5,8 +5,7 @@ the earlier positions, and the softmax of the scores weighs their values (Vaswan
 Need", arXiv:1706.03762, section 3). The model is the decoder of that paper without its cross-attention: every
 sub-layer is followed by a residual connection and LayerNorm. Positions are learned vectors. There is no dropout.
 
-What is new against v1_1: the model. Micro-batches and mapped 16-bit ids stay; the loss in chunks and the return of
-freed memory were for the lesson on memory.
+What is new against v1: the model. Of the lesson on memory, v1_1, two things stay: micro-batches and 16-bit ids.
 
     python v2.py                                train, evaluate, write a sample: results in runs/v2/
     python v2.py N_LAYER=4 N_HEAD=8             set any of the constants below for one run
@@ -114,10 +113,10 @@ class Block(nn.Module):
 
     def __init__(self):
         super().__init__()
-        self.attention = Attention()
         self.norm_1 = nn.LayerNorm(N_EMBD)
-        self.mlp = nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), nn.ReLU(), nn.Linear(4 * N_EMBD, N_EMBD))
+        self.attention = Attention()
         self.norm_2 = nn.LayerNorm(N_EMBD)
+        self.mlp = nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), nn.ReLU(), nn.Linear(4 * N_EMBD, N_EMBD))
 
     def forward(self, x):
         x = self.norm_1(x + self.attention(x))  # (B, T, C)
@@ -146,26 +145,6 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-@torch.no_grad()
-def attention_weights(model, idx):
-    """How much each token (row) takes from each (column), in every layer and head: (N_LAYER, B, H, T, T) for ids `idx`
-    (B, T). For pictures: it computes what the forward pass passes over."""
-    found = []
-
-    def keep(attention, inputs, output):
-        B, T, C = inputs[0].shape
-        q, k, _ = attention.qkv(inputs[0]).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.mT * q.size(-1) ** -0.5  # (B, H, T, T): query i, key j
-        future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
-        found.append(scores.masked_fill(future, -math.inf).softmax(-1))
-
-    hooks = [block.attention.register_forward_hook(keep) for block in model.blocks]
-    model(idx)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------
@@ -173,8 +152,8 @@ def attention_weights(model, idx):
 
 @torch.no_grad()
 def evaluate(model, tokens):
-    """Metrics over a whole split in windows of the model's size that do not overlap: each token after the first is
-    predicted once. Bits per byte and word perplexity do not depend on the vocabulary; the loss per token does."""
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does. Windows have the model's size and do not overlap."""
     model.eval()
     nats, n, size = 0.0, len(tokens) - 1, model.block_size
     for start in range(0, n, MICRO_BATCH_SIZE * size):

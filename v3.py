@@ -1,18 +1,14 @@
 """v3: the serious run. A deeper model, regularization, a schedule, evaluation metrics, several devices.
 
-The model is GPT-2's (Radford et al. 2019): LayerNorm before each sub-layer and once more at the end, GELU, and an
-initialization that keeps the sum of all residual branches at one scale. The attention is the same function as in v2,
-computed by one fused kernel or, in short windows on a CPU, block by block.
+The block is GPT-2's (Radford et al. 2019): LayerNorm before each sub-layer and once more at the end, GELU, and an
+initialization that keeps activations from growing with depth. GPT-2 also uses its embedding as the last layer; here
+they are two matrices. What is new against v2:
 
-What is new against v2:
-
-- model: more layers, pre-norm, scaled initialization, dropout, fused attention;
+- model: more layers, pre-norm, scaled initialization, dropout, a last layer without bias;
 - optimizer: AdamW with weight decay for matrices only, warm-up and cosine, gradient clipping;
-- speed: bfloat16 where the hardware is faster with it, `torch.compile` where it works; attention, GELU and dropout in a
-  form that a CPU is fast with, freed memory kept for the next step;
+- speed: bfloat16 where the hardware is faster with it, torch.compile, fused attention, several devices;
 - evaluation: windows that overlap, top-1 and top-5 accuracy, expected calibration error, the test split;
-- INIT_FROM=runs/... starts from the weights of another run: fine-tuning;
-- several devices: torchrun starts a process for each, and they share every batch.
+- INIT_FROM starts from the weights of another run: fine-tuning.
 
     python v3.py                                train, evaluate, write a sample: results in runs/v3/
     python v3.py DROPOUT=0.1 MAX_STEPS=2000     set any of the constants below for one run
@@ -31,6 +27,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import kernels
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, vocabulary_file
 
@@ -104,43 +101,6 @@ def get_batch(ids, step):
 # ----------------------------------------------------------------------------------------------------------
 
 
-class Dropout(nn.Module):
-    """In training, sets a share `p` of numbers to zero and scales the rest so that the mean stays (Srivastava et al.
-    2014, "Dropout: A Simple Way to Prevent Neural Networks from Overfitting"). A CPU rounds the share to n / 256."""
-
-    def __init__(self, p):
-        super().__init__()
-        self.p = p
-
-    def forward(self, x):
-        if not self.training or self.p == 0:
-            return x
-        if x.device.type != "cpu":
-            return F.dropout(x, self.p)
-        # There, a random number for each element costs more than a layer: one of 64 bits serves eight, a byte each.
-        random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
-        dropped = min(255, round(256 * self.p))
-        keep = random.view(torch.uint8)[: x.numel()].view(x.shape).int() >= dropped  # int: bytes compare one by one
-        return x * (keep * (256 / (256 - dropped))).to(x.dtype)
-
-
-def attend(q, k, v, scale):
-    """softmax(scale q k') v for queries, keys and values (B, H, T, D): a token sees itself and those before it."""
-    T = q.size(2)
-    if T > 512 or q.device.type != "cpu" or not torch.compiler.is_compiling():
-        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale)  # one fused kernel
-    # On a CPU its backward pass is slow in short windows. Compiled products of matrices are faster, 128 queries at a
-    # time with the keys up to the last of them.
-    blocks = []
-    for start in range(0, T, 128):
-        stop = min(start + 128, T)
-        scores = (q[:, :, start:stop] * scale) @ k[:, :, :stop].mT  # (B, H, stop - start, stop)
-        future = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)
-        weights = scores.float().masked_fill(future, -math.inf).softmax(-1)
-        blocks.append(weights.type_as(v) @ v[:, :, :stop])
-    return torch.cat(blocks, 2)
-
-
 class Attention(nn.Module):
     """Causal self-attention with N_HEAD heads (Vaswani et al. 2017, equation 1 and section 3.2.2)."""
 
@@ -153,16 +113,8 @@ class Attention(nn.Module):
     def forward(self, x):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = attend(q, k, v, (C // self.n_head) ** -0.5)  # (B, H, T, D)
+        y = kernels.attention(q, k, v)  # F.scaled_dot_product_attention(q, k, v, is_causal=True): (B, H, T, D)
         return self.proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
-
-
-class GELU(nn.Module):
-    """GELU by its tanh formula (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2), with 1 + tanh(z) written as
-    2 sigmoid(2 z), which is faster to compute."""
-
-    def forward(self, x):
-        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
 
 
 class Block(nn.Module):
@@ -173,8 +125,9 @@ class Block(nn.Module):
         self.norm_1 = nn.LayerNorm(N_EMBD)
         self.attention = Attention()
         self.norm_2 = nn.LayerNorm(N_EMBD)
-        self.mlp = nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), GELU(), nn.Linear(4 * N_EMBD, N_EMBD))
-        self.dropout = Dropout(DROPOUT)
+        gelu = kernels.GELU()  # nn.GELU(approximate="tanh")
+        self.mlp = nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), gelu, nn.Linear(4 * N_EMBD, N_EMBD))
+        self.dropout = kernels.Dropout(DROPOUT)  # nn.Dropout(DROPOUT)
 
     def forward(self, x):
         x = x + self.dropout(self.attention(self.norm_1(x)))  # (B, T, C)
@@ -191,7 +144,7 @@ class LanguageModel(nn.Module):
         self.block_size = BLOCK_SIZE
         self.embedding = nn.Embedding(vocab_size, N_EMBD)
         self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)
-        self.dropout = Dropout(DROPOUT)
+        self.dropout = kernels.Dropout(DROPOUT)
         self.blocks = nn.Sequential(*(Block() for _ in range(N_LAYER)))
         self.norm = nn.LayerNorm(N_EMBD)
         self.head = nn.Linear(N_EMBD, vocab_size, bias=False)
@@ -200,7 +153,7 @@ class LanguageModel(nn.Module):
                 nn.init.normal_(p, std=0.02)
             elif name.endswith("bias"):
                 nn.init.zeros_(p)
-        for block in self.blocks:  # 2 * N_LAYER branches are summed: keep their sum at the scale of one (section 2.3)
+        for block in self.blocks:  # 2 * N_LAYER branches are summed: scale them down by the root of it (section 2.3)
             for branch_end in (block.attention.proj, block.mlp[-1]):
                 nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))
 
@@ -214,68 +167,56 @@ class LanguageModel(nn.Module):
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
 
 
-@torch.no_grad()
-def attention_weights(model, idx):
-    """How much each token (row) takes from each (column), in every layer and head: (N_LAYER, B, H, T, T) for ids `idx`
-    (B, T). For pictures: it computes what the forward pass passes over."""
-    found = []
-
-    def keep(attention, inputs, output):
-        B, T, C = inputs[0].shape
-        q, k, _ = attention.qkv(inputs[0]).view(B, T, 3, attention.n_head, -1).permute(2, 0, 3, 1, 4)
-        scores = q @ k.mT * q.size(-1) ** -0.5  # (B, H, T, T): query i, key j
-        future = torch.ones(T, T, dtype=torch.bool, device=idx.device).triu(1)
-        found.append(scores.masked_fill(future, -math.inf).softmax(-1))
-
-    hooks = [block.attention.register_forward_hook(keep) for block in model.blocks]
-    model(idx)
-    for hook in hooks:
-        hook.remove()
-    return torch.stack(found)
-
-
 # ----------------------------------------------------------------------------------------------------------
 # Evaluation
 # ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(model, tokens, stride=None):
-    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
-    not depend on the vocabulary; the loss per token does.
+def predictions(model, tokens, size, stride):
+    """Predict each token of a split after the first, in windows of `size` tokens that start every `stride` tokens.
 
-    Windows of the model's size start every `stride` tokens; by default they do not overlap. Where they do, only tokens
-    that no earlier window reached are counted, so each has at least size - stride tokens of context.
-    The calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) is the mean distance between the
-    probability of the likeliest token and how often it is right, in 15 bins of that probability.
+    Yields for batches of N tokens: the loss of each in nats (N,), the probability of the likeliest token there (N,),
+    and whether the five likeliest are right (N, 5). Where windows overlap, a token counts in the first window that
+    predicts it. All but those of the first window then have at least size - stride tokens before them.
     """
-    model.eval()
-    size = model.block_size
-    stride = min(stride or size, size)
-    n, n_bins = len(tokens) - 1, 15
-    n_windows = max(0, math.ceil((n - size) / stride)) + 1
-    nats, top_1, top_5 = 0.0, 0, 0
-    bins = torch.zeros(3, n_bins, dtype=torch.double)  # of each: tokens, sum of probabilities, tokens guessed right
-    full = n_windows - 1  # the last window of the split may be shorter
-    batches = list(torch.arange(full).split(MICRO_BATCH_SIZE)) if full else []
-    for batch in [*batches, torch.tensor([full])][harness.rank() :: harness.world_size()]:  # each process has its own
-        T = min(size, n - stride * int(batch[-1]))
-        windows = tokens.ids[stride * batch[:, None] + torch.arange(T + 1)].long().to(DEVICE)
-        old = torch.where(batch > 0, size - stride, 0)  # tokens that the window before has predicted
-        fresh = (torch.arange(T) >= old[:, None]).to(DEVICE)
+    n = len(tokens) - 1
+    starts = torch.arange(0, max(0, n - size) + stride, stride)  # the last window may be shorter: a batch of its own
+    at_once = max(1, MICRO_BATCH_SIZE * model.block_size // size)
+    batches = [batch for batch in (*starts[:-1].split(at_once), starts[-1:]) if len(batch)]
+    for batch in batches[harness.rank() :: harness.world_size()]:  # each process has its own
+        T = min(size, n - int(batch[-1]))
+        windows = tokens.ids[batch[:, None] + torch.arange(T + 1)].long().to(DEVICE)  # (b, T + 1)
         with harness.autocast(DEVICE, DTYPE):
             logits = model(windows[:, :-1])  # (b, T, V)
-        target = logits.gather(-1, windows[:, 1:, None]).squeeze(-1)[fresh]  # (N,)
-        total = logits.logsumexp(-1)[fresh]  # (N,)
-        top = logits.topk(5)
-        hits = (top.indices == windows[:, 1:, None])[fresh].cpu()  # (N, 5)
-        nats += (total - target).cpu().double().sum().item()
-        top_1 += hits[:, 0].sum().item()
-        top_5 += hits.sum().item()
-        p = (top.values[..., 0][fresh] - total).exp().cpu().double()
-        place = (p * n_bins).long().clamp(0, n_bins - 1)
-        for row, weights in zip(bins, (torch.ones_like(p), p, hits[:, 0].double())):
-            row += torch.bincount(place, weights, minlength=n_bins)
+        target = windows[:, 1:, None]  # (b, T, 1)
+        log_total = logits.logsumexp(-1)  # (b, T)
+        likeliest, ids = logits.topk(5)  # (b, T, 5)
+        loss, confidence = log_total - logits.gather(-1, target).squeeze(-1), (likeliest[..., 0] - log_total).exp()
+        new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]  # (b, T): in no earlier window
+        yield [x[new.to(DEVICE)].cpu() for x in (loss, confidence, ids == target)]
+
+
+def evaluate(model, tokens, stride=None, size=None):
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does. Windows have `size` tokens, by default the model's, and start
+    every `stride` tokens; by default they do not overlap.
+
+    The calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) is the mean distance between confidence, the
+    probability of the likeliest token, and accuracy, how often that token is right, in 15 bins of confidence.
+    """
+    model.eval()
+    size = size or model.block_size
+    n, nats, top_1, top_5 = len(tokens) - 1, 0.0, 0, 0
+    bins = torch.zeros(3, 15, dtype=torch.double)  # of each: tokens, sum of their confidence, how many were right
+    for loss, confidence, right in predictions(model, tokens, size, min(stride or size, size)):
+        nats += loss.double().sum().item()
+        top_1 += right[:, 0].sum().item()
+        top_5 += right.sum().item()
+        confidence = confidence.double()
+        rows = torch.ones_like(confidence), confidence, right[:, 0].double()
+        place = (15 * confidence).long().clamp(0, 14)
+        bins += torch.stack([torch.bincount(place, row, minlength=15) for row in rows])
     nats, top_1, top_5 = harness.all_reduce(torch.tensor([nats, top_1, top_5], dtype=torch.double)).tolist()
     bins = harness.all_reduce(bins)
     model.train()
@@ -332,7 +273,7 @@ def train(model, tokens, run):
         loss, done = 0.0, 0
         for micro_x, micro_y in zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE)):
             done += len(micro_x)
-            with harness.exchange_gradients(compiled, now=done == len(x)):
+            with harness.sync_gradients(compiled, now=done == len(x)):
                 with harness.autocast(DEVICE, DTYPE):
                     micro_loss = compiled(micro_x, micro_y) * (len(micro_x) / len(x))
                 micro_loss.backward()
@@ -385,11 +326,10 @@ def main():
     """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict; with PROMPT the text."""
     if PROMPT is not None:
         return harness.continue_prompt(globals(), OUT_DIR)
-    harness.keep_freed_memory()
+    kernels.keep_freed_memory()
     with harness.Run(globals()) as run:
         tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY, DATA))
-        with harness.main_process_first():
-            tokens = load_tokens(VOCABULARY, DATA)
+        tokens = load_tokens(VOCABULARY, DATA)
         torch.manual_seed(SEED)
         model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
         run.begin(model, tokens)
@@ -397,17 +337,13 @@ def main():
             run.init_from(INIT_FROM)
         train(model, tokens, run)
 
-        best = run.load_best(model)
-        sliding, test = evaluate(model, tokens["val"], STRIDE), evaluate(model, tokens["test"])
+        run.load_best(model)
+        sliding = {f"val_{k}_sliding": v for k, v in evaluate(model, tokens["val"], STRIDE).items()}
+        test = {f"test_{k}": v for k, v in evaluate(model, tokens["test"]).items()}
         torch.manual_seed(SEED)
         start = tokens["train"].start  # of a document
         sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
-        summary = run.finish(
-            sample, **{f"val_{k}_sliding": v for k, v in sliding.items()}, **{f"test_{k}": v for k, v in test.items()}
-        )
-        for name, metrics in (("windows side by side", best), ("windows that overlap", sliding)):
-            print(f"validation, {name}: " + ", ".join(f"{k} {v:.4f}" for k, v in metrics.items() if v is not None))
-        return summary
+        return run.finish(sample, **sliding, **test)
 
 
 if __name__ == "__main__":

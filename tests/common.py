@@ -10,9 +10,11 @@ import harness
 from data import Tokens
 
 ROOT = Path(__file__).resolve().parents[1]
-RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
+RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v3_1", "v4_alibi_rope")
 V4 = "v4_alibi_rope"
-SCHEMES = ("alibi", "rope", "learned", "sinusoidal", "none")
+LATE_RUNGS = ("v3", "v3_1", V4)  # they compile, use bfloat16, and train in several processes
+MODERN = ("v3_1", V4)  # they have the modern block and Muon
+SCHEMES = ("alibi", "rope", "sinusoidal", "none")
 MODELS = [(name, "alibi") for name in RUNGS[:-1]] + [(V4, scheme) for scheme in SCHEMES]
 SMALL_VOCABULARY = "bpe_vocab_500.json"
 
@@ -29,6 +31,7 @@ SMALL = {
     "v1_1": {**MLP, "MICRO_BATCH_SIZE": 4, "CHUNK_SIZE": 50},
     "v2": TRANSFORMER,
     "v3": LATE,
+    "v3_1": LATE,
     V4: {**LATE, "POSITION": "alibi", "EXTRAPOLATION": (1, 2)},
 }
 # Of all trainings that are compiled: another shape costs half a minute, and what is compiled is kept. At this one two
@@ -40,7 +43,8 @@ COMPILED = {
 
 
 def make_model(module, vocab_size, position="alibi"):
-    return module.LanguageModel(vocab_size, *([position] if module.__name__ == V4 else []))
+    with harness.override(vars(module), **({"POSITION": position} if module.__name__ == V4 else {})):
+        return module.LanguageModel(vocab_size)
 
 
 def randomize(model, std=0.5):

@@ -1,0 +1,104 @@
+"""Trained models: read from the folder of a run, and used."""
+
+import importlib
+import itertools
+from pathlib import Path
+
+import torch
+
+from bpe_tokenizer import BPETokenizer
+from harness.cli import check_constants, override, say
+
+SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "POSITION", "ROPE_BASE")
+
+
+def read_file(path, keys):
+    """The contents of a file of a run, on the CPU. Raises FileNotFoundError if it is not there, ValueError if it is
+    damaged or without one of `keys`."""
+    if not path.exists():
+        raise FileNotFoundError(f"there is no {path}")
+    try:
+        saved = torch.load(path, map_location="cpu", weights_only=True)
+        return {key: saved[key] for key in keys}
+    except MemoryError:
+        raise
+    except Exception:  # torch and pickle raise many kinds for a damaged file
+        raise ValueError(f"{path} is damaged or no file of this program; delete it and train again") from None
+
+
+def set_weights(model, weights, path):
+    """Give `model` the weights that were read from `path`. Raises ValueError if they are those of another model."""
+    try:
+        model.load_state_dict(weights)
+    except (RuntimeError, TypeError, AttributeError):
+        raise ValueError(f"the weights in {path} do not fit this model: they are of another rung, or the model has "
+                         "been changed since; choose another OUT_DIR, or train again") from None  # fmt: skip
+
+
+def find_model(folders):
+    """The first of `folders`, below the current folder or the repository, with a trained model. Raises
+    FileNotFoundError."""
+    bases = dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1]))
+    places = [base / folder for base in bases for folder in folders]
+    for place in places:
+        if (place / "model.pt").exists():
+            return place
+    below = dict.fromkeys(str(path.parent) for place in places for path in sorted(place.glob("*/model.pt")))
+    advice = (f"it has models below it, name one: {', '.join(below)}" if below
+              else "train one first, or name the folder of a run that has one")  # fmt: skip
+    looked = dict.fromkeys(str(base / folders[0]) for base in bases)
+    raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; {advice}")
+
+
+def read_model(folder):
+    """What `Run.save_best` wrote in `folder`: (contents of model.pt, tokenizer). Raises OSError and ValueError."""
+    saved = read_file(folder / "model.pt", ("rung", "model", "hyperparameters", "fingerprint", "start"))
+    tokenizer = BPETokenizer.load(folder / "vocabulary.json")
+    if saved["fingerprint"] != tokenizer.fingerprint:
+        raise ValueError(f"{folder / 'vocabulary.json'} is not the vocabulary that the model beside it was trained "
+                         "with; put that one back, or train again")  # fmt: skip
+    return saved, tokenizer
+
+
+def build(rung, saved, tokenizer, folder):
+    """The model of a rung (its globals) with the shape and the weights of `saved`, ready to evaluate."""
+    if saved["rung"] != Path(rung["__file__"]).stem:
+        raise ValueError(f"the model in {folder} is of {saved['rung']}.py, not of {Path(rung['__file__']).name}")
+    shape = {k: v for k, v in saved["hyperparameters"].items() if k in (*SHAPE, "DROPOUT") and k in rung}
+    with override(rung, **shape):
+        model = rung["LanguageModel"](tokenizer.vocab_size).to(rung["DEVICE"])
+    set_weights(model, saved["model"], folder / "model.pt")
+    return model.eval()
+
+
+def load(folder):
+    """(model, tokenizer) that a run of any rung has left in `folder`, such as "runs/v3" or "runs/v4_alibi_rope/rope".
+
+    model(idx) gives logits (B, T, V) for ids (B, T) on the DEVICE of the rung. It has the shape that it was trained
+    with, whatever the constants of the rung are. Raises FileNotFoundError if there is no model, ValueError if it is
+    damaged or of a rung that has been changed since.
+    """
+    folder = find_model([folder])
+    saved, tokenizer = read_model(folder)
+    try:
+        rung = vars(importlib.import_module(saved["rung"]))
+    except ImportError:
+        raise ValueError(f"the model in {folder} is of {saved['rung']}.py, which cannot be imported here") from None
+    return build(rung, saved, tokenizer, folder), tokenizer
+
+
+def continue_prompt(rung, *folders):
+    """Print PROMPT and, as it comes, what the trained model in the first of `folders` that has one makes of it. An
+    empty one begins as the text that the model was trained on. Returns the text."""
+    check_constants(rung)
+    folder = find_model(folders)
+    saved, tokenizer = read_model(folder)
+    model = build(rung, saved, tokenizer, folder)
+    ids = tokenizer.encode(rung["PROMPT"], tokenizer.special_tokens) or saved["start"]
+    torch.manual_seed(rung["SEED"])
+    pieces = []
+    for piece in tokenizer.decode_stream(itertools.chain(ids, rung["generate"](model, ids, rung["SAMPLE_TOKENS"]))):
+        say(piece, end="")
+        pieces.append(piece)
+    say()
+    return "".join(pieces)

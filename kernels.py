@@ -1,0 +1,166 @@
+"""The same maths as the rungs', in a form that a processor computes faster. Nothing here is part of a lesson.
+
+Each function or module names the plain PyTorch expression that it equals; up to rounding, their results and gradients
+are the same, which tests/test_kernels.py checks. A rung calls it where that expression would be:
+
+    y = kernels.attention(q, k, v)  # F.scaled_dot_product_attention(q, k, v, is_causal=True)
+"""
+
+import contextlib
+import ctypes
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+
+# ----------------------------------------------------------------------------------------------------------
+# Attention
+# ----------------------------------------------------------------------------------------------------------
+
+
+def attention(q, k, v, scale=None):
+    """Causal attention: F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale).
+
+    `k`, `v` (B, H, K, D); `q` (B, H, T, D) are the queries of the last T of the K tokens. Returns (B, H, T, D). The
+    scores are multiplied by `scale`, by default 1 / sqrt(D).
+    """
+    T, K = q.size(2), k.size(2)
+    if 1 < T < K:  # is_causal would let the queries start at the first key
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=_past(T, K, q.device), scale=scale)
+    if T > 512 or q.device.type != "cpu" or not torch.compiler.is_compiling():
+        return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale)
+    # On a CPU the backward pass of that function is slow in short windows. Compiled matrix products are faster: 128
+    # queries at a time, with the keys up to the last of them.
+    scale, blocks = q.size(-1) ** -0.5 if scale is None else scale, []
+    for start in range(0, T, 128):
+        stop = min(start + 128, T)
+        scores = (q[:, :, start:stop] * scale) @ k[:, :, :stop].mT  # (B, H, stop - start, stop)
+        future = torch.ones(stop - start, stop, dtype=torch.bool).triu(start + 1)
+        weights = scores.float().masked_fill(future, -math.inf).softmax(-1)
+        blocks.append(weights.type_as(v) @ v[:, :, :stop])
+    return torch.cat(blocks, 2)
+
+
+def _past(T, K, device):
+    """Which keys each of the last T of K tokens sees: itself and those before it, (T, K)."""
+    return torch.ones(T, K, dtype=torch.bool, device=device).tril(K - T)
+
+
+class ALiBiAttention:
+    """Causal attention with linear biases (Press et al. 2021, arXiv:2108.12409). Where j <= i, bias[h, i, j] is
+    slopes[h] * (j - i), else -inf; then it is F.scaled_dot_product_attention(q, k, v, attn_mask=bias).
+
+    `slopes`: one for each head. On a GPU, windows of `block_size` tokens that are compiled go through FlexAttention,
+    which is prepared here.
+    """
+
+    def __init__(self, slopes, block_size, device):
+        self.slopes, self.flex = slopes, None
+        if torch.device(device).type == "cuda":
+            self.flex = flex_parts(slopes, block_size, device)
+
+    def __call__(self, q, k, v):
+        """`k`, `v` (B, H, K, D); `q` (B, H, T, D) are the queries of the last T of the K tokens."""
+        T, K, D = q.size(2), k.size(2), q.size(3)
+        if T < K:  # new tokens after those in a cache
+            distance = torch.arange(K, device=q.device) - torch.arange(K - T, K, device=q.device)[:, None]  # (T, K)
+            bias = torch.tensor(self.slopes, device=q.device)[:, None, None] * distance  # (H, T, K)
+            bias = bias.masked_fill(distance > 0, -math.inf) if T > 1 else bias
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
+        if self.flex and torch.compiler.is_compiling():
+            return alibi_by_flex_attention(q * D**-0.5, k, v, *self.flex)
+        return attention(*alibi_in_the_dot_product(q * D**-0.5, k, v, self.slopes), scale=1.0)[..., :D]
+
+
+def alibi_in_the_dot_product(q, k, v, slopes):
+    """ALiBi without a mask, for a fused causal kernel: `q`, `k`, `v` (B, H, T, D), `q` scaled, widened by 8 dimensions
+    in which q . k gains slope * (j - i).
+
+    bfloat16 has 8 significant bits: neither a long position nor every slope fits, but each is a sum of two numbers that
+    do. position = 256 (position // 256) + position % 256 is exact up to 65,536 tokens; slope = s + rest has 16 bits.
+    """
+    B, H, T, _ = k.shape
+    position = torch.arange(T, device=k.device)
+    position = torch.stack([position // 256, position % 256] * 2, -1).expand(H, T, 4)
+    parts = []
+    for slope in slopes:
+        mantissa, exponent = math.frexp(slope)
+        s = math.ldexp(round(256 * mantissa), exponent - 8)  # its first 8 bits
+        parts.append([256 * s, s, 256 * (slope - s), slope - s])
+    parts = torch.tensor(parts, device=k.device)[:, None].expand(H, T, 4)
+    extra_q, extra_k = torch.cat([parts, position], -1), torch.cat([position, -parts], -1)  # (H, T, 8)
+    q, k = (torch.cat([x, extra.to(x.dtype).expand(B, H, T, 8)], -1) for x, extra in ((q, extra_q), (k, extra_k)))
+    return q, k, F.pad(v, (0, 8))
+
+
+def flex_parts(slopes, T, device):
+    """What `alibi_by_flex_attention` needs for windows of `T` tokens: the slopes (H,), and which keys a query sees."""
+    seen = create_block_mask(lambda b, h, i, j: j <= i, None, None, T, T, device=device)
+    return torch.tensor(slopes, device=device), seen
+
+
+def alibi_by_flex_attention(q, k, v, slopes, seen):
+    """ALiBi by a compiled kernel that adds the bias to each score as it is computed (FlexAttention, Dong et al. 2024,
+    arXiv:2412.05496), so heads keep their width, and a fast kernel. `q`, `k`, `v` (B, H, T, D), `q` scaled."""
+    return flex_attention(q, k, v, lambda score, b, h, i, j: score + slopes[h] * (j - i), seen, scale=1.0)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Dropout and GELU
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Dropout(nn.Module):
+    """nn.Dropout(p), except that on a CPU the share `p` is rounded to n / 256, and 1 / (1 - p) with it.
+
+    There, a random number for each element costs more than a layer: one of 64 bits serves eight elements, a byte each.
+    """
+
+    def __init__(self, p):
+        super().__init__()
+        self.p = p
+
+    def forward(self, x):
+        if not self.training or self.p == 0:
+            return x
+        if x.device.type != "cpu":
+            return F.dropout(x, self.p)
+        random = torch.randint(-(2**63), 2**63 - 1, ((x.numel() + 7) // 8,))
+        dropped = min(255, round(256 * self.p))
+        keep = random.view(torch.uint8)[: x.numel()].view(x.shape).int() >= dropped  # int: bytes compare one by one
+        return x * (keep * (256 / (256 - dropped))).to(x.dtype)
+
+
+class GELU(nn.Module):
+    """nn.GELU(approximate="tanh") (Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2), with 1 + tanh(z) written as
+    2 sigmoid(2 z), which compiles to faster code."""
+
+    def forward(self, x):
+        return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Memory
+# ----------------------------------------------------------------------------------------------------------
+
+_keeps_freed_memory = False
+
+
+def keep_freed_memory():
+    """Let the C library keep freed memory for the next step: fresh pages cost more than computing on them (glibc,
+    mallopt(3)). The opposite of v1_1, which trades speed for memory."""
+    global _keeps_freed_memory
+    with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large arrays, which would be returned at once
+        mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
+        _keeps_freed_memory = True
+
+
+def trim_memory():
+    """Return what is free, if freed memory is kept: the pieces that evaluations and checkpoints leave would add up."""
+    if _keeps_freed_memory:
+        with contextlib.suppress(OSError, TypeError, AttributeError):
+            ctypes.CDLL(None).malloc_trim(0)

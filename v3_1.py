@@ -1,0 +1,421 @@
+"""v3_1: the modern block and its optimizer. A simpler transformer that learns faster; positions are still learned.
+
+What is new against v3:
+
+- model: RMSNorm without weights (Zhang and Sennrich 2019), also after the embedding; ReLU squared (So et al. 2021,
+  arXiv:2109.08668) in place of GELU; no biases; the ends of all branches, and the last layer, start at zero;
+- optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks, and AdamW at a
+  rate of its own for the embeddings and the last layer. Weight decay and clipping end here: the length of a step of
+  Muon does not depend on that of the gradient;
+- schedule: the rates are constant after the warm-up and fall linearly to zero in the second half.
+
+    python v3_1.py                              train, evaluate, write a sample: results in runs/v3_1/
+    python v3_1.py MOMENTUM=0.95 MAX_STEPS=2000    set any of the constants below for one run
+    python v3_1.py RESUME=True                  go on from the last checkpoint
+    python v3_1.py PROMPT=" The castle was"     continue a text with the trained model
+    torchrun --standalone --nproc_per_node=2 v3_1.py    train on two devices
+"""
+
+import functools
+import math
+
+import harness  # first: it answers --help without torch, which takes seconds to load
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+import kernels
+from bpe_tokenizer import BPETokenizer
+from data import load_tokens, vocabulary_file
+
+# ----------------------------------------------------------------------------------------------------------
+# Hyperparameters
+# ----------------------------------------------------------------------------------------------------------
+
+DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
+BATCH_SIZE = 16  # windows a step
+MICRO_BATCH_SIZE = 16  # windows that are computed together
+BLOCK_SIZE = 256  # tokens in a window: the context that attention reaches
+MAX_STEPS = 1280  # 1.72 times the training text
+EVAL_INTERVAL = 320  # steps between two evaluations and checkpoints; at least one an epoch is made
+PATIENCE = 3  # evaluations without a better one after which training stops early
+LEARNING_RATE = 0.03  # of Muon, for the matrices of the blocks, at its highest; it ends at zero
+LEARNING_RATE_ADAMW = 0.01  # of AdamW, for the embeddings and the layer that makes the logits
+WARMUP_STEPS = 50  # steps until the learning rate is at its highest
+COOLDOWN = 0.5  # share of the steps, at the end, in which the learning rate falls
+MOMENTUM = 0.85  # of Muon
+N_LAYER = 4  # blocks
+N_HEAD = 4  # attention heads of a block
+N_EMBD = 256  # width: numbers that describe a token on its way through the blocks
+DROPOUT = 0.0  # share of numbers set to zero in training, so that less is learned by heart
+STRIDE = 128  # of the overlapping windows in the last evaluation, in tokens
+SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
+TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
+SEED = 1337
+DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
+DTYPE = "auto"  # of matrix products: "float32", "bfloat16", or the faster of them
+COMPILE = True  # use torch.compile, if it works here
+OUT_DIR = "runs/v3_1"  # where the results go
+RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
+INIT_FROM = None  # folder of a run from whose weights this one starts: fine-tuning
+PROMPT = None  # a text to continue with the trained model, instead of training
+# For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
+# DROPOUT = 0.1, MAX_STEPS = 20_000, MOMENTUM = 0.95, LEARNING_RATE = 0.02, and WikiText-103 (python data/prepare.py
+# --dataset wikitext-103-v1).
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Data
+# ----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache(maxsize=1)
+def window_starts(n_tokens, batch_size, block_size, seed, epoch):
+    """Where the windows of an epoch start: cut at a random offset, in random order, (batches, B)."""
+    n_batches = (n_tokens - block_size) // (batch_size * block_size)
+    if n_batches < 1:
+        raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
+                         f"{block_size}; lower BATCH_SIZE or BLOCK_SIZE, or train on a longer text")
+    random = np.random.default_rng((seed, epoch))  # independent of every other seed and epoch
+    starts = random.integers(block_size) + block_size * random.permutation(n_batches * batch_size)
+    return torch.from_numpy(starts).view(n_batches, batch_size)
+
+
+def get_batch(ids, step):
+    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
+    epoch, k = divmod(step, max(n_batches, 1))
+    starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
+    starts = starts.view(harness.world_size(), -1)[harness.rank()]  # of several processes each takes its part
+    windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
+    return windows[:, :-1], windows[:, 1:]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Model
+# ----------------------------------------------------------------------------------------------------------
+
+
+def norm(x):
+    """RMSNorm without weights (Zhang and Sennrich 2019, arXiv:1910.07467, equation 4)."""
+    return F.rms_norm(x, (x.size(-1),))
+
+
+class Attention(nn.Module):
+    """Causal self-attention with N_HEAD heads (Vaswani et al. 2017, equation 1 and section 3.2.2)."""
+
+    def __init__(self):
+        super().__init__()
+        self.n_head = N_HEAD
+        self.qkv = nn.Linear(N_EMBD, 3 * N_EMBD, bias=False)
+        self.proj = nn.Linear(N_EMBD, N_EMBD, bias=False)
+
+    def forward(self, x):
+        B, T, C = x.shape
+        q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = kernels.attention(q, k, v)  # F.scaled_dot_product_attention(q, k, v, is_causal=True): (B, H, T, D)
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+
+
+class MLP(nn.Module):
+    """For each token by itself: widen, ReLU squared, narrow."""
+
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(N_EMBD, 4 * N_EMBD, bias=False)
+        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)
+
+    def forward(self, x):
+        return self.proj(F.relu(self.fc(x)).square())
+
+
+class Block(nn.Module):
+    """Attention, then a small MLP for each token by itself; RMSNorm before each, residual connection around."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.mlp = MLP()
+        self.dropout = kernels.Dropout(DROPOUT)  # nn.Dropout(DROPOUT)
+
+    def forward(self, x):
+        x = x + self.dropout(self.attention(norm(x)))  # (B, T, C)
+        return x + self.dropout(self.mlp(norm(x)))
+
+
+class LanguageModel(nn.Module):
+    """Token and position embeddings, N_LAYER blocks, and a linear layer to the logits."""
+
+    def __init__(self, vocab_size):
+        super().__init__()
+        if N_EMBD % N_HEAD:
+            raise ValueError(f"N_EMBD={N_EMBD} must be a multiple of N_HEAD={N_HEAD}, since the heads share the width")
+        self.block_size = BLOCK_SIZE
+        self.embedding = nn.Embedding(vocab_size, N_EMBD)
+        self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)
+        self.dropout = kernels.Dropout(DROPOUT)
+        self.blocks = nn.Sequential(*(Block() for _ in range(N_LAYER)))
+        self.head = nn.Linear(N_EMBD, vocab_size, bias=False)
+        for name, p in self.named_parameters():
+            if name.endswith("proj.weight") or name == "head.weight":
+                nn.init.zeros_(p)  # at the start every branch is silent and every token equally likely
+            else:
+                nn.init.normal_(p, std=0.1 if name == "embedding.weight" else N_EMBD**-0.5)
+
+    def forward(self, idx, targets=None):
+        """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
+        x = norm(self.embedding(idx)) + self.position_embedding.weight[: idx.size(1)]  # (B, T, C)
+        x = norm(self.blocks(self.dropout(x)))
+        logits = self.head(x).float()  # (B, T, V)
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Evaluation
+# ----------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def predictions(model, tokens, size, stride):
+    """Predict each token of a split after the first, in windows of `size` tokens that start every `stride` tokens.
+
+    Yields for batches of N tokens: the loss of each in nats (N,), the probability of the likeliest token there (N,),
+    and whether the five likeliest are right (N, 5). Where windows overlap, a token counts in the first window that
+    predicts it. All but those of the first window then have at least size - stride tokens before them.
+    """
+    n = len(tokens) - 1
+    starts = torch.arange(0, max(0, n - size) + stride, stride)  # the last window may be shorter: a batch of its own
+    at_once = max(1, MICRO_BATCH_SIZE * model.block_size // size)
+    batches = [batch for batch in (*starts[:-1].split(at_once), starts[-1:]) if len(batch)]
+    for batch in batches[harness.rank() :: harness.world_size()]:  # each process has its own
+        T = min(size, n - int(batch[-1]))
+        windows = tokens.ids[batch[:, None] + torch.arange(T + 1)].long().to(DEVICE)  # (b, T + 1)
+        with harness.autocast(DEVICE, DTYPE):
+            logits = model(windows[:, :-1])  # (b, T, V)
+        target = windows[:, 1:, None]  # (b, T, 1)
+        log_total = logits.logsumexp(-1)  # (b, T)
+        likeliest, ids = logits.topk(5)  # (b, T, 5)
+        loss, confidence = log_total - logits.gather(-1, target).squeeze(-1), (likeliest[..., 0] - log_total).exp()
+        new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]  # (b, T): in no earlier window
+        yield [x[new.to(DEVICE)].cpu() for x in (loss, confidence, ids == target)]
+
+
+def evaluate(model, tokens, stride=None, size=None):
+    """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
+    not depend on the vocabulary; the loss per token does. Windows have `size` tokens, by default the model's, and start
+    every `stride` tokens; by default they do not overlap.
+
+    The calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) is the mean distance between confidence, the
+    probability of the likeliest token, and accuracy, how often that token is right, in 15 bins of confidence.
+    """
+    model.eval()
+    size = size or model.block_size
+    n, nats, top_1, top_5 = len(tokens) - 1, 0.0, 0, 0
+    bins = torch.zeros(3, 15, dtype=torch.double)  # of each: tokens, sum of their confidence, how many were right
+    for loss, confidence, right in predictions(model, tokens, size, min(stride or size, size)):
+        nats += loss.double().sum().item()
+        top_1 += right[:, 0].sum().item()
+        top_5 += right.sum().item()
+        confidence = confidence.double()
+        rows = torch.ones_like(confidence), confidence, right[:, 0].double()
+        place = (15 * confidence).long().clamp(0, 14)
+        bins += torch.stack([torch.bincount(place, row, minlength=15) for row in rows])
+    nats, top_1, top_5 = harness.all_reduce(torch.tensor([nats, top_1, top_5], dtype=torch.double)).tolist()
+    bins = harness.all_reduce(bins)
+    model.train()
+    return {
+        "loss": nats / n,
+        "bpb": nats / (math.log(2) * tokens.n_bytes),
+        "word_ppl": math.exp(min(nats / tokens.n_words, 700)) if tokens.n_words else None,
+        "top_1": top_1 / n,
+        "top_5": top_5 / n,
+        "calibration_error": (bins[1] - bins[2]).abs().sum().item() / n,
+    }
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Training
+# ----------------------------------------------------------------------------------------------------------
+
+
+def orthogonalize(G, dtype=torch.float32):
+    """About the nearest orthogonal matrix to each matrix of `G` (n, rows, columns), by five rounds of Newton-Schulz.
+
+    A matrix with singular values s has odd matrix polynomials, here 3.4445 X - 4.7750 X X' X + 2.0315 X X' X X' X, that
+    keep its singular vectors and map each s to 3.4445 s - 4.7750 s^3 + 2.0315 s^5 (Jordan et al. 2024). G is scaled to
+    a Frobenius norm of 1 first, so that 0 <= s <= 1. Five rounds take every s above 0.0015 to between 0.68 and 1.2, and
+    smaller ones up by a factor of up to 485 = 3.4445^5: 1e-3 to 0.47, 1e-4 to 0.05. `dtype`: of the products.
+    """
+    X = G.to(dtype)
+    if tall := G.size(-2) > G.size(-1):
+        X = X.mT.contiguous()  # the smaller side first: products are cheaper
+    X = X / (X.norm(dim=(-2, -1), keepdim=True) + 1e-7)
+    for _ in range(5):
+        A = X @ X.mT
+        B = torch.baddbmm(A, A, A, beta=-4.7750, alpha=2.0315)  # -4.7750 A + 2.0315 A A, in one pass
+        X = torch.baddbmm(X, B, X, beta=3.4445)
+    return (X.mT if tall else X).type_as(G)
+
+
+class Muon(torch.optim.Optimizer):
+    """MomentUm, Orthogonalized by Newton-schulz (Jordan et al. 2024): gradient descent in which the step of a matrix is
+    its momentum with all singular values set to about 1.
+
+    The gradient of a matrix is a sum of outer products, and a few directions that most tokens share make up most of
+    it: a step along it hardly moves the others, which may matter as much. Orthogonalized, the step moves every
+    direction equally far. It is the steepest descent among steps of one spectral norm, the most by which a step can
+    change a layer's output for an input of length 1.
+
+    Matrices of one shape are orthogonalized together. Where a weight holds several matrices, one below the other, as
+    that of queries, keys and values does, its group's `split` says how many: each is orthogonalized by itself.
+    """
+
+    def __init__(self, params, lr, momentum):
+        super().__init__(params, {"lr": lr, "momentum": momentum, "split": 1})
+
+    @torch.no_grad()
+    def step(self):
+        dtype = getattr(torch, harness.resolve_dtype(DEVICE, DTYPE))
+        for group in self.param_groups:
+            grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, columns)
+            state = self.state[group["params"][0]]
+            if not state:
+                state["momentum"] = torch.zeros_like(grad)
+            state["momentum"].lerp_(grad, 1 - group["momentum"])
+            update = grad.lerp(state["momentum"], group["momentum"])  # Nesterov's look ahead
+            rows, columns = update.size(1) // group["split"], update.size(2)
+            update = orthogonalize(update.reshape(-1, rows, columns), dtype).reshape(update.shape)
+            scale = max(1, rows / columns) ** 0.5  # a tall matrix makes longer outputs of the same input
+            for p, u in zip(group["params"], update):
+                p.sub_(u, alpha=group["lr"] * scale)
+
+
+def make_optimizers(model):
+    """Muon for the matrices of the blocks, AdamW for the embeddings and the last layer."""
+    attention, mlp = [b.attention for b in model.blocks], [b.mlp for b in model.blocks]
+    groups = [
+        {"params": [a.qkv.weight for a in attention], "split": 3},
+        {"params": [a.proj.weight for a in attention]},
+        {"params": [m.fc.weight for m in mlp]},
+        {"params": [m.proj.weight for m in mlp]},
+    ]
+    muon = Muon(groups, lr=LEARNING_RATE, momentum=MOMENTUM)
+    others = [p for name, p in model.named_parameters() if not name.startswith("blocks")]
+    adamw = torch.optim.AdamW(others, lr=LEARNING_RATE_ADAMW, betas=(0.9, 0.95), weight_decay=0.0, fused=True)
+    for group in muon.param_groups + adamw.param_groups:
+        group["initial_lr"] = group["lr"]
+    return muon, adamw
+
+
+def lr_factor(step):
+    """Learning rate of a step as a share of the highest: linear warm-up, constant, linear down to zero."""
+    return min(1, (step + 1) / max(1, WARMUP_STEPS), (MAX_STEPS - step) / max(1, COOLDOWN * MAX_STEPS))
+
+
+def train(model, tokens, run):
+    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
+    optimizers = make_optimizers(model)
+    state = run.resume(model, *optimizers)  # step, best loss, evaluations without a better one
+    compiled = run.compile(model, [t[:MICRO_BATCH_SIZE] for t in get_batch(tokens["train"].ids, 0)])
+    for step in range(state.step, MAX_STEPS + 1):
+        if run.evaluation_due(step):
+            metrics = evaluate(model, tokens["val"])
+            state.bad_evals += 1
+            if metrics["loss"] < state.best:
+                state.best, state.bad_evals = metrics["loss"], 0
+                run.save_best()
+            run.log(step, metrics)
+        if step == MAX_STEPS or state.bad_evals >= PATIENCE:
+            break
+
+        for optimizer in optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * lr_factor(step)
+        x, y = get_batch(tokens["train"].ids, step)
+        harness.seed(SEED, step, harness.rank())  # so a run that goes on draws what it would have drawn
+        loss, done = 0.0, 0
+        for micro_x, micro_y in zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE)):
+            done += len(micro_x)
+            with harness.sync_gradients(compiled, now=done == len(x)):
+                with harness.autocast(DEVICE, DTYPE):
+                    micro_loss = compiled(micro_x, micro_y) * (len(micro_x) / len(x))
+                micro_loss.backward()
+            loss += micro_loss.detach()
+        grad_norm = nn.utils.get_total_norm(p.grad for p in model.parameters())
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
+        run.step(loss, grad_norm)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------
+
+
+def draw(logits):
+    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
+    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    if TEMPERATURE == 0:
+        return logits.argmax(-1, keepdim=True)
+    p = (logits / TEMPERATURE).softmax(-1)
+    if TOP_K or TOP_P < 1:
+        ranked, order = p.sort(descending=True, stable=True)  # (B, V), likeliest first
+        if TOP_K:
+            ranked[:, TOP_K:] = 0
+        if TOP_P < 1:
+            likelier = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)[:, :-1]  # before each but the first
+            ranked[:, 1:][likelier >= TOP_P] = 0
+        p = torch.zeros_like(p).scatter(-1, order, ranked)
+    return torch.multinomial(p, 1)
+
+
+@torch.no_grad()
+def generate(model, ids, n_tokens):
+    """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
+    model.eval()
+    idx = torch.tensor([ids], device=DEVICE)  # (1, T)
+    for _ in range(n_tokens):
+        logits = model(idx[:, -model.block_size :])[:, -1]  # (1, V)
+        idx = torch.cat([idx, draw(logits)], dim=1)
+        yield idx[0, -1].item()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Main
+# ----------------------------------------------------------------------------------------------------------
+
+
+def main():
+    """Train, evaluate and sample; the results go to OUT_DIR. Returns the summary, a dict; with PROMPT the text."""
+    if PROMPT is not None:
+        return harness.continue_prompt(globals(), OUT_DIR)
+    kernels.keep_freed_memory()
+    with harness.Run(globals()) as run:
+        tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY, DATA))
+        tokens = load_tokens(VOCABULARY, DATA)
+        torch.manual_seed(SEED)
+        model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
+        run.begin(model, tokens)
+        if INIT_FROM is not None:
+            run.init_from(INIT_FROM)
+        train(model, tokens, run)
+
+        run.load_best(model)
+        sliding = {f"val_{k}_sliding": v for k, v in evaluate(model, tokens["val"], STRIDE).items()}
+        test = {f"test_{k}": v for k, v in evaluate(model, tokens["test"]).items()}
+        torch.manual_seed(SEED)
+        start = tokens["train"].start  # of a document
+        sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
+        return run.finish(sample, **sliding, **test)
+
+
+if __name__ == "__main__":
+    harness.start(globals())
