@@ -1,5 +1,7 @@
 """What several files of tests share: small constants for the rungs, models and texts, and a short training."""
 
+import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -16,6 +18,7 @@ LATE_RUNGS = ("v3", "v3_1", V4)  # they compile, use bfloat16, and train in seve
 MODERN = ("v3_1", V4)  # they have the modern block and Muon
 SCHEMES = ("alibi", "rope", "sinusoidal", "none")
 MODELS = [(name, "alibi") for name in RUNGS[:-1]] + [(V4, scheme) for scheme in SCHEMES]
+COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
 SMALL_VOCABULARY = "bpe_vocab_500.json"
 
 COMMON = {
@@ -79,6 +82,23 @@ def as_gpt2(model, n_head):
     transposed = {k: v.T for k, v in weights.items() if ".c_" in k and k.endswith("weight")}  # layers within blocks
     theirs.load_state_dict({**weights, **transposed})
     return theirs.eval()
+
+
+def published_slopes(n):
+    """As in the code of ALiBi's authors: a geometric sequence for powers of two, else two sequences put together."""
+    power = 2 ** math.floor(math.log2(n))
+    if power == n:
+        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
+        return [start * start**i for i in range(n)]
+    return published_slopes(power) + published_slopes(2 * power)[0::2][: n - power]
+
+
+def close(actual, expected, tolerance=1e-4):
+    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
+
+
+def inputs(*shape, seed=5, dtype=torch.float32):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def random_ids(*shape, vocab_size=50, seed=3):

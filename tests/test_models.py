@@ -1,4 +1,4 @@
-"""Tests of what a model computes: logits, loss, metrics, samples, the optimizer Muon, v0's closed form and v4's tables.
+"""Tests of what a model computes: logits, loss, metrics, samples, the optimizer Muon, v0's closed form and v4's table.
 
 The models are compared with independent implementations (torch's encoder layer, Hugging Face's GPT-2 and Arcee) or
 with plain loops, at random weights.
@@ -6,7 +6,6 @@ with plain loops, at random weights.
 
 import itertools
 import math
-import shutil
 from collections import Counter
 
 import numpy as np
@@ -16,30 +15,26 @@ import torch.nn.functional as F
 from torch import nn
 
 import harness
+import kernels
+import look
 from common import (
+    LATE_RUNGS,
     MODELS,
+    MODERN,
     RUNGS,
     SCHEMES,
     V4,
     as_gpt2,
+    close,
+    inputs,
     make_model,
+    published_slopes,
     random_ids,
     random_model,
     randomize,
     tiny_tokens,
 )
 from data import Tokens
-
-LATE = ("v3", V4)
-COMPILER = any(map(shutil.which, ("g++", "c++", "clang++")))
-
-
-def close(actual, expected, tolerance=1e-4):
-    torch.testing.assert_close(actual, expected, rtol=tolerance, atol=tolerance, check_dtype=False)
-
-
-def inputs(*shape, seed=5, dtype=torch.float32):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
 def softmax(x):
@@ -134,15 +129,6 @@ def test_v4_with_rope_is_the_arcee_model_of_hugging_face(load):
         close(model(x), theirs(x).logits)
 
 
-def published_slopes(n):
-    """As in the code of ALiBi's authors: a geometric sequence for powers of two, else two sequences put together."""
-    power = 2 ** math.floor(math.log2(n))
-    if power == n:
-        start = 2 ** (-(2 ** -(math.log2(n) - 3)))
-        return [start * start**i for i in range(n)]
-    return published_slopes(power) + published_slopes(2 * power)[0::2][: n - power]
-
-
 def rms(x):
     return x / np.sqrt((x**2).mean(-1, keepdims=True) + torch.finfo(torch.float32).eps)
 
@@ -156,8 +142,8 @@ def turned(x, base):
 
 
 def plain_v4(model, ids, n_head, scheme, base=10000.0, drop=lambda x: x):
-    """The logits of v4 for the tokens `ids`, (T, V), in float64, from the formulas of the papers. `drop` stands for the
-    dropout."""
+    """The logits of v4, or with the scheme "learned" of v3_1, for the tokens `ids`, (T, V), in float64, from the
+    formulas of the papers. `drop` stands for the dropout."""
     T, width = len(ids), model.embedding.weight.size(1)
     D, i, j = width // n_head, np.arange(T)[:, None], np.arange(T)
     x = rms(weight(model.embedding)[ids])
@@ -193,6 +179,13 @@ def test_v4_is_what_the_papers_say(scheme, n_head, load):
     close(model(x), expected)
 
 
+@pytest.mark.parametrize("n_head", [1, 2, 6])
+@torch.no_grad()
+def test_v3_1_is_what_the_papers_say(n_head, load):
+    model, x = random_model(load("v3_1", N_EMBD=24, N_HEAD=n_head), 50, std=0.3), random_ids(2, 25)
+    close(model(x), torch.stack([plain_v4(model, row, n_head, "learned") for row in x.numpy()]))
+
+
 # ----------------------------------------------------------------------------------------------------------
 # Properties of every model
 # ----------------------------------------------------------------------------------------------------------
@@ -218,7 +211,7 @@ def test_the_loss_is_the_mean_cross_entropy_of_the_logits(name, load):
     assert model(x, y).item() == pytest.approx(expected.item(), rel=1e-5)
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 @torch.no_grad()
 def test_logits_and_loss_are_float32_under_autocast(name, load):
     model, x = random_model(load(name), 50), random_ids(2, 9)
@@ -230,7 +223,7 @@ CHANGES = {  # constants that give a model its shape
     "v0": {}, "v1": {"CONTEXT_SIZE": 3, "N_EMBD": 8, "N_HIDDEN": 8},
     "v1_1": {"CONTEXT_SIZE": 3, "N_EMBD": 8, "N_HIDDEN": 8},
     "v2": {"BLOCK_SIZE": 16, "N_LAYER": 1, "N_HEAD": 4, "N_EMBD": 16},
-    "v3": {"BLOCK_SIZE": 16, "N_LAYER": 1, "N_HEAD": 4, "N_EMBD": 16, "DROPOUT": 0.0},
+    **{name: {"BLOCK_SIZE": 16, "N_LAYER": 1, "N_HEAD": 4, "N_EMBD": 16, "DROPOUT": 0.0} for name in ("v3", "v3_1")},
     V4: {"BLOCK_SIZE": 16, "N_LAYER": 1, "N_HEAD": 4, "N_EMBD": 16, "DROPOUT": 0.0, "ROPE_BASE": 50.0},
 }  # fmt: skip
 
@@ -245,7 +238,7 @@ def test_a_model_keeps_the_shape_that_it_was_built_with(name, position, load):
         trained = model.train()(x)
         return [trained, model.eval()(x), module.evaluate(model, tokens), [*module.generate(model, [3, 1, 4], 60)]]
 
-    module = load(name, **({"DROPOUT": 0.3} if name in LATE else {}))
+    module = load(name, **({"DROPOUT": 0.3} if name in LATE_RUNGS else {}))
     model, x, tokens = random_model(module, 50, position), random_ids(2, 32), tiny_tokens(171, 50)
     before = results()
     for constant, value in CHANGES[name].items():
@@ -257,7 +250,7 @@ def test_a_model_keeps_the_shape_that_it_was_built_with(name, position, load):
     assert before[2:] == after[2:]
 
 
-@pytest.mark.parametrize("name", ("v2", "v3", V4))
+@pytest.mark.parametrize("name", ("v2", *LATE_RUNGS))
 def test_a_width_that_the_heads_cannot_share_is_refused(name, load):
     with pytest.raises(ValueError, match="N_EMBD=32 .*N_HEAD=3"):
         make_model(load(name, N_EMBD=32, N_HEAD=3), 50)
@@ -270,6 +263,12 @@ def test_odd_dimensions_are_refused_where_numbers_come_in_pairs(load):
     with pytest.raises(ValueError, match="N_EMBD=15 must be even"):
         make_model(module, 50, "sinusoidal")
     make_model(module, 50, "alibi")
+
+
+@pytest.mark.parametrize("position", ["alibi,rope", "learned", ""])
+def test_a_model_has_one_scheme(position, load):
+    with pytest.raises(ValueError, match=f"POSITION={position}: a model has one scheme"):
+        make_model(load(V4), 50, position)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -294,14 +293,16 @@ def test_residual_branches_of_v3_start_small(load):
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
 
 
-def test_branches_and_head_of_v4_start_at_zero(load):
-    model = load(V4, N_EMBD=64).LanguageModel(500, "learned")
+@pytest.mark.parametrize("name", MODERN)
+def test_branches_and_head_of_the_modern_block_start_at_zero(name, load):
+    model = load(name, N_EMBD=64).LanguageModel(500)
     assert not model(torch.arange(20)[None]).any()
     for block in model.blocks:
         assert not block.attention.proj.weight.any() and not block.mlp.proj.weight.any()
         for other in (block.attention.qkv, block.mlp.fc):
             assert other.weight.std().item() == pytest.approx(1 / 8, rel=0.06)
-    assert model.position_embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.06)
+    if name == "v3_1":
+        assert model.position_embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.06)
     assert model.embedding.weight.std().item() == pytest.approx(0.1, rel=0.06)
 
 
@@ -328,87 +329,6 @@ def test_the_bias_of_alibi_is_the_distance_times_the_slope(T, K, load):
         assert bias[h, i, j].item() == pytest.approx(-published_slopes(6)[h] * (K - T + i - j), rel=1e-6)
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("n_head", [3, 4, 6, 12])
-def test_the_dot_product_holds_the_bias_exactly(dtype, n_head, load):
-    """With q = k = 0 it is the bias alone. Long positions have more bits than a bfloat16, and so have some slopes."""
-    T, D = 4097, 12
-    zeros = torch.zeros(1, n_head, T, D, dtype=dtype)
-    q, k, v = load(V4).alibi_in_the_dot_product(zeros, zeros, zeros + 1)
-    assert q.dtype == k.dtype == v.dtype == dtype
-    assert q.shape == k.shape == v.shape == (1, n_head, T, D + 8)
-    slopes = torch.tensor(published_slopes(n_head), dtype=torch.double)[:, None]
-    for i in (0, 1, 256, 257, 4096):
-        actual = (q[0, :, i, None].double() * k[0].double()).sum(-1)  # (H, T)
-        torch.testing.assert_close(actual, slopes * (torch.arange(T) - i), rtol=2**-16, atol=0)
-    assert torch.equal(v[..., :D], zeros + 1) and not v[..., D:].any()
-
-
-def alibi_in_double(q, k, v):
-    """Attention of the last T queries with ALiBi as a bias on the scores, all in float64; and without the bias."""
-    (H, T, D), K = q.shape[1:], k.size(2)
-    distance = torch.arange(K - T, K)[:, None] - torch.arange(K)  # (T, K)
-    bias = -torch.tensor(published_slopes(H), dtype=torch.double)[:, None, None] * distance
-    scores = (q.double() @ k.double().mT) / math.sqrt(D)
-    return [s.masked_fill(distance < 0, -math.inf).softmax(-1) @ v.double() for s in (scores + bias, scores)]
-
-
-def distance_from(expected, actual):
-    return ((actual.double() - expected).norm() / expected.norm()).item()
-
-
-def fast_alibi(module):
-    D = 64
-    return lambda q, k, v: module.attend(*module.alibi_in_the_dot_product(q * D**-0.5, k, v), 1.0)[..., :D]
-
-
-# How far attention may be from that in float64, as a share of its norm: in bfloat16 what rounding costs without
-# positions too. Slopes cut to 8 bits would cost 1e-3 in float32; a slope that is wrong by a tenth costs 0.05.
-TOLERANCE = {torch.float32: 2e-5, torch.bfloat16: 3e-3}
-
-
-@pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize("n_head", [3, 4, 6, 12])
-@torch.no_grad()
-def test_the_fast_alibi_is_the_bias_in_double_precision(dtype, n_head, load):
-    module = load(V4)
-    for T in (32, 256, 257, 512, 1024, *([4096] if n_head == 3 else [])):
-        q, k, v = (x.to(dtype) for x in inputs(3, 1, n_head, T, 64))
-        expected, without = alibi_in_double(q, k, v)
-        assert distance_from(expected, fast_alibi(module)(q, k, v)) < TOLERANCE[dtype]
-        assert distance_from(expected, without) > 0.1
-        # The cache's form, for the last tokens.
-        last = module.attend(q[:, :, -3:], k, v, 1 / 8, module.alibi_bias(n_head, 3, T))
-        assert distance_from(expected[:, :, -3:], last) < 2 * TOLERANCE[dtype]
-
-
-@pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("dtype", "n_head", "T"), [
-    (torch.bfloat16, 3, 32), (torch.bfloat16, 12, 256), (torch.bfloat16, 6, 512), (torch.bfloat16, 4, 1024),
-    (torch.float32, 12, 256),
-])  # fmt: skip
-@torch.no_grad()
-def test_the_fast_alibi_is_the_bias_when_compiled(dtype, n_head, T, load):
-    q, k, v = (x.to(dtype) for x in inputs(3, 1, n_head, T, 64))
-    expected, _ = alibi_in_double(q, k, v)
-    compiled = torch.compile(fast_alibi(load(V4)), dynamic=False)
-    assert distance_from(expected, compiled(q, k, v)) < 1.5 * TOLERANCE[dtype]
-
-
-@pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
-@torch.no_grad()
-def test_alibi_by_flex_attention_is_the_bias_when_compiled(load):
-    """What a GPU runs; a CPU can compute it forwards."""
-    module, device = load(V4), "cuda" if torch.cuda.is_available() else "cpu"
-    q, k, v = (x.to(device) for x in inputs(3, 1, 6, 256, 64))
-    parts = module.flex_parts(6, 256, device)
-    flex = torch.compile(lambda q, k, v: module.alibi_by_flex_attention(q / 8, k, v, *parts), dynamic=False)
-    for dtype in TOLERANCE:
-        x = [t.to(dtype) for t in (q, k, v)]
-        expected = alibi_in_double(*(t.cpu() for t in x))[0]
-        assert distance_from(expected, flex(*x).cpu()) < 1.5 * TOLERANCE[dtype]
-
-
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.double, 1e-9), (torch.long, 1e-2)])
 def test_rope_depends_on_the_distance_alone(dtype, tolerance, load):
     module, random = load(V4), torch.Generator().manual_seed(1)
@@ -432,7 +352,7 @@ def test_the_cache_gives_the_logits_of_the_whole_text(scheme, pieces, load):
     assert cache.length == 32
 
 
-@pytest.mark.parametrize("scheme", [s for s in SCHEMES if s != "learned"])
+@pytest.mark.parametrize("scheme", SCHEMES)
 @torch.no_grad()
 def test_the_cache_grows_beyond_a_window(scheme, load):
     module = load(V4)
@@ -442,7 +362,7 @@ def test_the_cache_grows_beyond_a_window(scheme, load):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# The parts of v1_1, v3 and v4 that are written for memory or for speed
+# v1_1: the loss in chunks
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -490,50 +410,9 @@ def test_the_loss_in_chunks_without_gradients(load):
     torch.testing.assert_close(first, torch.autograd.grad(F.cross_entropy(head(x), targets), (x, *head.parameters())))
 
 
-def test_gelu_is_that_of_torch(load):
-    x = torch.linspace(-12, 12, 10_001, dtype=torch.double, requires_grad=True)
-    ours, theirs = load("v3").GELU()(x), F.gelu(x, approximate="tanh")
-    assert torch.allclose(ours, theirs, atol=1e-12)
-    assert torch.allclose(*(torch.autograd.grad(y.sum(), x)[0] for y in (ours, theirs)), atol=1e-12)
-
-
-@pytest.mark.parametrize("T", [1, 5, 128, 200, 512, 513])
-@pytest.mark.parametrize("name", LATE)
-def test_attention_in_blocks_of_queries_is_that_of_torch(name, T, load, monkeypatch):
-    """The code that is compiled on a CPU, run as it stands."""
-    q, k, v = inputs(3, 2, 3, T, 8, dtype=torch.double).requires_grad_().unbind()
-    theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=0.3)
-    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    monkeypatch.setattr(torch.Tensor, "float", lambda x: x)  # stay in double
-    ours = load(name).attend(q, k, v, 0.3)
-    assert torch.allclose(ours, theirs, atol=1e-12)
-    gradients = (torch.autograd.grad((y * inputs(*y.shape).double()).sum(), (q, k, v)) for y in (ours, theirs))
-    for our, their in zip(*gradients):
-        assert torch.allclose(our, their, atol=1e-12)
-
-
-@pytest.mark.parametrize("share", [0.1, 0.5, 0.999])
-@pytest.mark.parametrize("name", LATE)
-def test_dropout_keeps_the_mean_and_draws_independently(name, share, load):
-    dropout = load(name).Dropout(share)
-    torch.manual_seed(0)
-    x = torch.ones(300, 1001)  # not a multiple of eight
-    kept = dropout(x)
-    p = min(255, round(256 * share)) / 256
-    n = x.numel()
-    assert torch.allclose(kept[kept > 0], torch.tensor(1 / (1 - p)))
-    zero = (kept == 0).double()
-    assert abs(zero.mean() - p) < 5 * math.sqrt(p * (1 - p) / n)
-    flat = zero.flatten() - p
-    for lag in (1, 2, 7, 8, 9, 1001):  # neighbours, also within the eight that share a random number
-        assert abs((flat[lag:] * flat[:-lag]).mean()) < 5 * p * (1 - p) / math.sqrt(n - lag)
-    assert not torch.equal(dropout(x), kept)
-    x.requires_grad_()
-    torch.manual_seed(0)
-    dropout(x).sum().backward()
-    assert torch.equal(x.grad, kept)
-    assert torch.equal(dropout.eval()(x), x)
-    assert torch.equal(load(name).Dropout(0.0)(x), x)
+# ----------------------------------------------------------------------------------------------------------
+# Where v3, v3_1 and v4 drop
+# ----------------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
@@ -541,9 +420,9 @@ def test_where_v3_drops(load, monkeypatch):
     """With a dropout that doubles all numbers the model is the one whose embeddings and branches are twice as large."""
     module = load("v3", DROPOUT=0.25)
     model, x = random_model(module, 50, std=0.3), random_ids(2, 32)
-    assert {part.p for part in model.modules() if isinstance(part, module.Dropout)} == {0.25}
+    assert {part.p for part in model.modules() if isinstance(part, kernels.Dropout)} == {0.25}
     with monkeypatch.context() as patch:
-        patch.setattr(module.Dropout, "forward", lambda self, x: 2 * x)
+        patch.setattr(kernels.Dropout, "forward", lambda self, x: 2 * x)
         doubled = model(x)
     ends = [end for block in model.blocks for end in (block.attention.proj, block.mlp[-1])]
     for p in [model.embedding.weight, model.position_embedding.weight, *(p for end in ends for p in end.parameters())]:
@@ -551,13 +430,13 @@ def test_where_v3_drops(load, monkeypatch):
     close(doubled, model(x))
 
 
-@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("scheme", ["learned", *SCHEMES])
 @torch.no_grad()
-def test_where_v4_drops(scheme, load, monkeypatch):
-    module = load(V4, DROPOUT=0.25)
+def test_where_the_modern_block_drops(scheme, load, monkeypatch):
+    module = load("v3_1" if scheme == "learned" else V4, DROPOUT=0.25)
     model, x = random_model(module, 50, scheme, std=0.3), random_ids(1, 20)
-    assert {part.p for part in model.modules() if isinstance(part, module.Dropout)} == {0.25}
-    monkeypatch.setattr(module.Dropout, "forward", lambda self, x: 2 * x)
+    assert {part.p for part in model.modules() if isinstance(part, kernels.Dropout)} == {0.25}
+    monkeypatch.setattr(kernels.Dropout, "forward", lambda self, x: 2 * x)
     close(model(x)[0], plain_v4(model, x[0].numpy(), 2, scheme, drop=lambda x: 2 * x))
 
 
@@ -601,7 +480,7 @@ def brute_force(model, tokens, length, stride=None):
 
 
 def assert_metrics(name, actual, expected):
-    keys = list(expected) if name in LATE else ["loss", "bpb", "word_ppl"]
+    keys = list(expected) if name in LATE_RUNGS else ["loss", "bpb", "word_ppl"]
     assert actual == pytest.approx({key: expected[key] for key in keys}, rel=2e-5, abs=1e-6)
 
 
@@ -610,7 +489,7 @@ def assert_metrics(name, actual, expected):
 def test_metrics_are_those_of_a_plain_loop(name, n, load):
     """Lengths around a window and a batch; at most lengths the last window is short. Nothing is dropped, and the model
     is left in training, without gradients."""
-    module = load(name, **({"DROPOUT": 0.3} if name in LATE else {}))
+    module = load(name, **({"DROPOUT": 0.3} if name in LATE_RUNGS else {}))
     model, tokens = random_model(module, 40).train(), tiny_tokens(n, 40)
     actual = module.evaluate(model, tokens)
     assert model.training and all(p.grad is None for p in model.parameters())
@@ -618,7 +497,7 @@ def test_metrics_are_those_of_a_plain_loop(name, n, load):
 
 
 @pytest.mark.parametrize("stride", [1, 7, 16, 31, 32, 64])
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_metrics_with_windows_that_overlap(name, stride, load):
     """A stride longer than the window skips no token."""
     module = load(name)
@@ -650,7 +529,7 @@ def test_an_evaluation_takes_no_more_tokens_at_once_than_a_training_step(name, l
         assert max(seen) == most and seen.count(most) == 3 * 7
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_the_calibration_error_adds_up_what_goes_both_ways(name, load):
     """Half of the time the likeliest token comes, whatever its probability: some bins hold too much confidence and some
     too little."""
@@ -669,7 +548,7 @@ def test_the_calibration_error_adds_up_what_goes_both_ways(name, load):
     assert_metrics(name, load(name).evaluate(Table(), tokens), brute_force(Table(), tokens, 32))
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_a_tie_is_no_right_guess(name, load):
     """All tokens equally likely, as before the first step of v4: the model has guessed nothing."""
     module = load(name)
@@ -696,7 +575,7 @@ def test_a_text_without_words_has_no_word_perplexity(name, load):
     assert metrics["word_ppl"] is None and metrics["bpb"] > 0
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_an_evaluation_in_bfloat16_is_close_to_one_in_float32(name, load):
     module = load(name, DTYPE="bfloat16")
     model, tokens = random_model(module, 40), tiny_tokens(500, 40)
@@ -705,12 +584,12 @@ def test_an_evaluation_in_bfloat16_is_close_to_one_in_float32(name, load):
 
 
 @pytest.mark.parametrize(("stride", "size"), [(None, None), (13, None), (None, 64)])
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_processes_share_an_evaluation(name, stride, size, load, monkeypatch):
     """What three of them add up is what one of them has alone."""
     module, tokens = load(name), tiny_tokens(500, 40)
     model = random_model(module, 40)
-    arguments = (model, tokens, stride) + ((size,) if name == V4 else ())
+    arguments = model, tokens, stride, None if name != V4 else size
     alone, sums = module.evaluate(*arguments), []
     monkeypatch.setattr(harness, "world_size", lambda: 3)
     for rank in range(3):
@@ -727,33 +606,36 @@ def test_processes_share_an_evaluation(name, stride, size, load, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(("name", "position"), [model for model in MODELS if model[0] in ("v2", *LATE)])
+@pytest.mark.parametrize("T", [5, 20, 32])
+@pytest.mark.parametrize(("name", "position"), [model for model in MODELS if model[0] in ("v2", *LATE_RUNGS)])
 @torch.no_grad()
-def test_attention_weights_are_what_the_values_are_weighed_with(name, position, load):
-    """The sums of values that they weigh, through the last projection, are what the layer itself gives."""
+def test_attention_weights_are_what_the_values_are_weighed_with(name, position, T, load):
+    """The sums of values that they weigh, through the last projection, are what the layer itself gives; texts shorter
+    and longer than a head is wide. The model is left as it was."""
     module, outputs = load(name), []
-    model, idx = random_model(module, 50, position), random_ids(3, 20)
+    model, idx = random_model(module, 50, position), random_ids(3, T)
+    before = model(idx)
+    weights = look.attention_weights(model, idx)
+    assert weights.shape == (2, 3, 2, T, T)
+    close(weights.sum(-1), torch.ones(2, 3, 2, T), 1e-5)
+    assert not weights.triu(1).any()
     hooks = [block.attention.register_forward_hook(lambda attention, inputs, output: outputs.append(
         (attention, inputs[0], output))) for block in model.blocks]  # fmt: skip
-    weights = module.attention_weights(model, idx)
-    assert weights.shape == (2, 3, 2, 20, 20) and len(outputs) == 2
-    close(weights.sum(-1), torch.ones(2, 3, 2, 20), 1e-5)
-    assert not weights.triu(1).any()
+    assert torch.equal(model(idx), before) and len(outputs) == 2
     for there, (attention, x, output) in zip(weights, outputs):
-        v = attention.qkv(x)[..., 64:].view(3, 20, 2, 16).transpose(1, 2)  # (B, H, T, D)
-        close(attention.proj((there @ v).transpose(1, 2).reshape(3, 20, 32)), output, 1e-4)
+        v = attention.qkv(x)[..., 64:].view(3, T, 2, 16).transpose(1, 2)  # (B, H, T, D)
+        close(attention.proj((there @ v).transpose(1, 2).reshape(3, T, 32)), output, 1e-4)
     for hook in hooks:
         hook.remove()
-    assert not any(block.attention._forward_hooks for block in model.blocks)
+    assert not any(module._forward_hooks or module._forward_pre_hooks for module in model.modules())
 
 
 @torch.no_grad()
 def test_attention_weights_of_v3_are_those_of_hugging_face(load):
-    module = load("v3")
-    model, idx = random_model(module, 50, std=0.2), random_ids(2, 32)
+    model, idx = random_model(load("v3"), 50, std=0.2), random_ids(2, 32)
     theirs = as_gpt2(model, 2)
     theirs.set_attn_implementation("eager")
-    close(module.attention_weights(model, idx), torch.stack(theirs(idx, output_attentions=True).attentions), 1e-5)
+    close(look.attention_weights(model, idx), torch.stack(theirs(idx, output_attentions=True).attentions), 1e-5)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -793,7 +675,8 @@ def context_of(name, module, ids, window):
 @torch.no_grad()
 def test_where_one_token_is_certain_it_is_taken(name, position, n_prompt, load):
     """Through texts that grow longer than the window. Nothing is dropped."""
-    module = load(name, **({"DROPOUT": 0.3} if name in LATE else {}), **({"CONTEXT_SIZE": 6} if name == "v1" else {}))
+    constants = {"DROPOUT": 0.3} if name in LATE_RUNGS else {"CONTEXT_SIZE": 6} if name == "v1" else {}
+    module = load(name, **constants)
     model = random_model(module, 50, position).train()
     (model.table if name == "v0" else model.head.weight).mul_(1e4)
     prompt = [k * 7 % 50 for k in range(n_prompt)]
@@ -864,7 +747,7 @@ def test_top_k_and_top_p_agree_with_hugging_face(name, load, monkeypatch):
     close(given[0] / given[0].sum(-1, keepdim=True), logits.softmax(-1), 1e-5)
 
 
-DRAWS = [("v0", 0.5), ("v1", 2.0), ("v1_1", 2.0), *((name, t) for name in ("v2", *LATE) for t in (0.5, 2.0))]
+DRAWS = [("v0", 0.5), ("v1", 2.0), ("v1_1", 2.0), *((name, t) for name in ("v2", *LATE_RUNGS) for t in (0.5, 2.0))]
 
 
 @pytest.mark.parametrize(("name", "temperature"), DRAWS)
@@ -872,7 +755,7 @@ DRAWS = [("v0", 0.5), ("v1", 2.0), ("v1_1", 2.0), *((name, t) for name in ("v2",
 def test_many_draws_follow_the_distribution_of_the_model(name, temperature, load):
     """A chi-squared test, which another temperature does not pass."""
     module = load(name, TEMPERATURE=temperature)
-    model, n, prompt = random_model(module, 4, std=1.0 if name == "v0" else 0.4), 600, [2, 0, 1, 3]
+    model, n, prompt = random_model(module, 4, std={"v0": 1.0, "v3_1": 0.8}.get(name, 0.4)), 600, [2, 0, 1, 3]
     torch.manual_seed(5)
     counts = np.bincount([next(module.generate(model, prompt, 1)) for _ in range(n)], minlength=4)
     logits = model(torch.tensor([prompt]))[0, -1].double().numpy()
@@ -883,7 +766,7 @@ def test_many_draws_follow_the_distribution_of_the_model(name, temperature, load
 
 
 # ----------------------------------------------------------------------------------------------------------
-# v4: Muon
+# Muon
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -901,18 +784,18 @@ def newton_schulz(G):
 def test_orthogonalize_changes_the_singular_values_alone(shape, scale, load):
     """Each matrix of the stack by itself, whatever the scale of the others."""
     G = inputs(4, *shape) * scale * torch.tensor([1, 10, 0.1, 1000])[:, None, None]
-    result = load(V4).orthogonalize(G)
+    result = load("v3_1").orthogonalize(G)
     assert result.dtype == G.dtype and result.shape == G.shape
     close(result, torch.stack([newton_schulz(one) for one in G]), 1e-3)
     values = torch.linalg.svdvals(result)
     assert 0.3 < values.min() and values.max() < 1.3
-    assert not load(V4).orthogonalize(torch.zeros(1, *shape)).any()
+    assert not load("v3_1").orthogonalize(torch.zeros(1, *shape)).any()
 
 
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48)])
 def test_orthogonalize_in_bfloat16_stays_close(shape, load):
     G = inputs(3, *shape)
-    exact, rounded = (load(V4).orthogonalize(G, dtype) for dtype in (torch.float32, torch.bfloat16))
+    exact, rounded = (load("v3_1").orthogonalize(G, dtype) for dtype in (torch.float32, torch.bfloat16))
     assert rounded.dtype == torch.float32
     assert 1e-4 < (rounded - exact).norm() / exact.norm() < 0.05
 
@@ -922,7 +805,7 @@ def test_muon_against_a_plain_loop(load):
     shapes = {"thirds": (24, 8), "tall": (32, 8), "wide": (8, 32), "square": (8, 8)}
     parameters = {name: [nn.Parameter(inputs(*shape, seed=i)) for i in (1, 2)] for name, shape in shapes.items()}
     groups = [{"params": p, **({"split": 3} if name == "thirds" else {})} for name, p in parameters.items()]
-    muon = load(V4).Muon(groups, lr=0.1, momentum=0.9)
+    muon = load("v3_1").Muon(groups, lr=0.1, momentum=0.9)
     flat = [(name, p) for name, both in parameters.items() for p in both]
     expected, momenta = [p.detach().clone() for _, p in flat], [0.0] * len(flat)
     for step in range(4):
@@ -939,8 +822,17 @@ def test_muon_against_a_plain_loop(load):
     close([p.detach() for _, p in flat], expected, 1e-3)
 
 
+def test_what_five_rounds_do_to_a_singular_value(load):
+    """What the docstring of `orthogonalize` says, for matrices of a Frobenius norm of 1 with a small value `s`."""
+    small = torch.tensor([1e-4, 1e-3, *np.geomspace(0.0015, 0.7, 300)], dtype=torch.double)
+    matrices = torch.diag_embed(torch.stack([(1 - small**2).sqrt(), small], 1))  # (n, 2, 2)
+    result = load("v3_1").orthogonalize(matrices, torch.double).diagonal(dim1=1, dim2=2)
+    assert result[:2, 1].tolist() == pytest.approx([0.05, 0.47], abs=0.005)
+    assert 0.679 < result[2:].min() and result.max() < 1.21
+
+
 def test_the_momentum_of_muon_survives_saving(load, tmp_path):
-    module = load(V4)
+    module = load("v3_1")
 
     def step(muon, p, seed):
         p.grad = inputs(8, 8, seed=seed)
@@ -960,71 +852,16 @@ def test_the_momentum_of_muon_survives_saving(load, tmp_path):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# v4: comparison of schemes, embeddings
+# v4: length extrapolation
 # ----------------------------------------------------------------------------------------------------------
 
 
-def tokenizer_of(module):
-    return module.BPETokenizer.load(module.vocabulary_file(module.VOCABULARY))
-
-
-def test_extrapolation_is_none_where_positions_are_missing(load):
-    module, tokens = load(V4, EXTRAPOLATION=(1, 2, 4)), tiny_tokens(300, 40)
-    learned = random_model(module, 40, "learned")
-    bpb = brute_force(learned, tokens, 32)["bpb"]
-    assert module.extrapolate(learned, tokens) == {32: pytest.approx(bpb, rel=1e-5), 64: None, 128: None}
-    rope = random_model(module, 40, "rope")
-    found = module.extrapolate(rope, tokens)
-    assert found == pytest.approx({n: brute_force(rope.eval(), tokens, n)["bpb"] for n in (32, 64, 128)}, rel=1e-5)
-
-
-def test_nearest_neighbours_are_sorted_by_cosine(load):
-    module = load(V4, VOCABULARY="bpe_vocab.json")
-    tokenizer = tokenizer_of(module)
-    model = random_model(module, tokenizer.vocab_size)
-    vectors = weight(model.embedding)
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    found = module.nearest_neighbours(model, tokenizer, n=5)
-    assert list(found) == [text for text in module.NEIGHBOURS_OF if len(tokenizer.encode(text)) == 1][:8]
-    assert len(found) >= 4
-    for word, neighbours in found.items():
-        (own,) = tokenizer.encode(word)
-        order = np.argsort(-(vectors @ vectors[own]))
-        assert neighbours == [tokenizer.decode([int(i)]) for i in order if i != own][:5]
-
-
-@pytest.mark.parametrize("vocabulary", ["bpe_vocab_500.json", "bpe_vocab.json"])
-def test_embeddings_are_drawn_by_their_principal_components(vocabulary, load):
-    """In a small vocabulary few of the words are single tokens."""
-    module = load(V4, VOCABULARY=vocabulary)
-    tokenizer = tokenizer_of(module)
-    model = random_model(module, tokenizer.vocab_size)
-    (axes,) = module.plot_embeddings(model, tokenizer).axes
-    words = [word for kind in module.WORDS.values() for word in kind.split() if len(tokenizer.encode(" " + word)) == 1]
-    labels = sorted(text.get_text() for text in axes.texts)
-    assert labels == sorted(words)
-    vectors = weight(model.embedding)[[tokenizer.encode(" " + word)[0] for word in words]]
-    vectors = vectors / np.linalg.norm(vectors, axis=1, keepdims=True)
-    vectors -= vectors.mean(0)
-    _, axis = np.linalg.eigh(vectors.T @ vectors)  # ascending
-    expected = np.abs(vectors @ axis[:, [-1, -2]])
-    drawn = np.abs(np.asarray(axes.collections[0].get_offsets()))
-    np.testing.assert_allclose(drawn, expected, atol=1e-4)
-
-
-def test_a_vocabulary_without_any_of_the_words_has_frequent_tokens_drawn(load):
-    module = load(V4, VOCABULARY="bpe_vocab.json")
-    tokenizer = tokenizer_of(module)
-    found = module.single_tokens([" an unlikely text", "another one"], tokenizer)
-    assert len(found) > 20
-    assert all(tokenizer.decode([i]) == text and 256 <= i < 296 for text, i in found.items())
-
-
-def test_the_curves_of_the_schemes_are_drawn(load):
-    curves = {"alibi": [(32, 2.0), (64, 1.9)], "rope": [(32, 2.1), (64, 2.5)]}
-    for title in ("training", "length extrapolation"):
-        (axes,) = load(V4).plot_schemes(curves, "tokens", title).axes
-        lines = {line.get_label(): line.get_xydata().tolist() for line in axes.lines}
-        marked = lines.pop("training length", None)
-        assert lines == {name: [list(point) for point in points] for name, points in curves.items()}
-        assert (marked is not None and marked[0][0] == 32) == (title == "length extrapolation")
+@pytest.mark.parametrize("position", SCHEMES)
+def test_extrapolation_is_the_loss_in_longer_windows(position, load):
+    """And none where the text is shorter than a window, which would be read in a shorter one."""
+    module, tokens = load(V4, EXTRAPOLATION=(1, 2, 4, 9, 10, 16)), tiny_tokens(32 * 9 + 1, 40)
+    model = random_model(module, 40, position)
+    found = module.extrapolate(model, tokens)
+    expected = {n: brute_force(model.eval(), tokens, n)["bpb"] for n in (32, 64, 128, 288)}
+    assert found.pop(320) is None and found.pop(512) is None
+    assert found == pytest.approx(expected, rel=1e-5)
