@@ -13,7 +13,7 @@ WikiText-2 (wiki.train.tokens, ...). Their code runs as it is, with the commands
   gets the tokens of this repository; a short trial tells how many steps the seconds hold, and its weights are evaluated
   here over whole splits, in windows side by side.
 
-v2, v3 and v4 beside them are the experiment `beside` of results/experiments.py.
+v2, v3 and v4 beside them are the experiment `beside` (results/plan.py).
 """
 
 import argparse
@@ -32,7 +32,7 @@ from pathlib import Path
 from statistics import median
 
 ROOT = Path(__file__).resolve().parents[1]
-sys.path[:0] = [str(ROOT), str(ROOT / "results")]
+sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
@@ -163,14 +163,15 @@ def commit(folder):
 
 def report(kept):
     """The table, with the rows of this repository from its experiments."""
-    import experiments
+    from results.plan import EXPERIMENTS, SEEDS
+    from results.store import read_results, spread
 
     rows = []
-    for run in experiments.EXPERIMENTS["beside"].runs:
-        seeds = [one["summary"] for one in experiments.read_found(run, experiments.SEEDS)]
+    for run in EXPERIMENTS["beside"].runs:
+        seeds = [result["summary"] for result in read_results(run, SEEDS)]
         if seeds:
             columns = [[s.get(key) for s in seeds] for key in ("val_word_ppl", "test_word_ppl")]
-            cells = [experiments.spread(column, "{:.1f}") for column in columns]
+            cells = [spread(column, "{:.1f}") for column in columns]
             rows.append((seeds[0]["val_word_ppl"], [run.name, *cells, f"{seeds[0]['epochs']:.2f}"]))
     for name, one in kept["peers"].items():
         rows.append((one["val_word_ppl"], [name, f"{one['val_word_ppl']:.1f}", f"{one['test_word_ppl']:.1f}",

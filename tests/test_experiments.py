@@ -1,25 +1,32 @@
-"""results/experiments.py: its plan, the edits that lead from v3 to v4, runs that stop and go on, tables."""
+"""results/: the plan of the experiments, the edits that lead from v3 to v4, runs that stop and go on, step times, what
+is measured of a model, tables."""
 
-import contextlib
 import copy
+import functools
+import importlib
 import importlib.util
 import json
 import math
+import multiprocessing
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from types import SimpleNamespace
 
+import forked
 import pytest
 import torch
 import torch.nn.functional as F
 from common import V4, randomize, short_tokens
 
 import data
+import harness
+from results import edits, experiments, measures, plan, runner, step_time, store, texts
+from results.plan import EXPERIMENTS, Experiment, Run
 
 ROOT = Path(__file__).resolve().parents[1]
 TINY = ["DEVICE=cpu", "COMPILE=False", "DTYPE=float32", "N_LAYER=1", "N_HEAD=2", "N_EMBD=32", "BLOCK_SIZE=32",
@@ -27,95 +34,112 @@ TINY = ["DEVICE=cpu", "COMPILE=False", "DTYPE=float32", "N_LAYER=1", "N_HEAD=2",
 
 
 @pytest.fixture
-def experiments(tmp_path, monkeypatch):
-    """results/experiments.py, with folders of its own."""
-    spec = importlib.util.spec_from_file_location("experiments", ROOT / "results" / "experiments.py")
-    module = sys.modules["experiments"] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    monkeypatch.setattr(module, "WORK", tmp_path / "work")
-    monkeypatch.setattr(module, "RESULTS", tmp_path / "results")
-    yield module
-    del sys.modules["experiments"]
+def folders(tmp_path, monkeypatch):
+    """Results in the test's own folder: what store.WORK and store.RESULTS are during the test."""
+    monkeypatch.setattr(store, "WORK", tmp_path / "work")
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results")
 
 
-def test_the_plan(experiments):
+# ----------------------------------------------------------------------------------------------------------
+# The plan
+# ----------------------------------------------------------------------------------------------------------
+
+
+@functools.lru_cache
+def source_of(rung):
+    """(text, names of the constants) of a rung."""
+    path = ROOT / f"{rung}.py"
+    return path.read_text(encoding="utf-8"), harness.cli.read_source(path)[0].keys()
+
+
+def test_the_plan():
     """Every constant exists in its rung, no two trainings share a file, every comparison has three seeds or says so."""
-    import harness
-
     files = {}
-    for name, experiment in experiments.EXPERIMENTS.items():
+    for name, experiment in EXPERIMENTS.items():
         assert len(experiment.seeds) == 3 or name in ("two_hours", "best")
         assert experiment.asks.endswith("?")
-        assert set(experiment.columns) <= experiments.TITLES.keys()
-        assert len({run.name for run in experiment.runs}) == len(experiment.runs)
+        assert set(experiment.columns) <= experiments.COLUMNS.keys()
+        names = [run.name for run in experiment.runs]
+        assert len(set(names)) == len(names)
         for run in experiment.runs:
-            known = harness._read_source(ROOT / f"{run.rung}.py")[0]
-            assert run.constants.keys() <= known.keys(), run
-            assert run.measure in ("", *experiments.MEASURES)
-            experiments.edited((ROOT / f"{run.rung}.py").read_text(encoding="utf-8"), run.edits)
-            files.setdefault(experiments.result_file(run, 1), []).append(run)
-            assert experiments.owner(run)[1].measure or not run.measure, run  # measured where it is made
+            text, constants = source_of(run.rung)
+            assert run.constants.keys() | run.other_seeds.keys() <= constants, run
+            assert run.measure in ("", *measures.MEASURES)
+            assert run.base in ("", *names)
+            edits.edited(text, run.edits)
+            files.setdefault(store.result_file(run, 1), []).append(run)
+            assert plan.owner(run)[1].measure or not run.measure, run  # measured where it is made
     for runs in files.values():
         assert all(run.training() == runs[0].training() for run in runs)
 
 
-def test_what_two_experiments_have_in_common_is_made_once(experiments):
-    """v3 with its default constants: in the folder of the ladder, whatever it is called elsewhere."""
-    shared = [run for name in ("ladder", "v3_to_v4", "learning_rate") for run in experiments.EXPERIMENTS[name].runs
-              if run.training() == experiments.Run("v3", "v3").training()]  # fmt: skip
-    assert [run.name for run in shared] == ["v3", "v3", "0.002"]
-    assert {experiments.result_file(run, 7) for run in shared} == {experiments.RESULTS / "ladder" / "v3-7.json"}
+@pytest.mark.parametrize(("rung", "names"), [
+    ("v3", {"ladder": "v3", "v3_to_v4": "v3", "learning_rate": "0.002"}),
+    ("v3_1", {"ladder": "v3_1", "v3_to_v4": "+ Muon: v3_1", "positions": "learned, 256"}),
+])  # fmt: skip
+def test_what_experiments_have_in_common_is_made_once(rung, names, folders):
+    """A rung with its default constants: in the folder of the ladder, whatever it is called elsewhere."""
+    shared = {name: run for name, experiment in EXPERIMENTS.items() for run in experiment.runs
+              if run.training() == Run(rung, rung).training()}  # fmt: skip
+    assert {name: run.name for name, run in shared.items()} == names
+    assert {store.result_file(run, 7) for run in shared.values()} == {store.RESULTS / "ladder" / f"{rung}-7.json"}
 
 
-def variant(experiments, edits, tmp_path, name="v3"):
-    """A rung after `edits`, as a module."""
-    path = tmp_path / "edited" / f"{name}.py"
-    path.parent.mkdir(exist_ok=True)
-    text = (ROOT / f"{name}.py").read_text(encoding="utf-8")
-    path.write_text(experiments.edited(text, edits), encoding="utf-8")
-    spec = importlib.util.spec_from_file_location(f"edited_{name}", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-def steps(experiments):
-    """The runs between v3 and v4, each of them v3 with more edits."""
-    return [run for run in experiments.from_v3_to_v4() if run.name.startswith("+") and run.rung == "v3"]
-
+# ----------------------------------------------------------------------------------------------------------
+# Edits
+# ----------------------------------------------------------------------------------------------------------
 
 SHAPE = {"N_LAYER": 2, "N_HEAD": 2, "N_EMBD": 32, "BLOCK_SIZE": 32, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8,
          "WARMUP_STEPS": 4, "MAX_STEPS": 20, "DEVICE": "cpu", "DTYPE": "float32"}  # fmt: skip
 
 
-def test_the_edits_lead_from_v3_to_the_model_of_v4(experiments, load, tmp_path):
-    """With all of them v3 has v4's logits for v4's weights, v4's schedule, and v4's rates for embeddings and head."""
-    v4 = load(V4, **SHAPE, COOLDOWN=0.5, LEARNING_RATE_ADAMW=0.01)
-    v3 = variant(experiments, steps(experiments)[-1].edits, tmp_path)
-    vars(v3).update(SHAPE)
-    theirs, ours = randomize(v4.LanguageModel(50, "rope"), 0.3).eval(), v3.LanguageModel(50).eval()
+def variant(name, changes, folder, **constants):
+    """A rung after edits, in SHAPE and with `constants`, as a module of its own."""
+    path = folder / "edited" / f"{name}.py"
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(edits.edited(source_of(name)[0], changes), encoding="utf-8")
+    spec = importlib.util.spec_from_file_location(f"edited_{name}", path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    vars(module).update(SHAPE | constants)
+    return module
+
+
+def run_named(name):
+    return next(run for run in EXPERIMENTS["v3_to_v4"].runs if run.name == name)
+
+
+@pytest.mark.parametrize(("name", "rung", "constants"), [
+    ("+ ReLU squared", "v3_1", {}), ("v4 without Muon", V4, {"POSITION": "rope"}),
+])  # fmt: skip
+def test_the_edits_of_v3_lead_to_the_later_models(name, rung, constants, tmp_path):
+    """With them v3 has the other rung's logits for its weights, its schedule, its start, and its rates for embeddings
+    and head."""
+    later = variant(rung, (), tmp_path, **constants)
+    v3 = variant("v3", run_named(name).edits, tmp_path)
+    theirs, ours = randomize(later.LanguageModel(50), 0.3).eval(), v3.LanguageModel(50).eval()
     for p in (ours.head.weight, *(w for b in ours.blocks for w in (b.attention.proj.weight, b.mlp[-1].weight))):
         assert not p.any()  # zeros at the start
     weights = {k.replace("mlp.fc", "mlp.0").replace("mlp.proj", "mlp.2"): w for k, w in theirs.state_dict().items()}
     ours.load_state_dict(weights)  # every weight of one is one of the other
     idx = torch.randint(50, (2, 32))
     torch.testing.assert_close(ours(idx), theirs(idx))
-    assert [v3.lr_factor(k) for k in range(20)] == pytest.approx([v4.lr_factor(k) for k in range(20)])
+    assert [v3.lr_factor(k) for k in range(20)] == pytest.approx([later.lr_factor(k) for k in range(20)])
     groups = v3.make_optimizer(ours).param_groups
     outer = [group for group in groups if "factor" in group]
     assert [id(p) for group in outer for p in group["params"]] == [id(ours.embedding.weight), id(ours.head.weight)]
-    assert outer[0]["factor"] * v3.LEARNING_RATE == pytest.approx(v4.LEARNING_RATE_ADAMW)
+    assert outer[0]["factor"] * v3.LEARNING_RATE == pytest.approx(later.LEARNING_RATE_ADAMW)
     held = sorted(id(p) for group in groups for p in group["params"])
     assert held == sorted(id(p) for p in ours.parameters())
 
 
-def test_every_edit_on_the_way_trains(experiments, tmp_path):
+def test_every_edit_of_v3_trains(tmp_path):
     """Each step is another model or another optimizer, and its loss falls."""
-    assert len(steps(experiments)) == len(experiments.STEPS_TO_V4)
+    runs = [run for run in EXPERIMENTS["v3_to_v4"].runs if run.edits]
+    assert len(runs) == len(edits.STEPS_TO_V3_1) + 2
     ids = torch.arange(3000) * 7 % 50
-    for run in steps(experiments):
-        v3 = variant(experiments, run.edits, tmp_path)
-        vars(v3).update(SHAPE)
+    for run in runs:
+        v3 = variant("v3", run.edits, tmp_path)
         torch.manual_seed(1)
         model = v3.LanguageModel(50)
         optimizer, losses = v3.make_optimizer(model), []
@@ -128,134 +152,130 @@ def test_every_edit_on_the_way_trains(experiments, tmp_path):
         assert losses[-1] < losses[0] - 0.2, run.name
 
 
-def test_what_v4_is_tried_with_in_two_hours(experiments, tmp_path):
+def test_the_edits_of_v4(tmp_path):
     """A decay shrinks a matrix of the blocks by the rate times it; tied, embeddings and head are one; dropout in the
     MLP sets a share of its numbers to zero."""
-    shape = SHAPE | {"DROPOUT": 0.0, "LEARNING_RATE": 0.05}
-    moved = []
-    for edits in ((), experiments.weight_decay(0.5)):
-        v4 = variant(experiments, edits, tmp_path, V4)
-        vars(v4).update(shape)
+    constants = {"POSITION": "rope", "DROPOUT": 0.0, "LEARNING_RATE": 0.05}
+    after = []
+    for changes in ((), edits.weight_decay(0.5)):
+        v4 = variant(V4, changes, tmp_path, **constants)
         torch.manual_seed(1)
-        model = randomize(v4.LanguageModel(50, "rope"), 0.1)
+        model = randomize(v4.LanguageModel(50), 0.1)
         before = model.blocks[0].mlp.fc.weight.detach().clone()
         model(*v4.get_batch(torch.arange(3000) * 7 % 50, 0)).backward()
         for optimizer in v4.make_optimizers(model):
             optimizer.step()
-        moved.append(model.blocks[0].mlp.fc.weight.detach())
-    torch.testing.assert_close(moved[0] - moved[1], 0.05 * 0.5 * before)
+        after.append(model.blocks[0].mlp.fc.weight.detach())
+    torch.testing.assert_close(after[0] - after[1], 0.05 * 0.5 * before)
 
-    v4 = variant(experiments, experiments.TIED, tmp_path, V4)
-    vars(v4).update(shape)
-    model = v4.LanguageModel(50, "rope")
+    model = variant(V4, edits.TIED, tmp_path, **constants).LanguageModel(50)
     assert model.head.weight is model.embedding.weight and 0.01 < model.head.weight.std() < 0.03
-    v4 = variant(experiments, experiments.DROPOUT_INSIDE, tmp_path, V4)
-    vars(v4).update(shape | {"DROPOUT": 0.5})
-    mlp = v4.MLP()
+    mlp = variant(V4, edits.DROPOUT_INSIDE, tmp_path, **constants | {"DROPOUT": 0.5}).MLP()
     x = torch.randn(64, 32)
     assert not torch.allclose(mlp(x), mlp(x)) and torch.equal(mlp.eval()(x), mlp(x))
 
 
-def test_an_edit_that_does_not_find_its_place_is_refused(experiments):
+def test_an_edit_that_does_not_find_its_place_is_refused():
     for text in ("b", "a a"):
         with pytest.raises(ValueError, match="finds its place"):
-            experiments.edited(text, (("a", "c"),))
-    assert experiments.edited("a b", (("a", "c"), ("c b", "d"))) == "d"
+            edits.edited(text, (("a", "c"),))
+    assert edits.edited("a b", (("a", "c"), ("c b", "d"))) == "d"
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Runs
+# ----------------------------------------------------------------------------------------------------------
+
+
+def launch(context, words, jobs=1, output=None):
+    """In place of runner.launch."""
+    return forked.Forked(context, words, output)
 
 
 @pytest.fixture
-def tiny(experiments, monkeypatch, data_dir):
-    """An experiment of two runs on a text of some thousand tokens."""
-    text = {"DATA": str(data_dir), "VOCABULARY": "bpe_vocab_500.json", "MAX_STEPS": 6}
-    runs = [experiments.Run("v3: no cosine", "v3", text, experiments.SCHEDULE),
-            experiments.Run("v4", V4, {**text, "POSITION": "rope"}, measure="windows")]  # fmt: skip
-    monkeypatch.setitem(experiments.EXPERIMENTS, "tiny", experiments.Experiment("Does it run?", runs, seeds=(2,)))
-    monkeypatch.setattr(experiments, "WINDOW_TOKENS", 1000)
-    return experiments
+def launch_forked(monkeypatch):
+    """Rungs are forked from a process that has imported torch."""
+    monkeypatch.setattr(runner, "launch", functools.partial(launch, forked.server()))
+
+
+def plan_tiny(monkeypatch, *runs, seeds=(2,)):
+    """Make an experiment "tiny" of the runs."""
+    monkeypatch.setitem(EXPERIMENTS, "tiny", Experiment("Does it run?", list(runs), seeds=seeds))
+
+
+@pytest.fixture
+def tiny(folders, launch_forked, monkeypatch, data_dir):
+    """Constants of runs of some steps on a text of some thousand tokens; small measurements."""
+    monkeypatch.setattr(measures, "WINDOW_TOKENS", 1000)
+    return {"DATA": str(data_dir), "VOCABULARY": "bpe_vocab_500.json", "MAX_STEPS": 6}
 
 
 def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     """Edited and plain; what is there is not made again, and a run that had begun goes on from its checkpoint."""
-    started, start = [], tiny.start
-    monkeypatch.setattr(tiny, "start", lambda run, *rest: started.append(run.name) or start(run, *rest))
-    tiny.main(["tiny", *TINY])
-    assert started == ["v3: no cosine", "v4"]
+    plan_tiny(monkeypatch, Run("v3: no cosine", "v3", tiny, edits.SCHEDULE),
+              Run("v4", V4, {**tiny, "POSITION": "rope"}, measure="windows"))  # fmt: skip
+    trained, train = [], runner.train
+    monkeypatch.setattr(runner, "train", lambda run, *rest: trained.append(run.name) or train(run, *rest))
+    experiments.main(["tiny", *TINY])
+    assert trained == ["v3: no cosine", "v4"]
     assert "| v4 | 1 |" in capfd.readouterr().out
-    files = sorted(path.name for path in (tiny.RESULTS / "tiny").iterdir())
-    assert files == ["table.md", "v3-no-cosine-2.json", "v4-2.json"]
-    found = json.loads((tiny.RESULTS / "tiny" / "v4-2.json").read_text())
-    assert found["summary"]["seed"] == 2 and found["log"][-1]["val_bpb"] == found["summary"]["val_bpb"]
-    assert found["command"].startswith("python v4_alibi_rope.py DATA=") and found["machine"]
-    assert "EVAL_INTERVAL=1" in found["command"].split()  # an eighth of six steps
-    assert "SEED=2" in found["command"].split()
-    assert set(found["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
-    assert json.loads((tiny.RESULTS / "tiny" / "v3-no-cosine-2.json").read_text())["edits"]
+    folder = store.RESULTS / "tiny"
+    assert sorted(path.name for path in folder.iterdir()) == ["table.md", "v3-no-cosine-2.json", "v4-2.json"]
+    result = json.loads((folder / "v4-2.json").read_text())
+    assert result["summary"]["seed"] == 2 and result["log"][-1]["val_bpb"] == result["summary"]["val_bpb"]
+    assert result["command"].startswith("python v4_alibi_rope.py DATA=") and result["machine"] and result["sample"]
+    assert {"EVAL_INTERVAL=1", "SEED=2"} <= set(result["command"].split())  # an eighth of six steps
+    assert set(result["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
+    assert json.loads((folder / "v3-no-cosine-2.json").read_text())["edits"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(tiny, "prepare", lambda runs: pytest.fail("what is done needs no text"))
-        tiny.main(["tiny", *TINY])
-    assert len(started) == 2
-    (tiny.RESULTS / "tiny" / "v3-no-cosine-2.json").unlink()
-    (tiny.WORK / "tiny" / "v3-no-cosine-2" / "run" / "summary.json").unlink()
+        patch.setattr(texts, "prepare", lambda runs: pytest.fail("what is done needs no text"))
+        experiments.main(["tiny", *TINY])
+    assert len(trained) == 2
+    (folder / "v3-no-cosine-2.json").unlink()
+    (store.WORK / "tiny" / "v3-no-cosine-2" / "run" / "summary.json").unlink()
     capfd.readouterr()
-    tiny.main(["tiny", *TINY])
-    assert len(started) == 3 and "going on from step 6" in capfd.readouterr().out
-    tiny.main(["--list"])
+    experiments.main(["tiny", *TINY])
+    assert len(trained) == 3 and "going on from step 6" in capfd.readouterr().out
+    experiments.main(["--list"])
     assert "tiny            2 of 2 runs" in capfd.readouterr().out
 
 
-def test_the_list_needs_no_tokens(tiny, capsys, monkeypatch):
+def test_the_list_needs_no_tokens(folders, capsys, monkeypatch):
     """How many steps some text is depends on its vocabulary; where that is not here the runs that are done tell it."""
-    run = tiny.Run("large", "v2", megabytes=1, vocab_size=333)
-    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("Does it run?", [run], seeds=(2,)))
-    monkeypatch.setattr(tiny, "read_pace", lambda: {"seconds": {tiny.key_of_pace(run): 36.0}})
-    tiny.main(["--list"])
-    assert "tiny            0 of 1 runs\n" in capsys.readouterr().out
-    tiny.write(tiny.result_file(run, 2), json.dumps({"summary": {"steps": 500}}))
-    tiny.main(["--list"])
-    assert "tiny            1 of 1 runs, 5.0 h of training" in capsys.readouterr().out
+    runs = Run("large", "v2", megabytes=1, vocab_size=333), Run("timed", "v3", seconds=1800)
+    plan_tiny(monkeypatch, *runs, seeds=(1337,))
+    monkeypatch.setattr(step_time, "read", lambda: {"seconds": {step_time.model_key(runs[0]): 36.0}})
+    experiments.main(["--list"])
+    assert "tiny            0 of 2 runs, at least 0.5 h of training" in capsys.readouterr().out
+    store.write_text(store.result_file(runs[0], 1337), json.dumps({"summary": {"steps": 500}}))
+    experiments.main(["--list"])
+    assert "tiny            1 of 2 runs, 5.5 h of training" in capsys.readouterr().out
 
 
-def test_runs_of_different_texts_are_not_compared(tiny, monkeypatch, data_dir):
+def test_runs_of_different_texts_are_not_compared(folders, monkeypatch, data_dir):
     """A run is refused, before it begins, where those that are done have read another text, in data/ or in a home that
     is part of it; DATA=... is not let in either. Where nothing is done, any text will do."""
     monkeypatch.setattr(data, "DATA_DIR", data_dir)  # the sample
-    monkeypatch.setattr(tiny, "make_all", lambda todo, *rest: pytest.fail("it has begun"))
-    run, other = tiny.Run("a", "v3", {"DROPOUT": 0.375}), tiny.Run("b", "v3", {"DROPOUT": 0.125})
-    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("Does it run?", [run, other], seeds=(2, 3)))
+    monkeypatch.setattr(experiments, "make_all", lambda *_: pytest.fail("it has begun"))
+    run, other = Run("a", "v3", {"DROPOUT": 0.375}), Run("b", "v3", {"DROPOUT": 0.125})
+    plan_tiny(monkeypatch, run, other, seeds=(2, 3))
     todo = [(other, 2), (run, 3)]
-    tiny.check_texts(todo, {})
-    summary = {"dataset": "sample"}
-    path = tiny.result_file(other, 3)
-    tiny.write(path, json.dumps({"summary": summary}))
-    tiny.check_texts(todo, {})
-    tiny.check_texts(todo, {}, gpu=True)
-    tiny.write(path, json.dumps({"summary": {"dataset": "wikitext-2-v1"}}))
+    texts.check_texts(todo, {})
+    path = store.result_file(other, 3)
+    store.write_text(path, json.dumps({"summary": {"dataset": "sample"}}))
+    texts.check_texts(todo, {})
+    texts.check_texts(todo, {}, gpu=True)
+    store.write_text(path, json.dumps({"summary": {"dataset": "wikitext-2-v1"}}))
     with pytest.raises(ValueError, match="data holds 'sample', and the runs in results/experiments/tiny are of 'wikit"):
-        tiny.main(["tiny"])
-    tiny.check_texts(todo, {}, gpu=True)  # those are kept in a folder of their own
-    tiny.write(tiny.result_file(other, 3, gpu=True), json.dumps({"summary": {"dataset": "wikitext-103-v1"}}))
+        experiments.main(["tiny"])
+    texts.check_texts(todo, {}, gpu=True)  # those are kept in a folder of their own
+    store.write_text(store.result_file(other, 3, gpu=True), json.dumps({"summary": {"dataset": "wikitext-103-v1"}}))
     with pytest.raises(ValueError, match="experiments/tiny_gpu are of 'wikitext-103-v1'"):
-        tiny.check_texts(todo, {}, gpu=True)
-    tiny.write(path, json.dumps({"summary": summary}))
+        texts.check_texts(todo, {}, gpu=True)
+    store.write_text(path, json.dumps({"summary": {"dataset": "sample"}}))
     with pytest.raises(FileNotFoundError, match="there is no text in novel"):
-        tiny.check_texts(todo, {"DATA": "novel"})
-
-
-def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
-    """The same files as one after the other; what fails is said after the others, and where its message is."""
-    runs = [tiny.Run(name, "v0", tiny.EXPERIMENTS["tiny"].runs[0].constants) for name in "ab"]
-    runs[1].constants = {**runs[1].constants, "LEARNING_RATE": 0.25}
-    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("Do they run?", runs, seeds=(2,)))
-    monkeypatch.setattr(tiny, "ProcessPoolExecutor", ThreadPool)
-    tiny.main(["tiny", *TINY, "--jobs", "2"])
-    assert sorted(path.name for path in (tiny.RESULTS / "tiny").iterdir()) == ["a-2.json", "b-2.json", "table.md"]
-    assert "tiny/b-2.json: val bpb" in capfd.readouterr().out
-    (tiny.RESULTS / "tiny" / "b-2.json").unlink()
-    shutil.rmtree(tiny.WORK / "tiny" / "b-2")
-    with pytest.raises(ValueError, match="has ended with exit code 1; its message stands in .*screen.txt"):
-        tiny.main(["tiny", *TINY, "MAX_STEPS=0", "--jobs", "2"])
-    assert "MAX_STEPS=0 must be" in (tiny.WORK / "tiny" / "b-2" / "screen.txt").read_text()
+        texts.check_texts(todo, {"DATA": "novel"})
 
 
 class ThreadPool(ThreadPoolExecutor):
@@ -265,45 +285,77 @@ class ThreadPool(ThreadPoolExecutor):
         super().__init__(jobs)
 
 
-STOPPED = """import signal, sys
-from pathlib import Path
-sys.path[:0] = [{root!r}, {root!r} + "/results"]
-import experiments
-experiments.WORK, experiments.RESULTS = Path("work"), Path("results")
-runs = [experiments.Run(f"run {{k}}", "v0", {{"LEARNING_RATE": 0.1 * k}}) for k in (1, 2, 3, 4, 5)]
-experiments.EXPERIMENTS["tiny"] = experiments.Experiment("Does it stop?", runs, seeds=(1337,))
-experiments.prepare = lambda runs: None
-if __name__ == "__main__":
-    signal.signal(signal.SIGINT, signal.default_int_handler)  # what a shell has started in the background ignores it
-    experiments.program(["tiny", "DATA={data}", "MAX_STEPS=1000000", "PATIENCE=1000000", "DEVICE=cpu", *sys.argv[1:]])
-"""
+def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
+    """The same files as one after the other; what fails is said after the others, and where its message is."""
+    plan_tiny(monkeypatch, Run("a", "v0", tiny), Run("b", "v0", {**tiny, "LEARNING_RATE": 0.25}))
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", ThreadPool)
+    experiments.main(["tiny", *TINY, "--jobs", "2"])
+    folder = store.RESULTS / "tiny"
+    assert sorted(path.name for path in folder.iterdir()) == ["a-2.json", "b-2.json", "table.md"]
+    assert "tiny/b-2.json: val bpb" in capfd.readouterr().out
+    (folder / "b-2.json").unlink()
+    shutil.rmtree(store.WORK / "tiny" / "b-2")
+    with pytest.raises(ValueError, match="has ended with exit code 1; its message is in .*screen.txt"):
+        experiments.main(["tiny", *TINY, "MAX_STEPS=0", "--jobs", "2"])
+    assert "MAX_STEPS=0 must be" in (store.WORK / "tiny" / "b-2" / "screen.txt").read_text()
+
+
+def test_a_run_that_fails_ends_with_a_line(tiny, capfd, monkeypatch):
+    plan_tiny(monkeypatch, Run("a", "v0", tiny))
+    with pytest.raises(ValueError, match="has ended with exit code 1; its message is above"):
+        experiments.main(["tiny", *TINY, "MAX_STEPS=0"])
+    assert "MAX_STEPS=0 must be" in capfd.readouterr().err
+    with pytest.raises(ValueError, match="no run of tiny is done"):
+        experiments.main(["tiny", "--table"])
+
+
+def test_what_a_rung_is_started_with(monkeypatch):
+    """The interpreter finds this repository, the process is in its folder, and has its share of the cores."""
+    started = []
+    monkeypatch.setattr(runner.subprocess, "Popen", lambda words, **options: started.append((words, options)))
+    monkeypatch.setattr(os, "cpu_count", lambda: 8)
+    runner.launch(["a"], jobs=4, output="file")
+    ((words, options),) = started
+    assert words == ["a"] and (options["cwd"], options["stdout"], options["stderr"]) == (ROOT, "file", "file")
+    assert options["env"] == {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "2"}
+
+
+def program_of_long_runs(jobs, data_dir):
+    """In a child: the program with five runs that do not end, in the folder that it is in. All of its processes are
+    forked from it."""
+    context = multiprocessing.get_context("fork")
+    runner.launch = functools.partial(launch, context)
+    experiments.multiprocessing = SimpleNamespace(
+        get_context=lambda kind: context, active_children=multiprocessing.active_children
+    )
+    store.WORK, store.RESULTS = Path("work").resolve(), Path("results").resolve()
+    runs = [Run(f"run {k}", "v0", {"LEARNING_RATE": 0.1 * k}) for k in (1, 2, 3, 4, 5)]
+    EXPERIMENTS["tiny"] = Experiment("Does it stop?", runs, seeds=(1337,))
+    texts.prepare = lambda runs: None
+    experiments.program(["tiny", f"DATA={data_dir}", "VOCABULARY=bpe_vocab_500.json", "MAX_STEPS=1000000",
+                         "PATIENCE=1000000", "DEVICE=cpu", "--jobs", str(jobs)])  # fmt: skip
 
 
 @pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
 def test_what_stops_it_stops_its_runs(signum, jobs, tmp_path, data_dir):
     """Each run that had begun has a checkpoint of the step that it had come to, no other has begun, and no process is
     left. SIGTERM goes to the program alone, Ctrl-C to all of its processes, as a terminal sends it."""
-    (tmp_path / "stopped.py").write_text(STOPPED.format(root=str(ROOT), data=data_dir))
-    process = subprocess.Popen([sys.executable, "stopped.py", "--jobs", str(jobs)], cwd=tmp_path, text=True,
-                               stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)  # fmt: skip
-    try:
-        steps = [tmp_path / "work" / "tiny" / f"run-{k}-1337" / "run" / "steps.csv" for k in range(1, jobs + 1)]
-        until = time.monotonic() + 300
+    steps = [tmp_path / "work" / "tiny" / f"run-{k}-1337" / "run" / "steps.csv" for k in range(1, jobs + 1)]
+    with forked.process_group(program_of_long_runs, (jobs, data_dir), tmp_path, tmp_path / "screen") as process:
+        errors, until = tmp_path / "screen.err", time.monotonic() + 300
         while not all(path.exists() and len(path.read_text().splitlines()) > 3 for path in steps):
-            assert process.poll() is None and time.monotonic() < until
-            time.sleep(0.1)
+            assert process.is_alive() and time.monotonic() < until, errors.read_text()
+            time.sleep(0.02)
         (os.kill if signum == signal.SIGTERM else os.killpg)(process.pid, signum)
-        _, errors = process.communicate(timeout=300)
+        process.join()
         with pytest.raises(ProcessLookupError):
             while time.monotonic() < until:  # until the last process has been reaped
                 os.killpg(process.pid, 0)
-                time.sleep(0.1)
-    finally:
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(process.pid, signal.SIGKILL)
-    assert process.returncode == 128 + signum
-    assert errors.splitlines()[-1] == "experiments.py: stopped; the same command goes on from the last checkpoint"
-    assert "Traceback" not in errors
+                time.sleep(0.02)
+    assert process.exitcode == 128 + signum
+    lines = errors.read_text().splitlines()
+    assert lines[-1] == "experiments.py: stopped; the same command goes on from the last checkpoint"
+    assert "Traceback" not in errors.read_text()
     assert sorted(path.name for path in (tmp_path / "work" / "tiny").iterdir()) == [
         f"run-{k}-1337" for k in range(1, jobs + 1)]  # fmt: skip
     for path in steps:
@@ -311,72 +363,77 @@ def test_what_stops_it_stops_its_runs(signum, jobs, tmp_path, data_dir):
         assert str(saved["step"]) == path.read_text().splitlines()[-1].partition(",")[0]
 
 
-def test_a_run_that_fails_ends_with_a_line(tiny, capfd):
-    with pytest.raises(ValueError, match="has ended with exit code 1; its message stands above"):
-        tiny.main(["tiny", *TINY, "MAX_STEPS=0"])
-    assert "MAX_STEPS=0 must be" in capfd.readouterr().err
-    with pytest.raises(ValueError, match="no run of tiny is done"):
-        tiny.main(["tiny", "--table"])
+def test_an_unknown_experiment_is_refused(launch_forked, capfd):
+    """By the program itself."""
+    process = runner.launch([sys.executable, ROOT / "results" / "experiments.py", "nothing"])
+    assert process.wait() == 1
+    assert "experiments.py: there is no experiment 'nothing'; known are ladder, " in capfd.readouterr().err
 
 
-def test_steps_for_as_much_text(experiments, data_dir):
+# ----------------------------------------------------------------------------------------------------------
+# Texts and step times
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_steps_for_as_much_text(data_dir):
     """From the bytes that a token has."""
-    module = importlib.import_module("v3")
     tokens = data.load_tokens("bpe_vocab_500.json", str(data_dir))["train"]
     constants = {"VOCABULARY": "bpe_vocab_500.json", "DATA": str(data_dir), "BATCH_SIZE": 4, "BLOCK_SIZE": 32}
-    n = experiments.steps_on(0.5, module, constants)
+    n = texts.steps_for(0.5, importlib.import_module("v3"), constants)
     assert n * 4 * 32 * tokens.n_bytes / len(tokens) == pytest.approx(5e5, rel=0.01)
 
 
-def test_the_pace_is_that_of_a_run(tiny, monkeypatch, capfd):
-    """A trial is broken off, its steps but the first ones count; steps for a time follow from it; what is known is not
-    measured again unless asked for, and never beside what another machine has measured."""
-    run = tiny.EXPERIMENTS["tiny"].runs[1]
-    run.constants |= {"N_LAYER": 1, "N_EMBD": 32, "N_HEAD": 2, "BLOCK_SIZE": 16, "BATCH_SIZE": 4, "COMPILE": False}
-    with pytest.raises(ValueError, match="was not measured yet: python results/experiments.py tiny --pace"):
-        tiny.pace_of(run)
-    tiny.measure_pace([run], again=False)
-    kept = json.loads((tiny.RESULTS / "pace.json").read_text())
-    (key,) = kept["seconds"]
-    assert key == (f"{V4} VOCABULARY=bpe_vocab_500.json BATCH_SIZE=4 BLOCK_SIZE=16 N_LAYER=1 N_HEAD=2 N_EMBD=32 "
-                   "POSITION=rope")  # fmt: skip
-    assert 1e-4 < kept["seconds"][key] < 5
-    assert 100 < kept["libraries_mb"] < kept["peak_mb"][key]
-    monkeypatch.setattr(tiny, "trial", lambda run: (0.25, 1.0))
-    tiny.measure_pace([run], again=False)
-    assert tiny.pace_of(run) == kept["seconds"][key]
-    tiny.measure_pace([run])
-    assert tiny.pace_of(run) == 0.25
-
-    timed = tiny.Run("timed", V4, run.constants, seconds=1)
-    timed.constants.pop("MAX_STEPS")
-    monkeypatch.setitem(tiny.EXPERIMENTS, "tiny", tiny.Experiment("?", [timed], seeds=(2,)))
-    assert tiny.make(timed, 2, {"SAMPLE_TOKENS": "1", "DEVICE": "cpu", "STRIDE": "16", "DTYPE": "float32"}) is None
-    assert tiny.read_found(timed, [2])[0]["summary"]["steps"] == 4
-    monkeypatch.setattr(tiny, "machine", lambda: "another")
-    with pytest.raises(ValueError, match="measured on another machine"):
-        tiny.measure_pace([run], again=False)
-    monkeypatch.setattr(tiny, "libraries_mb", lambda: 50.0)
-    tiny.measure_pace([timed])
-    assert tiny.read_pace() | {"date": ""} == {"machine": "another", "date": "", "seconds": {key: 0.25},
-                                               "peak_mb": {key: 1.0}, "libraries_mb": 50.0}  # fmt: skip
-
-
-def test_a_tenth_is_the_beginning_of_the_text(experiments, monkeypatch, tmp_path, data_dir):
+def test_a_tenth_is_the_beginning_of_the_text(monkeypatch, tmp_path, data_dir):
     """Its counts are those of its text, and it is loaded like any other."""
-    monkeypatch.setattr(experiments, "token_file",
-                        lambda split, vocabulary: data_dir / f"{split}_ids_500.pt")  # fmt: skip
-    monkeypatch.setattr(experiments, "ROOT", tmp_path)
+    monkeypatch.setattr(texts, "token_file", lambda split, vocabulary: data_dir / f"{split}_ids_500.pt")
+    monkeypatch.setattr(texts, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()
     shutil.copyfile(data_dir / "bpe_vocab_500.json", tmp_path / "data" / "bpe_vocab.json")
-    experiments.make_tenth(tmp_path / "tenth")
+    texts.make_tenth(tmp_path / "tenth")
     whole = data.load_tokens("bpe_vocab_500.json", str(data_dir))
     part = data.load_tokens("bpe_vocab.json", str(tmp_path / "tenth"))
     assert part["train"].ids.tolist() == whole["train"].ids[: len(whole["train"]) // 10].tolist()
     assert part["val"].ids.tolist() == whole["val"].ids.tolist()
-    tokenizer = experiments.harness.BPETokenizer.load(data_dir / "bpe_vocab_500.json")
+    tokenizer = texts.BPETokenizer.load(data_dir / "bpe_vocab_500.json")
     text = tokenizer.decode_bytes(part["train"].ids.tolist())
     assert (part["train"].n_bytes, part["train"].n_words) == (len(text), len(text.split()) + text.count(b"\n"))
+
+
+def test_the_step_time_is_that_of_a_run(tiny, monkeypatch):
+    """A trial is broken off, its steps but the first ones count; steps for a time follow from it; what is known is not
+    measured again unless asked for, and never beside what another machine has measured."""
+    shape = {"N_LAYER": 1, "N_EMBD": 32, "N_HEAD": 2, "BLOCK_SIZE": 16, "BATCH_SIZE": 4, "COMPILE": False}
+    run = Run("v4", V4, tiny | shape | {"POSITION": "rope"})
+    plan_tiny(monkeypatch, run)
+    with pytest.raises(ValueError, match="was not measured yet; python results/experiments.py tiny --step-time"):
+        step_time.steps_within(1, run)
+    step_time.measure([run], again=False)
+    kept = json.loads((store.RESULTS / "step_time.json").read_text())
+    (key,) = kept["seconds"]
+    assert key == (f"{V4} VOCABULARY=bpe_vocab_500.json BATCH_SIZE=4 BLOCK_SIZE=16 N_LAYER=1 N_HEAD=2 N_EMBD=32 "
+                   "POSITION=rope")  # fmt: skip
+    assert 1e-4 < kept["seconds"][key] < 5
+    assert 100 < kept["libraries_mb"] < 1000 and 100 < kept["peak_mb"][key] < 1000
+    monkeypatch.setattr(step_time, "trial", lambda run: (0.25, 1.0))
+    step_time.measure([run], again=False)
+    assert step_time.seconds_of(run) == kept["seconds"][key]
+    step_time.measure([run])
+    assert step_time.seconds_of(run) == 0.25
+
+    timed = Run("timed", V4, {k: v for k, v in run.constants.items() if k != "MAX_STEPS"}, seconds=1)
+    assert experiments.constants_of(timed, 2, {})["MAX_STEPS"] == 4
+    monkeypatch.setattr(step_time, "machine", lambda: "another")
+    with pytest.raises(ValueError, match="measured on another machine"):
+        step_time.measure([run], again=False)
+    monkeypatch.setattr(step_time, "libraries_mb", lambda: 50.0)
+    step_time.measure([timed])
+    assert step_time.read() | {"date": ""} == {"machine": "another", "date": "", "seconds": {key: 0.25},
+                                               "peak_mb": {key: 1.0}, "libraries_mb": 50.0}  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What is measured of a model
+# ----------------------------------------------------------------------------------------------------------
 
 
 class Knows:
@@ -385,12 +442,12 @@ class Knows:
     decode_bytes = staticmethod(lambda ids: b"ab" * len(ids))
 
 
-def test_what_is_measured_in_windows(experiments, load, monkeypatch):
+def test_what_is_measured_in_windows(load, monkeypatch):
     """Against one pass over the whole for each window."""
-    monkeypatch.setattr(experiments, "WINDOW_TOKENS", 700)
+    monkeypatch.setattr(measures, "WINDOW_TOKENS", 700)
     module = load(V4)
-    model, tokens = randomize(module.LanguageModel(500, "alibi"), 0.1).eval(), short_tokens(module, 900)
-    found = experiments.windows(module, model, tokens, Knows)
+    model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 900)
+    found = measures.windows(module, model, tokens, Knows)
     ids = tokens["val"].ids[:700].long()
     nats = [F.cross_entropy(model(ids[None, i : i + 64])[0][: len(ids) - 1 - i], ids[i + 1 : i + 65], reduction="sum")
             for i in range(0, 699, 64)]  # fmt: skip
@@ -401,10 +458,10 @@ def test_what_is_measured_in_windows(experiments, load, monkeypatch):
     assert found["nats_by_place"][0] == pytest.approx(sum(first).item() / 5, rel=1e-5)
 
 
-def test_the_temperature_is_that_of_the_least_loss(experiments, load, monkeypatch):
+def test_the_temperature_is_that_of_the_least_loss(load, monkeypatch):
     """Logits that are 1.2 times too large ask for about 1.2 times the temperature of the others."""
-    monkeypatch.setattr(experiments, "WINDOW_TOKENS", 700)
-    module, found = load("v3"), []
+    monkeypatch.setattr(measures, "WINDOW_TOKENS", 700)
+    module = load("v3")
     tokens = short_tokens(module, 900)
     model = randomize(module.LanguageModel(500), 0.08).eval()
     ids = tokens["val"].ids[:700].long()
@@ -412,31 +469,31 @@ def test_the_temperature_is_that_of_the_least_loss(experiments, load, monkeypatc
     logits = torch.cat([model(ids[None, i : i + 32])[0] for i in range(0, 668, 32)])
     with torch.no_grad():
         loss = [F.cross_entropy(logits / t, y).item() for t in [0.8 + 0.02 * k for k in range(21)]]
-    found = experiments.temperature(module, model, tokens, None)
+    found = measures.temperature(module, model, tokens, None)
     assert found["temperature"] == pytest.approx(0.8 + 0.02 * loss.index(min(loss)))
-    hot = module.evaluate(experiments.Tempered(model, found["temperature"]), tokens["test"])
+    hot = module.evaluate(measures.Tempered(model, found["temperature"]), tokens["test"])
     assert found["test_tempered"] == hot and found["test"] == module.evaluate(model, tokens["test"])
 
 
-def test_reading_on(experiments, load):
+def test_dynamic_evaluation(load):
     """Without a rate it is the evaluation in sliding windows; with one it learns a text that repeats itself, and leaves
     the model as it was. The first step is that of an optimizer whose rates are divided by the sizes."""
     module = load("v3")
     model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 897)
     ones = [torch.ones_like(p) for p in model.parameters()]
-    still = experiments.dynamic_evaluation(module, model, tokens["val"], 0.0, ones, stride=16)
+    still = measures.dynamic_eval(module, model, tokens["val"], 0.0, ones, stride=16)
     assert still["bpb"] == pytest.approx(module.evaluate(model, tokens["val"], stride=16)["bpb"], rel=1e-5)
     again = copy.copy(tokens["val"])
     again.ids = tokens["val"].ids[:100].repeat(9)
     before = model.head.weight.clone()
-    still, learned = (experiments.dynamic_evaluation(module, model, again, rate, ones, stride=16)["bpb"]
+    still, learned = (measures.dynamic_eval(module, model, again, rate, ones, stride=16)["bpb"]
                       for rate in (0, 1.0))  # fmt: skip
     assert learned < 0.9 * still and torch.equal(model.head.weight, before)
 
     two = copy.copy(tokens["val"])
     two.ids, ids = tokens["val"].ids[:25], tokens["val"].ids[:25].long()
     sizes = [torch.full_like(p, 1 + k) for k, p in enumerate(model.parameters())]
-    found = experiments.dynamic_evaluation(module, model, two, 0.5, sizes, stride=16)
+    found = measures.dynamic_eval(module, model, two, 0.5, sizes, stride=16)
     optimizer = torch.optim.SGD([{"params": [p], "lr": 0.5 / (1 + k)} for k, p in enumerate(model.parameters())])
     first = F.cross_entropy(model(ids[None, :16])[0], ids[1:17])
     first.backward()
@@ -446,13 +503,13 @@ def test_reading_on(experiments, load):
     assert found["word_ppl"] == pytest.approx(math.exp(nats / two.n_words), rel=1e-5)
 
 
-def test_sizes_of_gradients(experiments, load):
+def test_sizes_of_gradients(load):
     """Of a text that has two windows, which `backward` goes through one by one."""
     module = load("v3")
     model, tokens = randomize(module.LanguageModel(500), 0.1), short_tokens(module, 897)["val"]
     size = model.block_size
     tokens.ids = tokens.ids[: 2 * size + 1]
-    sizes = experiments.gradient_sizes(module, model, tokens, stride=5, n=2)
+    sizes = measures.gradient_sizes(module, model, tokens, stride=5, n=2)
     squares = [0.0] * len(sizes)
     for ids in (tokens.ids[: size + 1].long(), tokens.ids[size:].long()):
         model.zero_grad()
@@ -462,42 +519,37 @@ def test_sizes_of_gradients(experiments, load):
         torch.testing.assert_close(found, square**0.5 + 1e-4)
 
 
-def test_the_rate_of_reading_on_is_chosen_on_the_validation_split(experiments, load, monkeypatch):
+def test_the_rate_of_dynamic_evaluation_is_chosen_on_the_validation_split(load, monkeypatch):
     """And the test split is read with that rate, and in windows that slide by 64, by the model as it was; the sizes of
     gradients are those on the training split."""
-    monkeypatch.setattr(experiments, "WINDOW_TOKENS", 600)
-    monkeypatch.setattr(experiments, "first_part", lambda tokens, tokenizer, n: short_tokens(module, n)["val"])
+    monkeypatch.setattr(measures, "WINDOW_TOKENS", 600)
+    monkeypatch.setattr(measures, "first_part", lambda tokens, tokenizer, n: short_tokens(module, n)["val"])
     module = load("v3", BLOCK_SIZE=128)
     model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 700)
     tokens["test"] = tokens["val"]
-    found = experiments.best(module, model, tokens, None)
-    part, sizes = short_tokens(module, 300)["val"], experiments.gradient_sizes(module, model, tokens["train"])
+    found = measures.best_run(module, model, tokens, None)
+    part, sizes = short_tokens(module, 300)["val"], measures.gradient_sizes(module, model, tokens["train"])
     for rate, bpb in found["rates"].items():
-        assert bpb == experiments.dynamic_evaluation(module, model, part, rate, sizes)["bpb"]
+        assert bpb == measures.dynamic_eval(module, model, part, rate, sizes)["bpb"]
     rate = min(found["rates"], key=found["rates"].get)
     assert rate > 0
-    assert found["test_reading_on"] == experiments.dynamic_evaluation(module, model, tokens["test"], rate, sizes)
+    assert found["test_dynamic_eval"] == measures.dynamic_eval(module, model, tokens["test"], rate, sizes)
     assert found["test_sliding"] == module.evaluate(model, tokens["test"], stride=64)
 
 
-def test_spreads(experiments):
-    assert experiments.spread([1.0, 2.0, 4.5]) == "2.5000 (1.0000 to 4.5000)"
-    assert experiments.spread([3, 3], "{:,.0f}") == "3"
-    assert experiments.spread([1.00001, 1.00003]) == "1.0000 (1.0000 to 1.0000)"  # several seeds, and seen to be
-    assert experiments.spread([None]) == "–"
+# ----------------------------------------------------------------------------------------------------------
+# Tables
+# ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("name", [p.parent.name for p in sorted((ROOT / "results" / "experiments").glob("*/table.md"))])
-def test_committed_tables_are_those_of_the_committed_runs(name, experiments, tmp_path):
-    shutil.copytree(ROOT / "results" / "experiments" / name, tmp_path / "results" / name)
-    expected = (ROOT / "results" / "experiments" / name / "table.md").read_text(encoding="utf-8")
-    for other in (ROOT / "results" / "experiments").iterdir():  # a run may be kept in the folder of another
-        if other.name != name:
-            (shutil.copytree if other.is_dir() else shutil.copyfile)(other, tmp_path / "results" / other.name)
+def test_spreads():
+    assert store.spread([1.0, 2.0, 4.5]) == "2.5000 (1.0000 to 4.5000)"
+    assert store.spread([3, 3], "{:,.0f}") == "3"
+    assert store.spread([1.00001, 1.00003]) == "1.0000 (1.0000 to 1.0000)"  # several seeds, and seen to be
+    assert store.spread([None]) == "–"
+
+
+@pytest.mark.parametrize("name", [path.parent.name for path in sorted(store.RESULTS.glob("*/table.md"))])
+def test_committed_tables_are_those_of_the_committed_runs(name):
+    expected = (store.RESULTS / name / "table.md").read_text(encoding="utf-8")
     assert experiments.report(name.removesuffix("_gpu"), name.endswith("_gpu")) == expected
-
-
-def test_an_unknown_experiment_is_refused():
-    command = [sys.executable, "results/experiments.py", "nothing"]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
-    assert done.returncode == 1 and "there is no experiment 'nothing'; known are ladder, " in done.stderr

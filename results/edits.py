@@ -1,0 +1,101 @@
+"""Changes of a model that no constant makes: edits of a rung's text, each (old, new) as in an editor.
+
+Those of v3 lead to v3_1 and to v4's positions; those of v4 are tried in the experiment two_hours.
+"""
+
+
+def edited(text, edits):
+    """`text` with every edit made. Raises ValueError if an old passage is not in it exactly once."""
+    for old, new in edits:
+        if text.count(old) != 1:
+            raise ValueError(f"an edit finds its place {text.count(old)} times instead of once: {old.strip()!r}")
+        text = text.replace(old, new)
+    return text
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Of v3: each on top of those before it
+# ----------------------------------------------------------------------------------------------------------
+
+NORMED_EMBEDDINGS = (
+    ("x = self.embedding(idx) +", "x = F.rms_norm(self.embedding(idx), (N_EMBD,)) +"),
+    ("nn.init.normal_(p, std=0.02)\n            elif",
+     'nn.init.normal_(p, std=0.1 if name == "embedding.weight" else 0.02)\n            elif'),
+    # embeddings and head at the rate that v3_1 gives them, without decay
+    ('''    matrices = [p for p in model.parameters() if p.dim() == 2]
+''', '''    outer = [model.embedding.weight, model.head.weight]
+    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] + [model.position_embedding.weight]
+'''),
+    ('{"params": vectors, "weight_decay": 0.0}]', '''{"params": vectors, "weight_decay": 0.0},
+              {"params": outer, "weight_decay": 0.0, "factor": 0.01 / LEARNING_RATE}]'''),
+    ('group["lr"] = LEARNING_RATE * lr_factor(step)',
+     'group["lr"] = LEARNING_RATE * lr_factor(step) * group.get("factor", 1)'),
+)  # fmt: skip
+RMS_NORM = (
+    ("self.norm_1 = nn.LayerNorm(N_EMBD)", "self.norm_1 = nn.RMSNorm(N_EMBD, elementwise_affine=False)"),
+    ("self.norm_2 = nn.LayerNorm(N_EMBD)", "self.norm_2 = nn.RMSNorm(N_EMBD, elementwise_affine=False)"),
+    ("self.norm = nn.LayerNorm(N_EMBD)", "self.norm = nn.RMSNorm(N_EMBD, elementwise_affine=False)"),
+)
+NO_BIASES = (
+    ("nn.Linear(N_EMBD, 3 * N_EMBD)", "nn.Linear(N_EMBD, 3 * N_EMBD, bias=False)"),
+    ("nn.Linear(N_EMBD, N_EMBD)", "nn.Linear(N_EMBD, N_EMBD, bias=False)"),
+    ("nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), GELU(), nn.Linear(4 * N_EMBD, N_EMBD))",
+     "nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD, bias=False), GELU(), nn.Linear(4 * N_EMBD, N_EMBD, bias=False))"),
+)  # fmt: skip
+ZEROS = (
+    ("nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))",
+     "nn.init.zeros_(branch_end.weight)\n        nn.init.zeros_(self.head.weight)"),
+    ("else 0.02)\n            elif", "else N_EMBD**-0.5)\n            elif"),
+)  # fmt: skip
+SCHEDULE = (
+    ('''    if step < WARMUP_STEPS:
+        return (step + 1) / WARMUP_STEPS
+    return 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP_STEPS) / max(1, MAX_STEPS - WARMUP_STEPS))
+''', '''    return min(1, (step + 1) / WARMUP_STEPS, (MAX_STEPS - step) / (0.5 * MAX_STEPS))
+'''),
+)  # fmt: skip
+RELU_SQUARED = (
+    ("return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))", "return F.relu(x).square()"),
+)
+ROPE_IN_V3 = (
+    ("import harness  # first", "from v4_alibi_rope import apply_rope, rope_table\nimport harness  # first"),
+    (" + self.position_embedding.weight[: idx.size(1)]", ""),
+    ('''        y = attend(q, k, v, (C // self.n_head) ** -0.5)''',
+     '''        table = rope_table(torch.arange(T, device=x.device), C // self.n_head, 10000.0)
+        q, k = apply_rope(q, table), apply_rope(k, table)
+        y = attend(q, k, v, (C // self.n_head) ** -0.5)'''),
+    ("        self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)\n", ""),
+)  # fmt: skip
+ROPE_AFTER_THEM = (*ROPE_IN_V3, (" + [model.position_embedding.weight]", ""))  # on top of NORMED_EMBEDDINGS
+STEPS_TO_V3_1 = {  # what is then left to v3_1 is its optimizer
+    "embeddings normed, their own rate": NORMED_EMBEDDINGS,
+    "RMSNorm without weights": RMS_NORM,
+    "no biases": NO_BIASES,
+    "zeros at the start": ZEROS,
+    "linear cool-down": SCHEDULE,
+    "ReLU squared": RELU_SQUARED,
+}
+
+# ----------------------------------------------------------------------------------------------------------
+# Of v4
+# ----------------------------------------------------------------------------------------------------------
+
+TIED = (
+    ("        for name, p in self.named_parameters():\n", """        self.head.weight = self.embedding.weight
+        for name, p in self.named_parameters():\n"""),
+    ('std=0.1 if name == "embedding.weight"', 'std=0.02 if name == "embedding.weight"'),
+)
+DROPOUT_INSIDE = (
+    ("        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n",
+     "        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n        self.dropout = Dropout(DROPOUT)\n"),
+    ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
+)
+
+
+def weight_decay(rate):
+    """Edits that let the matrices of the blocks decay by `rate` times the learning rate."""
+    return (
+        ("DROPOUT = 0.0  #", f"WEIGHT_DECAY = {rate}  # of the matrices of the blocks\nDROPOUT = 0.0  #"),
+        ("                p.sub_(u, alpha", '''                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
+                p.sub_(u, alpha'''),
+    )  # fmt: skip

@@ -1,0 +1,134 @@
+"""What is measured of a trained model, beyond what its run has measured: windows, temperature, dynamic evaluation.
+
+Each of MEASURES takes the module of the rung, the model, the splits of its text, {"val": Tokens, ...}, and the
+tokenizer, and returns a dict that is kept under "measured".
+"""
+
+import copy
+import importlib
+import json
+import math
+
+import torch
+import torch.nn.functional as F
+
+import harness
+from data import load_tokens
+
+WINDOW_TOKENS = 65_536  # of the validation split, for what costs a pass in many windows
+
+
+def first_part(tokens, tokenizer, n):
+    """The first `n` tokens of a split, with as many bytes and words as they have."""
+    part = copy.copy(tokens)
+    part.ids = tokens.ids[:n]
+    text = tokenizer.decode_bytes(part.ids[1:].tolist())
+    part.n_bytes, part.n_words = len(text), len(text.split()) + text.count(b"\n")
+    return part
+
+
+def windows(module, model, tokens, tokenizer):
+    """Bits per byte on the first 65,536 tokens of the validation split in windows of 1 to 16 times the training length,
+    side by side and sliding by half the training length, each {size: bpb}; and, in windows of 4 times, nats by place in
+    the window, the means of 32 places each. A model with learned positions has windows of the training length only.
+
+    Windows side by side gain from length because fewer tokens are early in a window. Sliding ones do not: all but the
+    first tokens have at least size - stride before them.
+    """
+    length, part = model.block_size, first_part(tokens["val"], tokenizer, WINDOW_TOKENS)
+    sizes = [length * times for times in ((1,) if hasattr(model, "position_embedding") else (1, 2, 4, 8, 16))]
+    side_by_side = {size: module.evaluate(model, part, size=size)["bpb"] for size in sizes}
+    sliding = {size: module.evaluate(model, part, stride=length // 2, size=size)["bpb"] for size in sizes}
+    T, ids = sizes[min(2, len(sizes) - 1)], part.ids.long()
+    n, nats = (len(ids) - 1) // T, torch.zeros(T, dtype=torch.double)
+    with torch.no_grad():
+        for i in range(0, n * T, T):
+            logits, y = model.eval()(ids[None, i : i + T].to(module.DEVICE))[0], ids[i + 1 : i + T + 1]
+            nats += F.cross_entropy(logits, y.to(module.DEVICE), reduction="none").double().cpu() / n
+    return {"side_by_side": side_by_side, "sliding": sliding, "nats_by_place": nats.view(-1, 32).mean(1).tolist()}
+
+
+class Tempered(torch.nn.Module):
+    """A model whose logits are divided by a temperature."""
+
+    def __init__(self, model, temperature):
+        super().__init__()
+        self.model, self.temperature, self.block_size = model, temperature, model.block_size
+
+    def forward(self, idx):
+        return self.model(idx) / self.temperature
+
+
+def temperature(module, model, tokens, tokenizer):
+    """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2): that of the least loss on the first 65,536
+    tokens of the validation split, and the metrics of the test split before and after."""
+    tried, part = [0.8 + 0.02 * k for k in range(21)], tokens["val"].ids[:WINDOW_TOKENS].long()
+    T, nats = model.block_size, torch.zeros(len(tried), dtype=torch.double)
+    with torch.no_grad():
+        for i in range(0, len(part) - T, T):
+            logits = model.eval()(part[None, i : i + T].to(module.DEVICE))[0]
+            y = part[i + 1 : i + T + 1].to(module.DEVICE)
+            nats += torch.tensor([F.cross_entropy(logits / t, y).item() for t in tried])
+    best = tried[int(nats.argmin())]
+    return {"temperature": best, "test": module.evaluate(model, tokens["test"]),
+            "test_tempered": module.evaluate(Tempered(model, best), tokens["test"])}  # fmt: skip
+
+
+def gradient_sizes(module, model, tokens, stride=64, n=200):
+    """How large the gradient of each weight is, a tensor for each parameter: the root of its mean square over the last
+    `stride` tokens of `n` windows of the training text, and a little, so that it can be divided by (Krause et al. 2018,
+    section 5)."""
+    ids, size, parameters = tokens.ids, model.block_size, list(model.eval().parameters())
+    squares, starts = [torch.zeros_like(p) for p in parameters], torch.linspace(0, len(ids) - size - 1, n).long()
+    for i in starts.tolist():
+        window = ids[i : i + size + 1].long().to(module.DEVICE)
+        loss = F.cross_entropy(model(window[None, :-1])[0, -stride:], window[-stride:])
+        for square, g in zip(squares, torch.autograd.grad(loss, parameters)):
+            square.add_(g * g, alpha=1 / n)
+    return [square.sqrt() + 1e-4 for square in squares]
+
+
+def dynamic_eval(module, model, tokens, rate, sizes, stride=64):
+    """Bits per byte and word perplexity of a model that goes on learning from the split `tokens` while it predicts it
+    (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5, without the decay to the first weights).
+
+    After every `stride` tokens, predicted with as much context as a window holds, it takes a step of gradient descent
+    on their loss; the step of each weight is divided by its number in `sizes`, a tensor for each parameter. A `rate` of
+    0 is the evaluation in sliding windows. `stride` is at most the length of a window. The model itself stays as it is.
+    """
+    model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
+    n, parameters = len(ids) - 1, list(model.parameters())
+    for i in range(0, n, stride):
+        stop = min(i + stride, n)
+        start = max(0, stop - size)
+        logits = model(ids[None, start:stop].to(module.DEVICE))[0, i - start :]  # (stop - i, V)
+        loss = F.cross_entropy(logits, ids[i + 1 : stop + 1].to(module.DEVICE))
+        nats += loss.item() * (stop - i)
+        with torch.no_grad():
+            for p, g, s in zip(parameters, torch.autograd.grad(loss, parameters), sizes):
+                p.sub_(g / s, alpha=rate)
+    return {"bpb": nats / (math.log(2) * tokens.n_bytes), "word_ppl": math.exp(nats / tokens.n_words)}
+
+
+def best_run(module, model, tokens, tokenizer):
+    """The test split in windows that slide by 64, and with dynamic evaluation, whose rate is chosen on the first 32,768
+    tokens of the validation split."""
+    part = first_part(tokens["val"], tokenizer, WINDOW_TOKENS // 2)
+    sizes = gradient_sizes(module, model, tokens["train"])
+    rates = {r: dynamic_eval(module, model, part, r, sizes)["bpb"] for r in (0.0, 5e-5, 1e-4, 2e-4, 4e-4)}
+    rate = min(rates, key=rates.get)
+    return {"test_sliding": module.evaluate(model, tokens["test"], stride=64), "rates": rates,
+            "test_dynamic_eval": dynamic_eval(module, model, tokens["test"], rate, sizes)}  # fmt: skip
+
+
+MEASURES = {"windows": windows, "temperature": temperature, "best": best_run}
+
+
+def measure(run, folder):
+    """What run.measure finds of the model in `folder`; None if nothing is to be measured."""
+    if not run.measure:
+        return None
+    model, tokenizer = harness.load(str(folder))
+    constants = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["hyperparameters"]
+    tokens = load_tokens(constants["VOCABULARY"], constants["DATA"])
+    return MEASURES[run.measure](importlib.import_module(run.rung), model, tokens, tokenizer)

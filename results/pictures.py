@@ -1,0 +1,193 @@
+"""The pictures in results/, drawn from results/experiments/ with matplotlib; pages.py asks for them."""
+
+import importlib
+from statistics import mean
+
+from results import step_time
+from results.best import LITERATURE, best_run, word_perplexities
+from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
+from results.store import full_length, mean_of, results_of
+
+
+def band(axes, results, x, key, **style):
+    """A line through the mean over seeds of `key` in their logs, at x(step), and the area from lowest to highest."""
+    length = min(len(result["log"]) for result in results)
+    points = [[result["log"][i][key] for result in results] for i in range(length)]
+    xs = [x(record["step"]) for record in results[0]["log"][:length]]
+    (line,) = axes.plot(xs, list(map(mean, points)), **{"marker": "o", "ms": 3, **style})
+    axes.fill_between(xs, list(map(min, points)), list(map(max, points)), alpha=0.25, color=line.get_color(), lw=0)
+
+
+def bpb_of(results):
+    """Validation bits per byte of the seeds."""
+    return [result["summary"]["val_bpb"] for result in results]
+
+
+def plot_ladder(plt):
+    """Bits per byte of all rungs over the text that they have seen, and over the time it takes on two cores."""
+    figure, (text, clock) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
+    for k, run in enumerate(EXPERIMENTS["ladder"].runs):
+        results, seconds = results_of("ladder")[run.name], step_time.seconds_of(run)
+        summary = results[0]["summary"]
+        style = {"label": run.name, "ls": "--" if run.name == "v1_1" else "-", "color": f"C{k}"}
+        megabytes = summary["bytes_seen"] / summary["steps"] / 1e6
+        band(text, results, lambda step, megabytes=megabytes: step * megabytes, "val_bpb", **style)
+        if seconds:
+            band(clock, results, lambda step, seconds=seconds: step * seconds / 60, "val_bpb", **style)
+    text.set(xlabel="text seen (MB)", ylabel="validation bits per byte", xlim=(0, None))
+    clock.set(xlabel="training on two CPU cores (minutes)", xscale="log")
+    clock.set_xticks((0.1, 0.3, 1, 3, 10, 30), ("0.1", "0.3", "1", "3", "10", "30"))
+    clock.minorticks_off()
+    text.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))  # between v0 and all others
+    return figure
+
+
+def plot_v3_to_v4(plt):
+    """What each change is worth beside the run that it is measured from; every seed a dot."""
+    runs, results, before = EXPERIMENTS["v3_to_v4"].runs, results_of("v3_to_v4"), None
+    figure, axes = plt.subplots(figsize=(8, 4.1), layout="constrained")
+    for k, run in enumerate(runs):
+        values = bpb_of(results[run.name])
+        start = mean_of(results[run.base], "val_bpb") if run.base else before
+        before = mean(values)
+        if start is not None:
+            axes.plot([start, before], [k, k], lw=7, alpha=0.5, solid_capstyle="butt",
+                      color="C0" if before < start else "C3")  # fmt: skip
+            axes.text(max(*values, start) + 0.004, k, f"{before - start:+.3f}", va="center", fontsize=8)
+        axes.plot(values, [k] * len(values), "k.", ms=5)
+    axes.set_yticks(range(len(runs)), [f"{run.name} (from {run.base})" if run.base else run.name for run in runs])
+    axes.axhline(sum(not run.base for run in runs) - 0.5, color="grey", lw=0.8)
+    axes.invert_yaxis()
+    axes.set(xlabel="validation bits per byte (dots: seeds; bars: change)", xlim=(None, 1.7))
+    return figure
+
+
+def plot_positions(plt):
+    """Each scheme in longer windows, side by side and sliding, and where in a window the loss is made."""
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
+    for k, scheme in enumerate(("alibi", "rope", "sinusoidal", "none", "learned")):
+        measured = [result["measured"] for result in results_of("positions")[f"{scheme}, 256"]]
+        label = "learned (v3_1)" if scheme == "learned" else scheme
+        for ax, way in zip(axes, ("side_by_side", "sliding")):
+            sizes = sorted(map(int, measured[0][way]))
+            means = [mean(one[way][str(size)] for one in measured) for size in sizes]
+            ax.plot(sizes, means, "o-", ms=4, color=f"C{k}", label=label)
+        if scheme != "learned":
+            nats = list(map(mean, zip(*(one["nats_by_place"] for one in measured))))
+            axes[2].plot([32 * i + 16 for i in range(len(nats))], nats, color=f"C{k}", lw=1.3, label=scheme)
+    for ax, title in zip(axes, ("windows side by side", "windows that slide by 128")):
+        ax.axvline(256, color="grey", ls=":")
+        ax.set(xscale="log", title=title, xlabel="tokens in a window", ylim=(1.37, 1.75))
+        ax.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
+        ax.minorticks_off()
+    axes[2].axvline(256, color="grey", ls=":")
+    axes[2].set(title="windows of 1,024, side by side", xlabel="place in the window", ylabel="loss (nats per token)",
+                ylim=(3.1, 4.3))  # fmt: skip
+    axes[0].set_ylabel("validation bits per byte")
+    axes[0].legend(fontsize=8)
+    return figure
+
+
+def plot_vocabulary(plt):
+    """v2 and v4 with each vocabulary, after as much text and after as much time."""
+    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    results = results_of("vocabulary")
+    for ax, rung in zip(axes, ("v2", "v4")):
+        for limit, label in (("18.6 MB", "after 18.6 MB of text"), ("300 s", "after 300 s on two cores")):
+            values = {size: bpb_of(results[name]) for size in VOCABULARIES
+                      if (name := f"{rung}, {limit}, {size:,}") in results}  # fmt: skip
+            low, means, high = (list(map(f, values.values())) for f in (min, mean, max))
+            (line,) = ax.plot(list(values), means, "o-", label=label)
+            ax.fill_between(list(values), low, high, alpha=0.25, color=line.get_color())
+        ax.set(xscale="log", title=rung, xlabel="tokens in the vocabulary", ylabel="validation bits per byte")
+        ax.set_xticks(VOCABULARIES, [f"{size:,}" for size in VOCABULARIES], fontsize=8)
+        ax.minorticks_off()
+        ax.legend(fontsize=8)
+    return figure
+
+
+def plot_depth_and_width(axes):
+    """v3 by depth and by width at equal seconds."""
+    results = results_of("shape")
+    lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 6, 8)],
+             "width (4 layers)": [f"4 × {width}" for width in (128, 192, 256, 320, 384)]}  # fmt: skip
+    for k, (title, names) in enumerate(lines.items()):
+        values = [bpb_of(results[name]) for name in names]
+        params = [results[name][0]["summary"]["n_params"] / 1e6 for name in names]
+        low, means, high = (list(map(f, values)) for f in (min, mean, max))
+        axes.plot(params, means, "o-", color=f"C{k}", label=title)
+        axes.fill_between(params, low, high, alpha=0.25, color=f"C{k}")
+        for name, x, y in zip(names, params, means):
+            if k == 0 or name != "4 × 256":  # it is on both lines
+                axes.annotate(name, (x, y), (7, -3), textcoords="offset points", fontsize=7)
+    axes.set(title="v3 after 600 s on two cores", xlabel="parameters (millions)", xlim=(1, 12))
+    axes.set_ylabel("validation bits per byte")
+    axes.legend(fontsize=8)
+
+
+def plot_dropout(axes, text):
+    """v3 on a text that it reads many times, with more and more dropout."""
+    for k, p in enumerate(("0", "0.1", "0.2", "0.3")):
+        results = full_length(results_of("dropout")[f"{text}, {p}"])
+        summary, n = results[0]["summary"], len(results[0]["log"])
+        epochs_a_step = summary["epochs"] / summary["steps"]
+        style = {"color": f"C{k}", "ms": 2 if n > 30 else 3}
+        band(axes, results, lambda step, x=epochs_a_step: x * step, "val_loss", label=f"dropout {p}", **style)
+        axes.plot([epochs_a_step * record["step"] for record in results[0]["log"]],
+                  [mean(result["log"][i]["train_loss"] for result in results) for i in range(n)], ":", color=f"C{k}",
+                  lw=1)  # fmt: skip
+    axes.set(title=f"v3 on {text}", xlabel="times that the text was read", ylabel="loss (dotted: training)")
+    axes.legend(fontsize=8)
+
+
+def plot_shape(plt):
+    """v3 by depth and by width, and what dropout does where a text is read many times."""
+    figure, axes = plt.subplots(2, 2, figsize=(9, 6.8), layout="constrained")
+    plot_depth_and_width(axes[0, 0])
+    for ax, text in zip(axes.flat[1:], dict.fromkeys(name.rpartition(", ")[0] for name in results_of("dropout"))):
+        plot_dropout(ax, text)
+    return figure
+
+
+def plot_two_hours(plt):
+    """The best run as it went, and its test perplexities among published ones."""
+    log, perplexities = best_run()["log"], word_perplexities()
+    figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    minutes = [record["seconds"] / 60 for record in log]
+    course.plot(minutes, [record["val_word_ppl"] for record in log], "o-", label="windows of 512 side by side")
+    sliding = perplexities["v4, windows of 512 that slide by 64"][0]
+    course.plot(minutes[-1:], [sliding], "C3D", label="sliding by 64, at the end")
+    for record in [*log[:-2], log[-1]]:  # the last two are close together
+        course.annotate(f"{record['val_word_ppl']:.0f}", (record["seconds"] / 60, record["val_word_ppl"]), (4, 5),
+                        textcoords="offset points", fontsize=8)  # fmt: skip
+    course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -4), textcoords="offset points", fontsize=8)
+    course.set(xlabel="training on two CPU cores (minutes)", ylabel="validation word perplexity", xlim=(0, 140),
+               ylim=(0, 400))  # fmt: skip
+    course.legend(fontsize=8)
+    rows = [(name, test, "C0") for name, (_, test) in perplexities.items()]
+    rows += [(name.partition(" (")[0], test, "0.7") for name, test in LITERATURE.items()]
+    names, values, colors = zip(*sorted(rows, key=lambda row: -row[1]))
+    bars.barh(names, values, color=colors)
+    for k, test in enumerate(values):
+        bars.text(test - 1, k, f"{test:.1f}", va="center", ha="right", fontsize=8)
+    bars.invert_yaxis()
+    bars.grid(False)
+    bars.set(xlabel="test word perplexity (grey: trained on GPUs)")
+    return figure
+
+
+PICTURES = {"ladder": plot_ladder, "v3_to_v4": plot_v3_to_v4, "positions": plot_positions,
+            "vocabulary": plot_vocabulary, "shape": plot_shape, "two_hours": plot_two_hours}  # fmt: skip
+
+
+def draw():
+    """Write all pictures to results/."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    plt = importlib.import_module("matplotlib.pyplot")
+    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "font.size": 9})
+    for name, plot in PICTURES.items():
+        figure = plot(plt)
+        figure.savefig(ROOT / "results" / f"{name}.png", dpi=110)
+        plt.close(figure)

@@ -1,0 +1,97 @@
+"""How long a step of each model takes on two cores: results/experiments/step_time.json.
+
+Where runs are compared at equal seconds, the number of steps follows from it, and with it the loss, on whatever machine
+the run itself is made. All that is compared is measured on one machine that does nothing else, by short trials, one
+after the other.
+"""
+
+import json
+import re
+import shutil
+import subprocess
+import sys
+import time
+from pathlib import Path
+from statistics import median
+
+import harness
+from benchmarks.tables import machine
+from results import runner, store
+from results.plan import ROOT, SEEDS, all_constants, owner
+
+TRIAL_STEPS, WARM_UP = 24, 8  # of a trial, and those of them that do not count
+COSTS = ("VOCABULARY", "BATCH_SIZE", "MICRO_BATCH_SIZE", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "POSITION",
+         "DROPOUT")  # constants that the time of a step depends on  # fmt: skip
+
+
+def model_key(run):
+    """What stands for the run in step_time.json: the rung, and all that the time of a step depends on."""
+    constants = all_constants(run, 0)
+    words = [run.rung, *(f"{name}={constants[name]}" for name in COSTS if name in constants)]
+    return " ".join([*words, *([f"({run.name})"] if run.edits else [])])
+
+
+def read():
+    """{"machine", "date", "libraries_mb", "seconds": {model_key: of a step}, "peak_mb": {model_key: of the process}}"""
+    path = store.RESULTS / "step_time.json"
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}, "peak_mb": {}}
+
+
+def seconds_of(run):
+    """Seconds that a step of `run` takes; None if that was not measured."""
+    return read()["seconds"].get(model_key(run))
+
+
+def steps_within(seconds, run):
+    """How many steps `run` makes in so many seconds. Raises ValueError if its step time was not measured."""
+    step = seconds_of(run)
+    if step is None:
+        raise ValueError(f"how long a step of {run.name} takes was not measured yet; python results/experiments.py "
+                         f"{owner(run)[0]} --step-time measures it")  # fmt: skip
+    return max(2, round(seconds / step))
+
+
+def trial(run):
+    """(seconds a step, peak memory in MB) of a run that is broken off after some steps: their median, and the most that
+    its process held. Raises ValueError if it ends by itself."""
+    folder = store.WORK / "step_time"
+    shutil.rmtree(folder, ignore_errors=True)
+    constants = {**all_constants(run, SEEDS[0]), "MAX_STEPS": 10_000, "DEVICE": "cpu"}
+    process = runner.launch(runner.command(run, folder, constants), output=subprocess.DEVNULL)
+    try:
+        while process.poll() is None:
+            time.sleep(0.2)
+            for path in (folder / "run").rglob("steps.csv"):
+                rows = path.read_text(encoding="utf-8").splitlines()[1:-1]
+                if len(rows) >= TRIAL_STEPS:
+                    rows = [list(map(float, row.split(","))) for row in rows[WARM_UP:TRIAL_STEPS]]
+                    peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]
+                    return median(tokens / step / rate for step, tokens, *_, rate in rows), int(peak) * 1024 / 1e6
+        raise ValueError(f"the trial of {run.name} has ended with exit code {process.returncode}")
+    finally:
+        process.kill()
+        process.wait()
+
+
+def libraries_mb():
+    """Memory in MB of a process that has loaded what a rung needs, before it has a model."""
+    code = "import v1, torch._dynamo, harness; print(harness.peak_memory_mb('cpu'))"
+    return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
+
+
+def measure(runs, again=True):
+    """Measure `runs`, one after the other, and keep the results; without `again` only what is missing. On another
+    machine than before all that was kept goes. Raises ValueError if that would be so without `again`."""
+    kept = read()
+    if kept.get("machine", machine()) != machine():
+        if not again:
+            raise ValueError("step_time.json was measured on another machine; measure all of it with --step-time")
+        kept = {"seconds": {}, "peak_mb": {}}
+    for key, run in {model_key(run): run for run in runs}.items():
+        if again or key not in kept["seconds"]:
+            kept["libraries_mb"] = kept.get("libraries_mb") or round(libraries_mb(), 1)
+            seconds, peak_mb = trial(run)
+            kept["seconds"][key], kept["peak_mb"][key] = round(seconds, 5), round(peak_mb, 1)
+            kept |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
+            store.write_text(store.RESULTS / "step_time.json", json.dumps(kept, indent=1) + "\n")
+            harness.say(f"{kept['seconds'][key]:8.4f} s a step: {key}")

@@ -1,0 +1,220 @@
+"""The tables of README.md and results/README.md, each a function that returns Markdown."""
+
+import json
+import re
+import textwrap
+from pathlib import Path
+from statistics import mean
+
+from benchmarks.tables import table
+from results import step_time
+from results.best import LITERATURE, best_run, word_perplexities
+from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
+from results.store import full_length, mean_of, results_of, spread, spread_of
+
+BENCHMARKS = ROOT / "results" / "benchmarks"
+TIMINGS = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak", "beside")
+
+
+def model_in_words(summary):
+    """A line on the model of a summary."""
+    rung, constants = summary["rung"], summary["hyperparameters"]
+    if rung == "v0":
+        return "bigram table"
+    if rung.startswith("v1"):
+        return f"MLP on {constants['CONTEXT_SIZE']} tokens" + (", lean" if rung == "v1_1" else "")
+    kinds = {"v2": "transformer", "v3": "GPT-2 block, schedule", "v3_1": "modern block, Muon"}
+    kind = kinds.get(rung) or f"{kinds['v3_1']}, {summary['position']}"
+    return f"{kind}; {constants['N_LAYER']} × {constants['N_EMBD']}, context {constants['BLOCK_SIZE']}"
+
+
+def ladder():
+    rows, peaks = [], step_time.read().get("peak_mb", {})
+    for run in EXPERIMENTS["ladder"].runs:
+        results = results_of("ladder")[run.name]
+        summary, step, peak = results[0]["summary"], step_time.seconds_of(run), peaks.get(step_time.model_key(run))
+        rows.append([summary["rung"].replace("_alibi_rope", ""), model_in_words(summary),
+                     f"{summary['n_params'] / 1e6:.2f} M", f"**{mean_of(results, 'val_bpb'):.4f}**",
+                     spread_of(results, "val_bpb").partition(" ")[2].strip("()"),
+                     f"{mean_of(results, 'val_word_ppl'):,.1f}", f"{step * summary['steps'] / 60:.1f}" if step else "–",
+                     f"{peak:,.0f}" if peak else "–"])  # fmt: skip
+    return table(["rung", "model", "parameters", "val bpb", "lowest to highest", "val word ppl", "training, min",
+                  "peak memory, MB"], rows, left=(0, 1))  # fmt: skip
+
+
+def closed_form():
+    """v0's loss beside that of the counts, from the run in results/runs/."""
+    summary = json.loads((ROOT / "results" / "runs" / "v0" / "summary.json").read_text(encoding="utf-8"))
+    trained, best = summary["train_text_loss"], summary["closed_form_loss"]
+    return (f"Trained by gradient descent, v0's table reaches {trained:.4f} nats per token on the training text; the "
+            f"counts give {best:.4f}, so it comes within {100 * (trained / best - 1):.2f}%.")  # fmt: skip
+
+
+def memory():
+    """Peak memory and speed of v1 and v1_1, from the trials of step_time.json."""
+    trials, rows = step_time.read(), []
+    for rung in ("v1", "v1_1"):
+        key, results = step_time.model_key(Run(rung, rung)), results_of("ladder")[rung]
+        constants, peak = results[0]["summary"]["hyperparameters"], trials["peak_mb"][key]
+        tokens = constants["BATCH_SIZE"] * constants["BLOCK_SIZE"]
+        rows.append([rung, f"{peak:,.0f}", f"{peak - trials['libraries_mb']:,.0f}",
+                     f"{tokens / trials['seconds'][key]:,.0f}", spread_of(results, "val_bpb")])  # fmt: skip
+    return table(["rung", "peak memory, MB", "of it above the libraries", "tokens/s", "val bpb"], rows)
+
+
+def v3_to_v4():
+    """Each run beside the one that its change is measured from."""
+    results, rows, before = results_of("v3_to_v4"), [], None
+    for run in EXPERIMENTS["v3_to_v4"].runs:
+        bpb, step = mean_of(results[run.name], "val_bpb"), step_time.seconds_of(run)
+        base = mean_of(results[run.base], "val_bpb") if run.base else before
+        rows.append([run.name, spread_of(results[run.name], "val_bpb"), "" if base is None else f"{bpb - base:+.3f}",
+                     f"{mean_of(results[run.name], 'val_word_ppl'):,.0f}", f"{step:.2f}" if step else "–"])  # fmt: skip
+        before = bpb
+    return table(["model", "val bpb", "change", "val word ppl", "a step, s"], rows)
+
+
+def learning_rate():
+    rows = [[name, spread_of(results, "val_bpb"), f"{mean_of(results, 'val_word_ppl'):,.0f}"]
+            for name, results in results_of("learning_rate").items()]  # fmt: skip
+    return table(["learning rate of v3", "val bpb", "val word ppl"], rows)
+
+
+WAYS = {"side_by_side": "side by side", "sliding": "sliding"}  # to lay windows over a text
+
+
+def windows_cell(results, way, size):
+    return spread([result["measured"][way].get(str(size)) for result in results])
+
+
+def positions():
+    """Every scheme trained at 256 tokens, in windows of 1, 4 and 16 times as many."""
+    columns, rows = [(size, way) for size in (256, 1024, 4096) for way in WAYS], []
+    for scheme in ("alibi", "rope", "sinusoidal", "learned", "none"):
+        results = results_of("positions")[f"{scheme}, 256"]
+        rows.append([scheme, *(windows_cell(results, way, size).partition(" ")[0] for size, way in columns)])
+    return table(["scheme", *(f"{size:,}, {WAYS[way]}" for size, way in columns)], rows)
+
+
+def positions_all():
+    rows, multiples = [], (1, 2, 4, 8, 16)
+    for name, results in results_of("positions").items():
+        length = results[0]["summary"]["hyperparameters"]["BLOCK_SIZE"]
+        for way, title in WAYS.items():
+            rows.append([name, title, *(windows_cell(results, way, length * times) for times in multiples)])
+    head = ["scheme, trained at", "windows", "as long", *(f"{times} times" for times in multiples[1:])]
+    return table(head, rows, left=(0, 1))
+
+
+def vocabulary():
+    """In bold the best of each column."""
+    runs = results_of("vocabulary")
+    columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", "300 s")]
+    best = [min((name for name in runs if name.startswith(column)), key=lambda name: mean_of(runs[name], "val_bpb"))
+            for column in columns]  # fmt: skip
+    rows = []
+    for size in VOCABULARIES:
+        names = [f"{column}, {size:,}" for column in columns]
+        cells = [spread_of(runs[name], "val_bpb") if name in runs else "–" for name in names]
+        rows.append([f"{size:,}", *(f"**{cell}**" if name in best else cell for name, cell in zip(names, cells))])
+    return table(["vocabulary", *columns], rows)
+
+
+def shape():
+    rows = []
+    for name, results in results_of("shape").items():
+        summary = results[0]["summary"]
+        rows.append([name, f"{summary['n_params'] / 1e6:.2f} M", f"{summary['steps']:,}", spread_of(results, "val_bpb"),
+                     f"{mean_of(results, 'val_word_ppl'):,.0f}"])  # fmt: skip
+    return table(["v3, layers × width", "parameters", "steps", "val bpb", "val word ppl"], rows)
+
+
+def dropout():
+    """The best validation loss on the way, and the last one."""
+    rows = []
+    for name, results in results_of("dropout").items():
+        text, _, p = name.rpartition(", ")
+        ends = [result["log"][-1] for result in full_length(results)]
+        losses = [f"{mean(end[key] for end in ends):.2f}" if ends else "–" for key in ("train_loss", "val_loss")]
+        rows.append([text, p, str(len(results)), spread_of(results, "val_bpb"),
+                     spread([end["val_bpb"] for end in ends]), *losses])  # fmt: skip
+    return table(["text", "dropout", "seeds", "best val bpb", "val bpb at the end", "training loss there",
+                  "validation loss there"], rows)  # fmt: skip
+
+
+def metrics():
+    """Windows, accuracy and calibration, means of the seeds."""
+    rows, forms = [], {"val_bpb": ".4f", "val_bpb_sliding": ".4f", "val_word_ppl": ".1f", "val_word_ppl_sliding": ".1f",
+                       "test_bpb": ".4f", "test_word_ppl": ".1f", "val_top_1": ".1%", "val_top_5": ".1%",
+                       "val_calibration_error": ".1%"}  # fmt: skip
+    for name in ("v3", "v3_1", "v4, alibi", "v4, rope"):
+        results = results_of("ladder")[name]
+        rows.append([name, *(format(mean_of(results, key), form) for key, form in forms.items())])
+    return table(["run", "val bpb", "val bpb, sliding", "val word ppl", "val word ppl, sliding", "test bpb",
+                  "test word ppl", "top-1", "top-5", "calibration error"], rows)  # fmt: skip
+
+
+def temperature():
+    measured = [result["measured"] for result in results_of("ladder")["v3"]]
+    before, after = ([one[key]["calibration_error"] for one in measured] for key in ("test", "test_tempered"))
+    bpb = [mean(one[key]["bpb"] for one in measured) for key in ("test", "test_tempered")]
+    fitted = spread([one["temperature"] for one in measured], "{:.2f}")
+    return (f"Fitted on the validation split, v3's temperature is {fitted}; with it the calibration error on the "
+            f"test split goes from {spread(before, '{:.2%}')} to "
+            f"{spread(after, '{:.2%}')}, and bits per byte from {bpb[0]:.4f} to {bpb[1]:.4f}.")  # fmt: skip
+
+
+def two_hours():
+    rows = []
+    for name, results in results_of("two_hours").items():
+        for result in results:
+            s = result["summary"]
+            rows.append([name, f"{s['steps']:,}", f"{s['n_params'] / 1e6:.1f} M", f"{s['val_bpb']:.4f}",
+                         f"{s['val_bpb_sliding']:.4f}", f"{s['val_word_ppl_sliding']:.1f}",
+                         f"{result['log'][-1]['train_loss']:.2f}"])  # fmt: skip
+    return table(["choice", "steps", "parameters", "val bpb", "val bpb, sliding", "val word ppl, sliding",
+                  "training loss at the end"], rows)  # fmt: skip
+
+
+def two_hours_best():
+    """The best run among what has been published, the worst first."""
+    rows = [(name, f"{val:.1f}" if val else "–", test) for name, (val, test) in word_perplexities().items()]
+    rows += [(name, "–", test) for name, test in LITERATURE.items()]
+    rows = [[name, val, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
+            for name, val, test in sorted(rows, key=lambda row: -row[2])]  # fmt: skip
+    s, log = best_run()["summary"], best_run()["log"]
+    within = max((record for record in log if record["seconds"] <= 7200), key=lambda record: record["step"])
+    return (table(["model", "val word ppl", "test word ppl"], rows) +
+            f"\nv4: {s['steps']:,} steps, the text {s['epochs']:.1f} times; {s['n_params'] / 1e6:.1f} million "
+            f"parameters; seed {s['seed']}; {s['train_seconds']:,.0f} s of training (after {within['seconds']:,.0f} s "
+            f"{within['val_word_ppl']:.1f} on the validation split in windows side by side, "
+            f"{log[-1]['val_word_ppl']:.1f} at the end). {best_run()['machine']}.")  # fmt: skip
+
+
+def dynamic_eval():
+    """The rates that were tried for it: 0 is the evaluation without it."""
+    rows = [[f"{float(rate):g}", f"{bpb:.4f}"] for rate, bpb in best_run()["measured"]["rates"].items()]
+    return table(["rate", "bpb on the first 32,768 tokens of the validation split"], rows)
+
+
+def sample(words=110):
+    """How the sample of the best run begins, as it is but for the ends of lines."""
+    lines, left = [], words
+    for paragraph in (line.split() for line in best_run()["sample"].splitlines() if line.strip()):
+        lines += [*textwrap.wrap(" ".join(paragraph[:left]) + (" ..." if len(paragraph) > left else ""), 118), ""]
+        left -= len(paragraph)
+        if left <= 0:
+            break
+    return "```\n" + "\n".join(lines).strip() + "\n```"
+
+
+def benchmark(name):
+    """The table that a benchmark has written, its headings below those of the page."""
+    return re.sub("(?m)^#+ ", "#### ", Path(BENCHMARKS / f"{name}.md").read_text(encoding="utf-8"))
+
+
+TABLES = {make.__name__: make for make in (
+    ladder, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape, dropout, metrics,
+    temperature, two_hours, two_hours_best, dynamic_eval, sample,
+)}  # fmt: skip
+TABLES |= {f"benchmark_{name}": lambda name=name: benchmark(name) for name in TIMINGS}

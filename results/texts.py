@@ -1,0 +1,73 @@
+"""The texts that runs read: parts of others are made, and only runs of one text are compared."""
+
+import importlib
+import math
+import shutil
+import subprocess
+import sys
+
+import torch
+
+from bpe_tokenizer import BPETokenizer
+from data import load_tokens, token_file
+from results import store
+from results.plan import EXPERIMENTS, ROOT, all_constants, owner
+
+TENTH_SPLITS = ("val", "test", "train")  # the last one is looked for
+
+
+def steps_for(megabytes, rung, constants):
+    """How many steps make so many megabytes of the text that a run of the module `rung` trains on."""
+    train = load_tokens(constants.get("VOCABULARY", rung.VOCABULARY), constants.get("DATA", rung.DATA))["train"]
+    step_tokens = math.prod(constants.get(name, getattr(rung, name)) for name in ("BATCH_SIZE", "BLOCK_SIZE"))
+    return max(2, round(1e6 * megabytes / (step_tokens * train.n_bytes / len(train))))
+
+
+def make_tenth(folder):
+    """The token files of data/ with the first tenth of the training text only, in `folder`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer = BPETokenizer.load(ROOT / "data" / "bpe_vocab.json")
+    for split in TENTH_SPLITS:
+        content = torch.load(token_file(split, "bpe_vocab.json"), weights_only=True)
+        content["dataset"] = f"a tenth of {content['dataset']}"
+        if split == "train":
+            content["ids"] = content["ids"][: len(content["ids"]) // 10].clone()
+            text = tokenizer.decode_bytes(content["ids"].tolist())
+            content |= {"n_tokens": len(content["ids"]), "n_bytes": len(text),
+                        "n_words": len(text.split()) + text.count(b"\n")}  # fmt: skip
+        torch.save(content, folder / f"{split}_ids.pt")
+    shutil.copyfile(ROOT / "data" / "bpe_vocab.json", folder / "bpe_vocab.json")
+
+
+def prepare(runs):
+    """Make the texts of `runs` that are parts of others. Raises OSError and ValueError if tokens are missing."""
+    folders = {run.constants.get("DATA") for run in runs}
+    sample, tenth = store.WORK / "sample", store.WORK / "tenth"
+    if "runs/experiments/sample" in folders and not sample.exists():
+        words = ["data/prepare.py", "--sample", "--to", str(sample), "--vocabulary", "data/bpe_vocab.json"]
+        if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
+            raise ValueError(f"python {' '.join(words)} has failed; its message is above")
+    load_tokens("bpe_vocab.json")
+    if "runs/experiments/tenth" in folders and not (tenth / "bpe_vocab.json").exists():
+        make_tenth(tenth)
+    for size in sorted({run.vocab_size for run in runs} - {0, 4096}):
+        load_tokens(f"bpe_vocab_{size}.json")
+
+
+def check_texts(todo, overrides, gpu=False):
+    """Raises ValueError if a run of `todo`, [(run, seed)], would read another text than those it is compared with."""
+    for run, seed in todo:
+        name, planned = owner(run)[0], run.constants.get("DATA", "data")
+        constants = all_constants(run, seed, gpu) | overrides
+        done = {result["summary"]["dataset"] for other in EXPERIMENTS[name].runs
+                if other.constants.get("DATA", "data") == planned
+                for result in store.read_results(other, EXPERIMENTS[name].seeds, gpu)}  # fmt: skip
+        here = constants.get("DATA", "data")
+        vocabulary = constants.get("VOCABULARY", importlib.import_module(run.rung).VOCABULARY)
+        if done and (text := load_tokens(vocabulary, here)["train"].dataset) not in done:
+            folder = f"results/experiments/{name}{'_gpu' * gpu}"
+            remedy = ("prepare that text with python data/prepare.py --from DIR" if here == "data"
+                      else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
+                      else "leave DATA out")  # fmt: skip
+            raise ValueError(f"{here} holds {text!r}, and the runs in {folder} are of {', '.join(map(repr, done))}: "
+                             f"{remedy}; or move {folder} aside to begin anew")  # fmt: skip
