@@ -214,6 +214,7 @@ def main():
 if __name__ == "__main__":
     if sys.argv[1:2] == ["--inside"]:
         run_words(int(sys.argv[2]), sys.argv[3:])
+        sys.stdout.flush()
         os._exit(0)  # threads of libraries may be anywhere
     try:
         main()

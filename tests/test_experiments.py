@@ -206,6 +206,7 @@ def plan_tiny(monkeypatch, *runs, seeds=(2,)):
 @pytest.fixture
 def tiny(folders, launch_forked, monkeypatch, data_dir):
     """Constants of runs of some steps on a text of some thousand tokens; small measurements."""
+    monkeypatch.setattr(data, "DATA_DIR", data_dir)
     monkeypatch.setattr(measures, "WINDOW_TOKENS", 1000)
     return {"DATA": str(data_dir), "VOCABULARY": "bpe_vocab_500.json", "MAX_STEPS": 6}
 
