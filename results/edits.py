@@ -39,8 +39,8 @@ RMS_NORM = (
 NO_BIASES = (
     ("nn.Linear(N_EMBD, 3 * N_EMBD)", "nn.Linear(N_EMBD, 3 * N_EMBD, bias=False)"),
     ("nn.Linear(N_EMBD, N_EMBD)", "nn.Linear(N_EMBD, N_EMBD, bias=False)"),
-    ("nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), GELU(), nn.Linear(4 * N_EMBD, N_EMBD))",
-     "nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD, bias=False), GELU(), nn.Linear(4 * N_EMBD, N_EMBD, bias=False))"),
+    ("nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), gelu, nn.Linear(4 * N_EMBD, N_EMBD))",
+     "nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD, bias=False), gelu, nn.Linear(4 * N_EMBD, N_EMBD, bias=False))"),
 )  # fmt: skip
 ZEROS = (
     ("nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))",
@@ -55,15 +55,22 @@ SCHEDULE = (
 '''),
 )  # fmt: skip
 RELU_SQUARED = (
-    ("return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))", "return F.relu(x).square()"),
+    ("class Block(nn.Module):\n", """class ReLUSquared(nn.Module):
+    def forward(self, x):
+        return F.relu(x).square()
+
+
+class Block(nn.Module):
+"""),
+    ('gelu = kernels.GELU()  # nn.GELU(approximate="tanh")', "gelu = ReLUSquared()"),
 )
 ROPE_IN_V3 = (
     ("import harness  # first", "from v4_alibi_rope import apply_rope, rope_table\nimport harness  # first"),
     (" + self.position_embedding.weight[: idx.size(1)]", ""),
-    ('''        y = attend(q, k, v, (C // self.n_head) ** -0.5)''',
+    ('''        y = kernels.attention(q, k, v)''',
      '''        table = rope_table(torch.arange(T, device=x.device), C // self.n_head, 10000.0)
         q, k = apply_rope(q, table), apply_rope(k, table)
-        y = attend(q, k, v, (C // self.n_head) ** -0.5)'''),
+        y = kernels.attention(q, k, v)'''),
     ("        self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)\n", ""),
 )  # fmt: skip
 ROPE_AFTER_THEM = (*ROPE_IN_V3, (" + [model.position_embedding.weight]", ""))  # on top of NORMED_EMBEDDINGS
@@ -86,8 +93,10 @@ TIED = (
     ('std=0.1 if name == "embedding.weight"', 'std=0.02 if name == "embedding.weight"'),
 )
 DROPOUT_INSIDE = (
-    ("        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n",
-     "        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n        self.dropout = Dropout(DROPOUT)\n"),
+    ("        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)\n", """\
+        self.proj = nn.Linear(4 * N_EMBD, N_EMBD, bias=False)
+        self.dropout = kernels.Dropout(DROPOUT)
+"""),
     ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
 )
 

@@ -3,6 +3,7 @@
 import json
 from statistics import mean
 
+import harness
 from results.plan import EXPERIMENTS, ROOT, owner
 
 WORK, RESULTS = ROOT / "runs" / "experiments", ROOT / "results" / "experiments"
@@ -61,6 +62,4 @@ def spread_of(results, key, form="{:.4f}"):
 def write_text(path, text):
     """Write a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    beside = path.with_suffix(".new")
-    beside.write_text(text, encoding="utf-8")
-    beside.replace(path)
+    harness.atomic_write(path, lambda file: file.write(text.encode()))
