@@ -2,25 +2,25 @@
 
 A tokenizer turns text into integers and back. Byte-pair encoding (Gage 1994; for language models Sennrich et
 al. 2016, arXiv:1508.07909; on bytes Radford et al. 2019, "Language Models are Unsupervised Multitask Learners")
-starts from the 256 bytes, so that no text is ever unknown, and learns which neighbours to merge:
+starts with the 256 bytes, so it can encode any text, and learns which neighbours to merge:
 
 1. Pre-tokenization cuts the text into words, numbers, punctuation and white space. Merges never cross a cut.
 2. Training merges the most frequent pair of neighbouring tokens into a new token, again and again.
 3. Encoding replays the merges, the earliest learned first, inside each pre-token of new text.
 
-Ids 0 to 255 are the bytes, merge k makes id 256 + k, special tokens come last. Each step stands below as the textbook
-has it. Where much text waits, the class calls bpe_fast.py, which gives the same results in numpy.
+Ids 0 to 255 are the bytes, merge k makes id 256 + k, and special tokens have the last ids. The functions below follow
+the textbook. For long texts the class uses the package bpe/, which computes the same results faster, with numpy.
 
     tokenizer = BPETokenizer.train(text, vocab_size=4096)
     ids = tokenizer.encode("Hello world")          # list of int
     ids = tokenizer.encode_array(long_text)        # numpy array, the fast path for whole corpora
-    arrays = tokenizer.encode_documents(texts)     # an iterator of them, <|endoftext|> before each text
+    arrays = tokenizer.encode_documents(texts)     # an iterator of arrays, <|endoftext|> before each text
     text = tokenizer.decode(ids)
-    pieces = tokenizer.decode_stream(ids)          # an iterator of str, each id as it comes
+    pieces = tokenizer.decode_stream(ids)          # an iterator of str, one for each id as it arrives
     tokenizer.save("vocab.json"); tokenizer = BPETokenizer.load("vocab.json")
-    tokenizer = BPETokenizer.from_gpt2("folder")   # the files of GPT-2's own vocabulary
+    tokenizer = BPETokenizer.from_gpt2("folder")   # GPT-2's own vocabulary files
 
-`python bpe_tokenizer.py` shows on the bundled text what all of this does.
+`python bpe_tokenizer.py` demonstrates all of this on the bundled text.
 """
 
 import codecs
@@ -39,58 +39,43 @@ from pathlib import Path
 
 import numpy as np
 
-import bpe_fast
-import unicode_classes
-from bpe_fast import shown, utf8
+import bpe.encode
+import bpe.formats
+import bpe.learn
+import bpe.pretokens
+import bpe.unicode
+from bpe import shown
+from bpe.pretokens import utf8
 from harness.files import atomic_write
 
 # ----------------------------------------------------------------------------------------------------------
 # Pre-tokenization
 # ----------------------------------------------------------------------------------------------------------
 
-# GPT-2's pattern: contractions, then words, numbers and other signs, each with the one space before it, then
-# white space, which leaves its last character to what follows.
+# GPT-2's pattern: contractions; then words, numbers and runs of other signs, each with at most one space before it;
+# then white space, without its last character if text follows.
 GPT2_PATTERN = r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
 
-# GPT-4's (cl100k_base in tiktoken): any one sign may stand before a word, a number has three digits at most, and white
-# space is cut at line ends. Both cut combining marks (\p{M}) off the letters before them, and no merge mends that:
-# 1.8 kB of Hindi are 452 pre-tokens with GPT-2's pattern, and would be 173 if marks were letters.
+# GPT-4's pattern (cl100k_base in tiktoken): a word may begin with any one sign, a number has at most three digits, and
+# white space is cut at line ends. Both patterns separate combining marks (\p{M}) from the letters before them, and
+# merges cannot undo this: GPT-2's pattern cuts 1.8 kB of Hindi into 452 pre-tokens; if marks were letters, into 173.
 GPT4_PATTERN = (
     r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}++|\p{N}{1,3}+| ?[^\s\p{L}\p{N}]++[\r\n]*+"
     r"|\s++$|\s*[\r\n]|\s+(?!\S)|\s"
 )
 
-
-def greedy(pattern):
-    """`pattern` as Python 3.10 reads it: without possessive repeats, such as x++, which never give back what they took.
-    Here a greedy x+ gives nothing back either, since what follows it cannot match any of that. And with \\Z, the end of
-    the text, for $, which Python also finds before a last line end."""
-    return re.sub(r"([?*+]|\d\})\+", r"\1", pattern).replace("$", r"\Z")
-
-
-def _compiled(pattern):
-    """`pattern` for Python's `re`, with the classes of one fixed Unicode in place of \\p{L}, \\p{N}, \\s and \\S."""
-    inside = {r"\p{L}": unicode_classes.LETTERS, r"\p{N}": unicode_classes.NUMBERS, r"\s": unicode_classes.SPACES}
-    inside = {name: unicode_classes.members(ranges) for name, ranges in inside.items()}
-    pattern = greedy(pattern).replace(r"\S", r"[^\s]")
-    for name, members in inside.items():
-        alone = rf"{re.escape(name)}(?![^\[]*\])"  # outside of [...]
-        pattern = re.sub(alone, lambda _: f"[{members}]", pattern).replace(name, members)
-    return re.compile(pattern)
-
-
 PATTERNS = {"gpt2": GPT2_PATTERN, "gpt4": GPT4_PATTERN}
-PRETOKENS = {name: _compiled(pattern) for name, pattern in PATTERNS.items()}
+PRETOKENS = {name: bpe.unicode.compile_pattern(pattern) for name, pattern in PATTERNS.items()}
 PRETOKEN = PRETOKENS["gpt2"]
 
 
 def _bulk_pattern(name):
-    """What bpe_fast needs to pre-tokenize: the compiled pattern, or None for GPT-2's, which it does by itself."""
+    """The pattern as the package bpe/ expects it: compiled, or None for GPT-2's, which it finds without `re`."""
     return None if name == "gpt2" else PRETOKENS[name]
 
 
 def count_pretokens(text, pattern="gpt2"):
-    """How often each pre-token occurs in `text`: {pre-token as bytes: how often}."""
+    """How often each pre-token occurs in `text`: a Counter, {pre-token as bytes: count}."""
     return Counter(pretoken.encode() for pretoken in PRETOKENS[pattern].findall(text))
 
 
@@ -100,7 +85,7 @@ def count_pretokens(text, pattern="gpt2"):
 
 
 def merge(ids, pair, new_id):
-    """`ids` with every occurrence of `pair` replaced by `new_id`, from the left: in aaa, only the first aa."""
+    """`ids` with each occurrence of `pair` replaced by `new_id`, from left to right: in aaa, only the first aa."""
     out, i = [], 0
     while i < len(ids):
         if i + 1 < len(ids) and ids[i] == pair[0] and ids[i + 1] == pair[1]:
@@ -113,10 +98,10 @@ def merge(ids, pair, new_id):
 
 
 def learn_merges(counts, n_merges):
-    """The first `n_merges` merges, a list of (left id, right id): each the most frequent pair, of equals the smallest.
+    """The first `n_merges` merges, a list of (left id, right id). Fewer if every pre-token becomes one token.
 
-    counts: {pre-token as bytes: how often it occurs}. This is algorithm 1 of Sennrich et al. 2016: every distinct
-    pre-token is looked at once and weighs as much as it occurs. Fewer merges if every pre-token becomes one token.
+    counts: {pre-token as bytes: count}. This is algorithm 1 of Sennrich et al. 2016: each distinct pre-token is
+    processed once, weighted by its count. The most frequent pair is merged; among equally frequent pairs, the smallest.
     """
     words = {pretoken: list(pretoken) for pretoken in counts}
     merges = []
@@ -139,9 +124,9 @@ def learn_merges(counts, n_merges):
 
 
 def encode_pretoken(pretoken, merge_id):
-    """Ids of one pre-token, bytes, as a list of int: the earliest learned merge first, wherever it applies.
+    """The ids of one pre-token, a list of int: the earliest learned merge is applied first, wherever it occurs.
 
-    merge_id: {(left id, right id): id of the merged token}. A merge that was learned earlier has a smaller id.
+    pretoken: bytes. merge_id: {(left id, right id): id of the merged token}; an earlier merge has a smaller id.
     """
     ids = list(pretoken)
     while len(ids) > 1:
@@ -161,7 +146,7 @@ _VERSION = 1
 
 
 def _names(names, what):
-    """`names` as a tuple of strings. A str is refused, since it would be read as a list of one-letter names."""
+    """`names` as a tuple of str. Raises ValueError for a single str, which would be a list of one-letter names."""
     if isinstance(names, Iterable) and not isinstance(names, (str, Mapping)):
         names = tuple(names)
         if all(isinstance(name, str) for name in names):
@@ -170,11 +155,11 @@ def _names(names, what):
 
 
 def _is_long(text):
-    return isinstance(text, str) and len(text) > bpe_fast.FEW_BYTES
+    return isinstance(text, str) and len(text) > bpe.encode.FEW_BYTES
 
 
 def _byte_order(order):
-    """`order` as 256 bytes, None for the natural order. Raises ValueError if it does not hold each byte once."""
+    """`order` as 256 bytes, or None for the natural order. Raises ValueError unless it holds each byte once."""
     try:
         order = None if order is None else bytes(list(order))
     except (TypeError, ValueError, OverflowError):
@@ -188,11 +173,11 @@ class BPETokenizer:
     """Byte-level BPE with the pre-tokenization of GPT-2 or GPT-4.
 
     merges: list of (left id, right id), in the order learned; merge k makes id 256 + k.
-    special_tokens: list of names that get the ids after the last merge.
+    special_tokens: list of names, which get the ids after the last merge.
     pattern: "gpt2" or "gpt4".
-    byte_order: the bytes of the ids 0 to 255, if not their natural order; training has no other.
-    Raises ValueError if a merge names an id that does not exist yet, or a name or merge occurs twice, or for a pattern
-    or byte order that is none.
+    byte_order: the bytes of the ids 0 to 255, if not in natural order; `train` always uses the natural order.
+    Raises ValueError if a merge uses an id that does not exist yet, if a name or a merge occurs twice, or if `pattern`
+    or `byte_order` is invalid.
     """
 
     def __init__(self, merges, special_tokens=(), pattern="gpt2", byte_order=None):
@@ -222,13 +207,14 @@ class BPETokenizer:
 
     @classmethod
     def train(cls, texts, vocab_size, special_tokens=("<|endoftext|>",), progress=None, pattern="gpt2"):
-        """Learn a vocabulary of `vocab_size` tokens (bytes, merges and special tokens together).
+        """Learn a vocabulary of `vocab_size` tokens: bytes, merges and special tokens together.
 
-        texts: a string or an iterable of strings, each pre-tokenized by itself.
+        texts: an iterable of str, each pre-tokenized on its own, or one str.
         progress: called with the number of merges learned so far, after each of them. pattern: "gpt2" or "gpt4".
-        Among pairs of equal count the smaller pair of ids is merged first, so one text gives one vocabulary. A text
-        that runs out of pairs gives a smaller vocabulary. Raises ValueError if `vocab_size` does not hold the bytes and
-        the special tokens, and if the texts are names of files.
+        Among equally frequent pairs the smallest is merged first, so the same text always gives the same vocabulary.
+        The vocabulary is smaller if the text runs out of pairs.
+        Raises TypeError for an argument of the wrong type, ValueError if `vocab_size` is too small for the bytes and
+        the special tokens, or if the texts are only names of files.
         """
         special_tokens = cls([], special_tokens, pattern).special_tokens
         if not hasattr(vocab_size, "__index__"):
@@ -239,42 +225,45 @@ class BPETokenizer:
         if n_merges < 0:
             raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
                              "tokens must fit")
-        counts = bpe_fast.count_pretokens(texts, _bulk_pattern(pattern))
-        return cls(bpe_fast.learn_merges(counts, n_merges, progress), special_tokens, pattern)
+        counts = bpe.pretokens.count_pretokens(texts, _bulk_pattern(pattern))
+        return cls(bpe.learn.learn_merges(counts, n_merges, progress), special_tokens, pattern)
 
     def encode(self, text, allowed_special=()):
-        """Ids of `text`, a list of int.
+        """The ids of `text`, a list of int.
 
-        allowed_special: names of special tokens to recognize in the text, the longest where several fit; all others are
-        read as plain text.
-        Raises TypeError for what is no str, ValueError for a lone surrogate and for a name that is no special token of
-        this vocabulary.
+        allowed_special: names of the special tokens to recognize in the text; all others are read as plain text. If
+        several names match at one place, the longest wins.
+        Raises TypeError if `text` is not a str, ValueError if it contains a lone surrogate, or if a name is not a
+        special token of this vocabulary.
         """
         special_id = self._allowed(allowed_special)
         return self._bulk(text, special_id).tolist() if _is_long(text) else self._few(text, special_id)
 
     def encode_array(self, text, allowed_special=()):
-        """Ids of `text`, an array of `dtype`, equal to those of `encode`. The fast path for long texts."""
+        """The ids of `text`, as from `encode`, but as an array of `dtype`. Faster for long texts."""
         special_id = self._allowed(allowed_special)
         return self._bulk(text, special_id) if _is_long(text) else np.array(self._few(text, special_id), self.dtype)
 
     def encode_stream(self, texts, allowed_special=()):
-        """Ids of the concatenation of `texts`, an iterable of strings (or one), as an iterator of arrays of `dtype`.
+        """The ids of the concatenation of `texts`, as an iterator of arrays of `dtype`.
 
-        Memory does not grow with the length of the text, but with the longest stretch that holds no place to cut, such
-        as one letter repeated. Raises TypeError and ValueError as `encode` does.
+        texts: an iterable of str, or one str.
+        Memory does not grow with the length of the text, only with the longest stretch that cannot be cut, such as one
+        letter repeated. Raises TypeError and ValueError as `encode` does.
         """
-        return self._bulk_encoder.encode(bpe_fast.parts(texts, self._allowed(allowed_special)))
+        return self._bulk_encoder.encode(bpe.pretokens.parts(texts, self._allowed(allowed_special)))
 
     def encode_documents(self, texts, separator="<|endoftext|>"):
-        """Ids of `texts`, an iterable of strings (or one), each encoded by itself, with the id of the special token
-        `separator` before each, as an iterator of arrays of `dtype`. A separator within a text is plain text. Raises as
-        `encode` does."""
+        """The ids of `texts`, each encoded on its own after the id of `separator`, as an iterator of arrays of `dtype`.
+
+        texts: an iterable of str, or one str. separator: a special token; inside a text it is plain text.
+        Raises TypeError and ValueError as `encode` does.
+        """
         [special] = self._allowed([separator]).values()
-        return self._bulk_encoder.encode(bpe_fast.documents(texts, special))
+        return self._bulk_encoder.encode(bpe.pretokens.documents(texts, special))
 
     def _allowed(self, names):
-        """{name: id} of special tokens. Raises ValueError for what is no list of them."""
+        """{name: id} of special tokens. Raises ValueError unless `names` is a list of special tokens."""
         names = _names(names, "allowed_special")
         if unknown := set(names) - set(self.special_tokens):
             raise ValueError(f"{min(unknown)!r} is no special token of this vocabulary: "
@@ -282,11 +271,11 @@ class BPETokenizer:
         return {name: self._special_id[name] for name in names}
 
     def _few(self, text, special_id):
-        """Ids of a short text, the textbook's way, a list."""
+        """The ids of a short text, a list, found with the textbook's functions."""
         utf8(text)
         parts = [text]
         if special_id:
-            names = sorted(special_id, key=len, reverse=True)  # `re` takes the first that fits
+            names = sorted(special_id, key=len, reverse=True)  # `re` takes the first that matches
             parts = re.split("(" + "|".join(map(re.escape, names)) + ")", text)
         ids = []
         for k, part in enumerate(parts):
@@ -295,28 +284,29 @@ class BPETokenizer:
                 continue
             for pretoken in PRETOKENS[self.pattern].findall(part):
                 data = pretoken.encode().translate(self._byte_id)
-                is_long = len(data) > bpe_fast.LONG_BYTES
-                ids += (bpe_fast.encode_long_pretoken if is_long else encode_pretoken)(data, self._merge_id)
+                is_long = len(data) > bpe.encode.LONG_BYTES
+                ids += (bpe.encode.encode_long_pretoken if is_long else encode_pretoken)(data, self._merge_id)
         return ids
 
     def _bulk(self, text, special_id):
-        """Ids of a long text, an array."""
-        return np.concatenate(list(self._bulk_encoder.encode(bpe_fast.parts(text, special_id))))
+        """The ids of a long text, an array."""
+        return np.concatenate(list(self._bulk_encoder.encode(bpe.pretokens.parts(text, special_id))))
 
     @cached_property
     def _bulk_encoder(self):
-        return bpe_fast.BulkEncoder(self._merge_id, _bulk_pattern(self.pattern), self.dtype, self._byte_id)
+        return bpe.encode.BulkEncoder(self._merge_id, _bulk_pattern(self.pattern), self.dtype, self._byte_id)
 
     def token_bytes(self, id):
-        """The bytes that token `id` stands for. Raises ValueError if there is no such id."""
+        """The bytes of token `id`. Raises ValueError if there is no such id."""
         if not 0 <= index(id) < len(self._bytes):
             raise ValueError(f"there is no token {id}: the vocabulary has ids 0 to {self.vocab_size - 1}")
         return self._bytes[id]
 
     def decode_bytes(self, ids):
-        """The bytes that ids stand for: integers in a list, an array, a tensor or another iterable of one dimension.
+        """The bytes of all `ids`, end to end.
 
-        Raises TypeError for what is no such thing, ValueError for an id outside of the vocabulary.
+        ids: integers in a list, an array, a tensor or any other one-dimensional iterable.
+        Raises TypeError if `ids` is anything else, ValueError for an id outside the vocabulary.
         """
         if not isinstance(ids, (str, bytes)):
             try:
@@ -326,13 +316,14 @@ class BPETokenizer:
         raise TypeError(f"ids must be integers in one dimension, such as [72, 105], not {shown(ids)}")
 
     def decode(self, ids):
-        """The text that ids stand for, as in `decode_bytes`; bytes that are no UTF-8 become U+FFFD."""
+        """The text of `ids`. Invalid UTF-8 becomes U+FFFD. Takes and raises what `decode_bytes` does."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_stream(self, ids):
-        """An iterator of str, one for each of `ids` as they come, and one more for bytes that are left over.
+        """The text of `ids` as an iterator of str: one for each id as it arrives, and one more if bytes are left over.
 
-        A character comes with the id that completes it, "" with those before. Together they are `decode(ids)`.
+        A character is returned with the id that completes it; the ids before it give "". Joined, the strings equal
+        `decode(ids)`.
         """
         decoder = codecs.getincrementaldecoder("utf-8")(errors="replace")
         for id in ids:
@@ -346,31 +337,31 @@ class BPETokenizer:
 
     @property
     def dtype(self):
-        """Smallest unsigned numpy type, of 16 bits or more, that holds every id."""
+        """The smallest unsigned numpy type with at least 16 bits that holds every id."""
         return np.dtype(np.uint16 if self.vocab_size <= 1 << 16 else np.uint32)
 
     @property
     def fingerprint(self):
-        """16 hexadecimal digits of a SHA-256 of everything that decides the ids."""
+        """16 hexadecimal digits of a SHA-256 hash of everything that determines the ids."""
         decides = [_VERSION, PATTERNS[self.pattern], self.merges, self.special_tokens, *self._order().values()]
         return hashlib.sha256(json.dumps(decides).encode()).hexdigest()[:16]
 
     def _text(self, id):
-        """Token `id` as text to read; bytes that are no UTF-8 as \\x escapes."""
+        """Token `id` as readable text; invalid UTF-8 becomes \\x escapes."""
         return self._bytes[id].decode("utf-8", errors="backslashreplace")
 
     def _order(self):
-        """The order of the bytes as `save` writes it: nothing if it is the natural one."""
+        """The order of the bytes as `save` writes it: nothing for the natural order."""
         return {"byte_order": list(self.byte_order)} if self.byte_order else {}
 
     def _contents(self):
-        """What `save` writes."""
+        """What `save` writes, a dict."""
         merges = [[a, b, self._text(256 + k)] for k, (a, b) in enumerate(self.merges)]
         return {"format": _FORMAT, "version": _VERSION, "pattern": PATTERNS[self.pattern], **self._order(),
                 "special_tokens": self.special_tokens, "fingerprint": self.fingerprint, "merges": merges}
 
     def to_json(self):
-        """The vocabulary as JSON that a person can read: a line per merge, with the token that it makes."""
+        """The vocabulary as readable JSON, a str: one line per merge, with the token that it makes."""
         contents = self._contents()
         merges = ",\n  ".join(json.dumps(merge, ensure_ascii=False) for merge in contents.pop("merges"))
         head = "".join(f' "{key}": {json.dumps(value)},\n' for key, value in contents.items())
@@ -382,11 +373,11 @@ class BPETokenizer:
 
     @classmethod
     def load(cls, path):
-        """Read a vocabulary that `save` wrote. Raises OSError if there is none, ValueError if it is not whole."""
+        """Read a vocabulary that `save` wrote. Raises OSError if it cannot be read, ValueError if it is damaged."""
         try:
             stored = json.loads(Path(path).read_text(encoding="utf-8"))
             if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
-                raise ValueError("it is no vocabulary of this tokenizer")
+                raise ValueError("it is not a vocabulary of this tokenizer")
             if stored.get("version") != _VERSION:
                 raise ValueError(f"its version is {shown(stored.get('version'))}, and this program reads {_VERSION}")
             pattern = [name for name, pattern in PATTERNS.items() if pattern == stored.get("pattern")]
@@ -399,7 +390,7 @@ class BPETokenizer:
                             stored.get("byte_order"))
             for key, value in tokenizer._contents().items():
                 if json.dumps(stored.get(key)) != json.dumps(value):  # as text, since to Python true and 1 are equal
-                    raise ValueError(f"its {key} and the rest of it do not fit together")
+                    raise ValueError(f"its {key} does not match the rest of it")
         except (ValueError, RecursionError) as error:  # json and UTF-8 errors are ValueErrors too
             reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
             raise ValueError(f"cannot use the vocabulary {path}: {reason}; make it again or take the committed one "
@@ -408,29 +399,25 @@ class BPETokenizer:
 
     @classmethod
     def from_gpt2(cls, path):
-        """A vocabulary from files of GPT-2's form: merges.txt or vocab.bpe with vocab.json or encoder.json beside it,
-        or the tokenizer.json of Hugging Face.
+        """Read a vocabulary in GPT-2's format (merges.txt or vocab.bpe, with vocab.json or encoder.json in the same
+        folder) or in Hugging Face's (tokenizer.json).
 
-        path: their folder or one of them. Raises FileNotFoundError if they are not there, ValueError if their ids are
-        not the bytes, then the merges in order, then special tokens, or if they do what this class does not.
+        path: the folder or one of the files. Raises FileNotFoundError if files are missing, ValueError if the ids are
+        not the bytes, then the merges in order, then special tokens, or if the files ask for what this class cannot do.
         """
-        import bpe_formats  # only here: training and encoding do without it
-
-        return bpe_formats.read_gpt2(Path(path))
+        return bpe.formats.read_gpt2(Path(path), PATTERNS, cls)
 
     def hf_tokenizer_json(self):
-        """The same tokenizer for Hugging Face: a dict that json.dumps makes the text of a tokenizer.json.
+        """The contents of a tokenizer.json for Hugging Face, a dict: `json.dumps` it.
 
-        It recognizes all special tokens wherever they stand. Raises ValueError if two tokens have the same bytes, as
-        it tells them apart by these.
+        There, special tokens are recognized anywhere in a text. Raises ValueError if two tokens have the same bytes,
+        since the format identifies tokens by their bytes.
         """
-        import bpe_formats  # only here: training and encoding do without it
-
-        return bpe_formats.tokenizer_json(self)
+        return bpe.formats.tokenizer_json(self, PATTERNS)
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What it does, on the bundled text
+# A demonstration on the bundled text
 # ----------------------------------------------------------------------------------------------------------
 
 
@@ -438,7 +425,7 @@ def main():
     path = Path(__file__).parent / "data" / "input.txt"
     text = path.read_text(encoding="utf-8")
     n_bytes, counts = len(text.encode()), count_pretokens(text)
-    print(f"{path.name}: {n_bytes:,} bytes, {counts.total():,} pre-tokens, {len(counts):,} of them different\n")
+    print(f"{path.name}: {n_bytes:,} bytes, {counts.total():,} pre-tokens, {len(counts):,} of them distinct\n")
 
     part = text[:50_000]
     start = time.perf_counter()
@@ -446,8 +433,8 @@ def main():
     textbook = time.perf_counter()
     assert BPETokenizer.train(part, 256 + 100, special_tokens=()).merges == merges
     fast = time.perf_counter()
-    print(f"100 merges of its first 50,000 characters: the textbook's loop takes {textbook - start:.2f} s, bpe_fast\n"
-          f"{fast - textbook:.2f} s for the same. The first merges of the whole text:")
+    print(f"100 merges of its first 50,000 characters: the textbook's loop takes {textbook - start:.2f} s, bpe/ takes\n"
+          f"{fast - textbook:.2f} s for the same merges. The first merges of the whole text:")
     tokenizer = BPETokenizer.train(text, vocab_size=2048)
     for k in range(12):
         left, right = tokenizer.merges[k]
@@ -472,5 +459,5 @@ if __name__ == "__main__":
     try:
         main()
         sys.stdout.flush()
-    except BrokenPipeError:  # the reader, such as head, has seen enough
+    except BrokenPipeError:  # the reader, such as head, has stopped reading
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -441,10 +441,10 @@ def streams(settings, path):
 
 def preparing(settings, text, long, copy):
     """Runs data/prepare.py in a copy of what it needs, so that the token files of this checkout stay as they are."""
-    (copy / "data").mkdir(parents=True)
-    needed = (*ROOT.glob("bpe_*.py"), ROOT / "unicode_classes.py", *ROOT.glob("data/*.py"), *ROOT.glob("data/*.json"))
-    for path in needed:
-        shutil.copy(path, copy / path.relative_to(ROOT))
+    for pattern in ("bpe_tokenizer.py", "bpe/*.py", "data/*.py", "data/*.json"):
+        for path in ROOT.glob(pattern):
+            (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(path, copy / path.relative_to(ROOT))
     one = f"from data.prepare import *; prepare(*open_source({str(long)!r}), ['bpe_vocab.json'])"
     rows = []
     for what, source, repeats, arguments in [

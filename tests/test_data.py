@@ -25,7 +25,7 @@ import pytest
 import torch
 from tqdm import tqdm
 
-import bpe_fast
+import bpe.pretokens
 import data
 from bpe_tokenizer import BPETokenizer
 from data import prepare
@@ -320,7 +320,7 @@ def test_a_stream_gives_what_the_whole_text_gives(tokenizer, expected):
 
 def test_a_stream_is_read_bit_by_bit(tokenizer, monkeypatch):
     """The first tokens come before the text has been read to its end."""
-    monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", 1 << 10)
+    monkeypatch.setattr(bpe.pretokens, "BLOCK_BYTES", 1 << 10)
     piece, n_pieces = TEXTS["train"], 40
     read, read_at_yield = [], []
 
@@ -1207,9 +1207,9 @@ OFFLINE.pop("PYTHONUNBUFFERED", None)  # buffered output can fail once more, at 
 
 def make_copy(root):
     """A copy of what `python data/prepare.py` needs."""
-    (root / "data").mkdir(parents=True)
-    code = [*ROOT.glob("bpe_*.py"), ROOT / "unicode_classes.py", *(ROOT / "data").glob("*.py")]
+    code = [ROOT / "bpe_tokenizer.py", *(ROOT / "bpe").glob("*.py"), *(ROOT / "data").glob("*.py")]
     for path in (*code, *(ROOT / "data" / name for name in (*data.VOCABULARIES, prepare.SAMPLE))):
+        (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(path, root / path.relative_to(ROOT))
     return root
 

@@ -80,7 +80,7 @@ def copy(tmp_path_factory):
     for pattern in ("*.py", "input.txt", "bpe_vocab.json", "bpe_vocab_500.json"):
         for path in (ROOT / "data").glob(pattern):
             shutil.copy(path, root / "data")
-    for folder in ("notebooks", "results", "benchmarks"):
+    for folder in ("bpe", "notebooks", "results", "benchmarks"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "data/prepare.py", "--sample"]
     subprocess.run(command, cwd=root, check=True, capture_output=True)

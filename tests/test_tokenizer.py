@@ -1,6 +1,6 @@
-"""bpe_tokenizer and bpe_fast against independent truths: tiktoken, Hugging Face tokenizers, rustbpe, the `regex`
-module, and a trainer and an encoder of a few lines that recount everything in every round; and bpe_fast against the
-textbook functions of bpe_tokenizer."""
+"""bpe_tokenizer and the package bpe against independent truths: tiktoken, Hugging Face tokenizers, rustbpe, the `regex`
+module, and a trainer and an encoder of a few lines that recount everything in every round; and bpe against the textbook
+functions of bpe_tokenizer."""
 
 import copy
 import itertools
@@ -24,9 +24,11 @@ import tokenizers
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-import bpe_fast
+import bpe.encode
+import bpe.learn
+import bpe.pretokens
+import bpe.unicode
 import bpe_tokenizer
-import unicode_classes
 from bpe_tokenizer import PATTERNS, PRETOKEN, PRETOKENS, BPETokenizer, encode_pretoken, learn_merges
 
 ROOT = Path(bpe_tokenizer.__file__).resolve().parent
@@ -183,7 +185,7 @@ def pretokens(text, pattern="gpt2"):
 
 
 def bulk_pattern(name):
-    """What bpe_fast takes for a pattern."""
+    """A pattern as the package bpe takes it."""
     return None if name == "gpt2" else PRETOKENS[name]
 
 
@@ -231,7 +233,7 @@ def assert_same_ids(tokenizer, text, expected, special=()):
     expected = np.asarray(expected, np.int64)
     for few in (0, 10**9):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bpe_fast, "FEW_BYTES", few)
+            patch.setattr(bpe.encode, "FEW_BYTES", few)
             array, ids = tokenizer.encode_array(text, special), tokenizer.encode(text, special)
         assert array.dtype == tokenizer.dtype and isinstance(ids, list)
         assert np.array_equal(array, expected)
@@ -379,7 +381,7 @@ def test_every_code_point_is_cut_as_its_class_is(classes, pattern):
 
 
 def test_tables_are_those_of_tiktoken_and_hugging_face(classes):
-    for name, table in ((r"\p{L}", unicode_classes.LETTERS), (r"\p{N}", unicode_classes.NUMBERS)):
+    for name, table in ((r"\p{L}", bpe.unicode.LETTERS), (r"\p{N}", bpe.unicode.NUMBERS)):
         codes = sorted(map(ord, classes[name]))
         starts = [c for c, before in zip(codes, [-2, *codes]) if c != before + 1]
         ends = [c for c, after in zip(codes, [*codes[1:], -2]) if c + 1 != after]
@@ -443,16 +445,16 @@ def test_a_text_may_be_cut_before_every_space_that_a_non_space_follows(text, pat
 def test_counts_of_pretokens(text, block, pattern):
     """The counts that training starts from, each text by itself, with blocks so small that a text has many."""
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
+        patch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
         several = [text, text[:5], "", text[5:]]
         expected = Counter(piece.encode() for text in several for piece in pretokens(text, pattern))
-        assert bpe_fast.count_pretokens(several, bulk_pattern(pattern)) == expected
+        assert bpe.pretokens.count_pretokens(several, bulk_pattern(pattern)) == expected
         assert sum((bpe_tokenizer.count_pretokens(text, pattern) for text in several), Counter()) == expected
 
 
-def starts_of(block, starts=bpe_fast.gpt2_starts):
+def starts_of(block, starts=bpe.pretokens.gpt2_starts):
     """Where the pieces of `block` start, a list."""
-    return np.flatnonzero(starts(block, bpe_fast.kinds_of(block))).tolist()
+    return np.flatnonzero(starts(block, bpe.pretokens.classes_of(block))).tolist()
 
 
 def ends_of(pieces):
@@ -466,22 +468,22 @@ def ends_of(pieces):
 @example(["\u0e01\u0e31\U0001f600\u0300a1\u0661\u00b2", "\u00a0\u00a0x"])
 def test_pretokens_start_where_the_pattern_has_them(parts):
     """Found without the pattern, in a block of several parts with a special token after each."""
-    pieces = []
+    pieces, end = [], bpe.pretokens.END
     for part in parts:
-        pieces += [*map(str.encode, pretokens(part)), bpe_fast.END, bpe_fast.SPECIAL + b"4096", bpe_fast.END]
+        pieces += [*map(str.encode, pretokens(part)), end, bpe.pretokens.SPECIAL + b"4096", end]
     assert starts_of(b"".join(pieces)) == ends_of(pieces)
 
 
-def test_the_kind_of_every_character(classes):
-    """All bytes of a character have its kind, which is tiktoken's."""
+def test_the_class_of_every_character(classes):
+    """All bytes of a character have its class, which is tiktoken's."""
     text = "".join(EVERY).encode()
-    kinds = bpe_fast.kinds_of(text)
+    found = bpe.pretokens.classes_of(text)
     first = np.flatnonzero(np.frombuffer(text, np.uint8) & 0xC0 != 0x80)
-    assert (kinds == np.repeat(kinds[first], np.diff(first, append=len(text)))).all()
-    names = {bpe_fast.LETTER: r"\p{L}", bpe_fast.NUMBER: r"\p{N}", bpe_fast.SPACE: r"\s"}
-    for kind, name in names.items():
-        assert {c for c, k in zip(EVERY, kinds[first].tolist()) if k == kind} == classes[name]
-    assert set(kinds.tolist()) == {*names, bpe_fast.OTHER}
+    assert (found == np.repeat(found[first], np.diff(first, append=len(text)))).all()
+    names = {bpe.pretokens.LETTER: r"\p{L}", bpe.pretokens.NUMBER: r"\p{N}", bpe.pretokens.SPACE: r"\s"}
+    for number, name in names.items():
+        assert {c for c, k in zip(EVERY, found[first].tolist()) if k == number} == classes[name]
+    assert set(found.tolist()) == {*names, bpe.pretokens.OTHER}
 
 
 @checked(800)
@@ -491,7 +493,7 @@ def test_the_kind_of_every_character(classes):
 def test_pieces_for_gpt4_are_pretokenized_as_the_whole(text):
     """If each but the last sees that a space and a non-space come next, where it ends with white space."""
     data = text.encode()
-    starts = [*starts_of(data, bpe_fast.gpt4_starts), len(data)] if data else [0]
+    starts = [*starts_of(data, bpe.pretokens.gpt4_starts), len(data)] if data else [0]
     pieces = [data[i:j].decode() for i, j in zip(starts, starts[1:])]
     apart = [p for piece in pieces[:-1] for p in pretokens(piece + " x", "gpt4")[:-1]]
     assert apart + (pretokens(pieces[-1], "gpt4") if pieces else []) == pretokens(text, "gpt4")
@@ -502,7 +504,7 @@ def test_chunks_are_numbered_as_a_dict_would():
     draw = random.Random(0)
     words = [bytes(draw.choices(b"\0\1ab?", k=draw.randrange(20))).replace(b"?", b"\xc3\xa9") for _ in range(2000)]
     words += [b"%d" % i for i in range(150_000)]
-    chunks, seen = bpe_fast.Chunks(), {}
+    chunks, seen = bpe.pretokens.Chunks(), {}
     for _ in range(40):
         block = b"".join(b" x" + word for word in draw.choices(words, k=draw.choice([1, 10, 20_000])))
         numbers = chunks.index(block, np.array(starts_of(block))).tolist()
@@ -510,7 +512,7 @@ def test_chunks_are_numbered_as_a_dict_would():
         for k in numbers:
             seen.setdefault(k, chunks.chunks[k])
             assert seen[k] == chunks.chunks[k]
-    assert len(chunks.number) > 1 << 17  # the table has grown
+    assert len(chunks._number) > 1 << 17  # the table has grown
     assert len(chunks.chunks) < 2 * len(set(chunks.chunks))  # and few chunks were numbered again
 
 
@@ -524,7 +526,7 @@ def test_chunks_are_numbered_as_a_dict_would():
 )
 def test_each_chunk_is_kept_once(block, numbers, distinct):
     """Around SHORT_BYTES, where a key no longer holds the whole chunk; twice, so that all of them are known."""
-    chunks = bpe_fast.Chunks()
+    chunks = bpe.pretokens.Chunks()
     starts = np.array([0, *(i for i in range(1, len(block)) if block[i] == 32)])
     for _ in range(2):
         assert chunks.index(block, starts).tolist() == numbers
@@ -617,12 +619,12 @@ def test_long_pieces_equal_textbook_encoding(merges, piece):
     merge_id, piece = {pair: 256 + k for k, pair in enumerate(merges)}, bytes(piece)
     expected = slow_encode_piece(piece, merges)
     assert encode_pretoken(piece, merge_id) == expected
-    assert bpe_fast.encode_long_pretoken(piece, merge_id) == expected
+    assert bpe.encode.encode_long_pretoken(piece, merge_id) == expected
     for rounds in (0, 1, 2, 10**9):
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(bpe_fast, "MANY_ROUNDS", rounds)
-            some = [piece, b"a", bpe_fast.END, piece, bpe_fast.SPECIAL + b"300"]
-            ids, lengths = bpe_fast.BulkEncoder(merge_id, None, np.uint16).encode_pretokens(some)
+            patch.setattr(bpe.encode, "MANY_ROUNDS", rounds)
+            some = [piece, b"a", bpe.pretokens.END, piece, bpe.pretokens.SPECIAL + b"300"]
+            ids, lengths = bpe.encode.BulkEncoder(merge_id, None, np.uint16).encode_pretokens(some)
             assert ids.tolist() == expected + [97] + expected + [300]
             assert lengths.tolist() == [len(expected), 1, 0, len(expected), 1]
 
@@ -631,7 +633,7 @@ def test_long_pieces_equal_textbook_encoding(merges, piece):
 @given(random_merges(), st.lists(st.lists(st.sampled_from(list(b"aab\xc3\xa9")), min_size=1, max_size=40), max_size=30))
 def test_many_pieces_equal_textbook_encoding(merges, pieces):
     merge_id, pieces = {pair: 256 + k for k, pair in enumerate(merges)}, [*map(bytes, pieces)]
-    ids, lengths = bpe_fast.BulkEncoder(merge_id, None, np.uint16).encode_pretokens(pieces)
+    ids, lengths = bpe.encode.BulkEncoder(merge_id, None, np.uint16).encode_pretokens(pieces)
     apart = [slow_encode_piece(piece, merges) for piece in pieces]
     assert ids.tolist() == sum(apart, [])
     assert lengths.tolist() == [*map(len, apart)]
@@ -643,7 +645,7 @@ def test_equal_pairs_are_merged_from_the_left_also_if_the_first_is_made_last():
     merges = [(q, q), (v, w), (257, x), (x, a), (259, 259)]
     expected = [w, 260, 259, 256]
     assert slow_encode_piece(b"wxaxaxaqq", merges) == expected
-    encoder = bpe_fast.BulkEncoder({pair: 256 + k for k, pair in enumerate(merges)}, None, np.uint16)
+    encoder = bpe.encode.BulkEncoder({pair: 256 + k for k, pair in enumerate(merges)}, None, np.uint16)
     assert encoder.encode_pretokens([b"wxaxaxaqq"])[0].tolist() == expected
 
 
@@ -652,7 +654,7 @@ def test_equal_pairs_are_merged_from_the_left_also_if_the_first_is_made_last():
 def test_a_pretoken_is_cut_only_where_no_merge_can_join(merges, piece):
     """Encoded apart, the parts give what the whole gives."""
     piece, merge_id = bytes(piece), {pair: 256 + k for k, pair in enumerate(merges)}
-    table = bpe_fast.BulkEncoder(merge_id, None, np.uint16).join_table
+    table = bpe.encode.BulkEncoder(merge_id, None, np.uint16).join_table
     places = np.arange(1, len(piece))
     cuts = [0, *places[~table.joins(piece, places)].tolist(), len(piece)]
     apart = [slow_encode_piece(piece[i:j], merges) for i, j in zip(cuts, cuts[1:])]
@@ -660,7 +662,7 @@ def test_a_pretoken_is_cut_only_where_no_merge_can_join(merges, piece):
 
 
 def test_pretokens_are_cut_where_no_token_goes_on():
-    table = bpe_fast.JoinTable([b"ab", b"abc", b"xyz123", b"q", b"stuvwxyz"])
+    table = bpe.encode.JoinTable([b"ab", b"abc", b"xyz123", b"q", b"stuvwxyz"])
     for text, pieces in ((b"ab", 1), (b"abc", 1), (b"bcd", 2), (b"xyz123", 1), (b"xyz129", 3), (b"qq", 2), (b"ba", 2),
                          (b"stuvwxyz", 1), (b"tuvw", 3), (b"zx", 2)):  # fmt: skip
         places = np.arange(1, len(text))
@@ -669,13 +671,13 @@ def test_pretokens_are_cut_where_no_token_goes_on():
 
 def test_long_pieces_of_random_bytes(vocab):
     draw, merge_id = random.Random(0), {pair: 256 + k for k, pair in enumerate(vocab.merges)}
-    encoder = bpe_fast.BulkEncoder(merge_id, None, vocab.dtype)
+    encoder = bpe.encode.BulkEncoder(merge_id, None, vocab.dtype)
     for n in (1, 2, 65, 300):
         for alphabet in (range(256), b"etaoin", b" t", b"="):
             piece = bytes(draw.choices(alphabet, k=n))
             expected = slow_encode_piece(piece, vocab.merges)
             assert encode_pretoken(piece, merge_id) == expected
-            assert bpe_fast.encode_long_pretoken(piece, merge_id) == expected
+            assert bpe.encode.encode_long_pretoken(piece, merge_id) == expected
             ids, _ = encoder.encode_pretokens([piece])
             assert ids.tolist() == expected
 
@@ -690,14 +692,14 @@ def test_stream_cut_anywhere_equals_whole(text, cuts, block, pattern):
     cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     pieces = [text[i:j] for i, j in zip(cuts, cuts[1:])]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
+        patch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
         arrays = list(tokenizer.encode_stream(iter(pieces)))
         assert all(array.dtype == tokenizer.dtype for array in arrays)
         assert np.concatenate(arrays).tolist() == expected
-        patch.setattr(bpe_fast, "FEW_BYTES", 0)
+        patch.setattr(bpe.encode, "FEW_BYTES", 0)
         assert tokenizer.encode_array(text).tolist() == expected
-        starts = bpe_fast.gpt2_starts if pattern == "gpt2" else bpe_fast.gpt4_starts
-        assert b"".join(bpe_fast.split_blocks(map(str.encode, pieces), starts)) == text.encode()
+        starts = bpe.pretokens.gpt2_starts if pattern == "gpt2" else bpe.pretokens.gpt4_starts
+        assert b"".join(bpe.pretokens.split_blocks(map(str.encode, pieces), starts)) == text.encode()
 
 
 @pytest.mark.parametrize("text", ["'" * 30 + "s ", "!'s" * 9, "a" * 40 + "'s", "\u4e2d\u6587" * 20 + "'s\u3000 ",
@@ -709,7 +711,7 @@ def test_long_pretokens_in_small_blocks(monkeypatch, text):
         whole = text[k:] + text * 5
         expected = slow_encode(whole, tokenizer.merges)
         for block in (17, 24, 33, 64):
-            monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", block)
+            monkeypatch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
             assert np.concatenate(list(tokenizer.encode_stream([whole]))).tolist() == expected
 
 
@@ -723,7 +725,7 @@ def test_no_text_is_one_empty_array(vocab):
 def test_sample_in_small_blocks(monkeypatch, vocab, sample, block):
     text = sample[:40_000]
     expected = tiktoken_encoder(vocab)(text)
-    monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", block)
+    monkeypatch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
     arrays = list(vocab.encode_stream(text[i : i + 997] for i in range(0, len(text), 997)))
     assert len(arrays) > len(text) / (block + 20) / 2  # it really came in blocks
     assert np.concatenate(arrays).tolist() == expected
@@ -734,12 +736,12 @@ def test_pair_table_equals_the_dict():
     draw = random.Random(0)
     pairs = list(dict.fromkeys((draw.randrange(256 + k // 9), draw.randrange(256 + k // 9)) for k in range(9000)))
     merge_id = {pair: 256 + k for k, pair in enumerate(pairs)}
-    table = bpe_fast.PairTable(merge_id)
+    table = bpe.encode.PairTable(merge_id)
     keys = np.array([a * table.n_ids + b for a, b in pairs])
     assert len(set(table._slot(keys).tolist())) < len(pairs)  # some pairs share a slot
     asked = pairs + [(draw.randrange(table.n_ids), draw.randrange(table.n_ids)) for _ in range(20_000)]
     left, right = np.array(asked).T
-    assert table.find(left, right)[0].tolist() == [merge_id.get(pair, bpe_fast.NONE) for pair in asked]
+    assert table.find(left, right)[0].tolist() == [merge_id.get(pair, bpe.encode.NONE) for pair in asked]
 
 
 def test_pair_table_knows_which_merges_may_take_a_token():
@@ -758,9 +760,9 @@ def test_pair_table_knows_which_merges_may_take_a_token():
         expected |= {(x, b, 1): id for x in edge(a, 1)} | {(a, y, 2): id for y in edge(b, 0)}
     every = np.arange(256 + len(pairs))
     left, right = np.repeat(every, len(every)), np.tile(every, len(every))
-    found = bpe_fast.PairTable(merge_id).find(left, right)
+    found = bpe.encode.PairTable(merge_id).find(left, right)
     for row in (1, 2):
-        some = np.flatnonzero(found[row] != bpe_fast.NONE)
+        some = np.flatnonzero(found[row] != bpe.encode.NONE)
         known = zip(left[some].tolist(), right[some].tolist(), found[row][some].tolist())
         assert {(x, y, row): id for x, y, id in known} == {key: expected[key] for key in expected if key[2] == row}
 
@@ -863,7 +865,7 @@ def test_special_tokens_in_any_text(text, allowed, pattern, block, cuts):
         i += len(name or " ")
     cuts = [0, *sorted(min(cut, len(text)) for cut in cuts), len(text)]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
+        patch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
         assert_same_ids(tokenizer, text, expected, allowed)
         pieces = (text[i:j] for i, j in zip(cuts, cuts[1:]))
         assert np.concatenate(list(tokenizer.encode_stream(pieces, allowed))).tolist() == expected
@@ -884,7 +886,7 @@ def test_special_tokens_equal_tiktoken(references, sample):
 def test_documents_are_encoded_by_themselves(documents, pattern, block):
     tokenizer = BPETokenizer([(32, 97), (32, 32), (10, 32), (60, 124)], ["<|x|>", END], pattern)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(bpe_fast, "BLOCK_BYTES", block)
+        patch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
         for separator in tokenizer.special_tokens:
             [special] = tokenizer.encode(separator, [separator])
             arrays = list(tokenizer.encode_documents(iter(documents), separator))
@@ -957,7 +959,7 @@ def test_merges_of_sample_equal_the_textbook(sample):
     counts = bpe_tokenizer.count_pretokens(sample[:10_000])
     merges = learn_merges(counts, 150)
     assert len(merges) == 150
-    assert bpe_fast.learn_merges(counts, 150) == merges
+    assert bpe.learn.learn_merges(counts, 150) == merges
     assert BPETokenizer.train(sample[:10_000], 406, special_tokens=()).merges == merges
 
 
@@ -968,8 +970,8 @@ def test_merges_of_sample_equal_the_textbook(sample):
 )
 def test_long_texts_with_few_places_to_cut(monkeypatch, text):
     """Blocks without one, and one at the very start, where the first block is empty."""
-    monkeypatch.setattr(bpe_fast, "BLOCK_BYTES", 1000)
-    assert bpe_fast.count_pretokens(text, None) == Counter(piece.encode() for piece in pretokens(text))
+    monkeypatch.setattr(bpe.pretokens, "BLOCK_BYTES", 1000)
+    assert bpe.pretokens.count_pretokens(text, None) == Counter(piece.encode() for piece in pretokens(text))
     tokenizer = BPETokenizer.train(text, 270)
     assert tokenizer.merges == slow_train([text], 13)
     assert_same_ids(tokenizer, text, slow_encode(text, tokenizer.merges))

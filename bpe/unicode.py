@@ -1,19 +1,23 @@
-"""Which characters are letters and which are numbers, in Unicode 16.0.
+"""Character classes of Unicode 16.0, and patterns that use them.
 
-The patterns of bpe_tokenizer.py cut a text by \\p{L} and \\p{N}. Python's `re` knows neither, and what `\\w` and `\\d`
-match depends on the Unicode of each Python: 13.0 in 3.10, 16.0 in 3.14. With the tables of this file a text has the
-same ids everywhere. 16.0 is also what tiktoken and Hugging Face tokenizers have built in. A code point that it does not
-assign is neither a letter nor a number.
+The pre-tokenization patterns use \\p{L} (letters) and \\p{N} (numbers), which Python's `re` does not support. Its \\w
+and \\d are no substitute: what they match depends on the Unicode version of the running Python, from 13.0 in Python
+3.10 to 16.0 in 3.14. With the fixed tables below a text gets the same ids everywhere. tiktoken and Hugging Face
+tokenizers also have Unicode 16.0 built in. Code points that it leaves unassigned are neither letters nor numbers.
 
-LETTERS, NUMBERS: the code points of general category L and N, as ranges in hexadecimal. Source: UnicodeData.txt of
-Unicode 16.0.0 (unicode.org/Public/16.0.0/ucd), column 2. SPACES: those of the property White_Space (PropList.txt),
-which is what \\s is in both patterns, and in Python's `re` is not. To make the tables again, join neighbours in
+LETTERS, NUMBERS: the code points of general categories L and N, as hexadecimal ranges separated by white space. Source:
+UnicodeData.txt of Unicode 16.0.0 (unicode.org/Public/16.0.0/ucd), column 2. SPACES: the code points with the property
+White_Space (PropList.txt). This is what \\s means in both patterns; Python's \\s also matches U+001C to U+001F.
+
+To rebuild the tables, join neighbouring code points of
 
     [c for c in range(0x110000) if regex.match(r"\\p{L}", chr(c))]
 
-with a release of the `regex` package that has Unicode 16.0 (the newest have a later one), or with unicodedata.category
-of Python 3.14. The tests compare them with tiktoken's at every code point.
+using a release of the `regex` package with Unicode 16.0 (recent releases are newer), or use unicodedata.category of
+Python 3.14. The tests compare the tables with tiktoken's at every code point.
 """
+
+import re
 
 LETTERS = """
 41-5a 61-7a aa b5 ba c0-d6 d8-f6 f8-2c1 2c6-2d1 2e0-2e4 2ec 2ee 370-374 376-377 37a-37d 37f 386 388-38a 38c 38e-3a1
@@ -95,6 +99,29 @@ aa50-aa59 abf0-abf9 ff10-ff19 10107-10133 10140-10178 1018a-1018b 102e1-102fb 10
 SPACES = "9-d 20 85 a0 1680 2000-200a 2028 2029 202f 205f 3000"
 
 
-def members(ranges):
-    """What to write inside of [...] in a pattern of `re` for the code points of `ranges`, such as LETTERS."""
+def greedy(pattern):
+    """`pattern` without possessive quantifiers and with \\Z in place of $, for Python 3.10.
+
+    Possessive quantifiers, such as x++, never give back what they have matched; Python has them since 3.11. In our
+    patterns a greedy x+ never gives anything back either, because what follows it cannot match any of it.
+    \\Z is the end of the text; Python's $ would also match before a final line end.
+    """
+    return re.sub(r"([?*+]|\d\})\+", r"\1", pattern).replace("$", r"\Z")
+
+
+def compile_pattern(pattern):
+    """A compiled `re` pattern for `pattern`, with \\p{L}, \\p{N}, \\s and \\S replaced by the classes of Unicode 16.0.
+
+    pattern: str, in the syntax of tiktoken, as far as GPT-2's and GPT-4's patterns use it. \\S must not be in brackets.
+    """
+    pattern = greedy(pattern).replace(r"\S", r"[^\s]")
+    for name, ranges in ((r"\p{L}", LETTERS), (r"\p{N}", NUMBERS), (r"\s", SPACES)):
+        members = _members(ranges)
+        outside = rf"{re.escape(name)}(?![^\[]*\])"  # not in brackets, so it needs its own
+        pattern = re.sub(outside, lambda _: f"[{members}]", pattern).replace(name, members)
+    return re.compile(pattern)
+
+
+def _members(ranges):
+    """The code points of `ranges`, a table such as LETTERS, in the form that `re` expects within brackets."""
     return "".join("-".join(chr(int(end, 16)) for end in part.split("-")) for part in ranges.split())
