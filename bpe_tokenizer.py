@@ -266,13 +266,13 @@ class BPETokenizer:
         """{name: id} of special tokens. Raises ValueError unless `names` is a list of special tokens."""
         names = _names(names, "allowed_special")
         if unknown := set(names) - set(self.special_tokens):
-            raise ValueError(f"{min(unknown)!r} is no special token of this vocabulary: "
-                             f"{', '.join(self.special_tokens) or 'it has none'}")
+            raise ValueError(f"{min(unknown)!r} is not a special token of this vocabulary, which has "
+                             f"{', '.join(self.special_tokens) or 'none'}")
         return {name: self._special_id[name] for name in names}
 
     def _few(self, text, special_id):
         """The ids of a short text, a list, found with the textbook's functions."""
-        utf8(text)
+        utf8(text)  # raises the errors that `encode` promises
         parts = [text]
         if special_id:
             names = sorted(special_id, key=len, reverse=True)  # `re` takes the first that matches

@@ -276,6 +276,7 @@ class BulkEncoder:
                 for i, mark in enumerate(marks) if mark and pretokens[i] != END]  # fmt: skip
         pairs = np.append(ids[:-1] * 256 + ids[1:], ids[-1:])
         ends = np.flatnonzero(np.diff(owner, append=-1))  # the last id of each pre-token
+        # For each id and the next one: the three merges of PairTable.
         new_id, by_left, by_right = (of_bytes.take(pairs) for of_bytes in self._byte_pairs)
         new_id[ends] = by_left[ends] = by_right[ends] = NONE
         for _ in range(MANY_ROUNDS):
@@ -302,6 +303,7 @@ class BulkEncoder:
             found = self._pair_table.find(ids[changed], ids[after])
             found[:, (owner[changed] != owner[after]) | (after == changed)] = NONE
             new_id[changed], by_left[changed], by_right[changed] = found
+        # What is left needs many rounds, such as one letter repeated: one pre-token at a time.
         for some in np.split(np.arange(len(ids)), np.flatnonzero(np.diff(owner)) + 1) if len(ids) else []:
             rest = np.array(encode_long_pretoken(ids[some].tolist(), self.merge_id), np.int32)
             done.append((rest, np.full(len(rest), owner[some[0]])))
