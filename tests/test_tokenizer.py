@@ -372,10 +372,11 @@ def test_every_code_point_is_cut_as_its_class_is(classes, pattern):
     """With "a", "1" or "!" in place of each letter, number and other sign the boundaries are the same."""
     letters, numbers, spaces = classes.values()
     assert spaces == set(WHITE_SPACE)
-    alike = {c: "a" if c in letters else "1" if c in numbers else "!" for c in EVERY if c > "\x7f" and c not in spaces}
+    some = [*EVERY[:0x33000], *EVERY[0x33000::97]]  # few are assigned beyond, and no letters or numbers
+    assert not {*EVERY[0x33000:]} & (letters | numbers)
+    alike = {c: "a" if c in letters else "1" if c in numbers else "!" for c in some if c > "\x7f" and c not in spaces}
     alike = str.maketrans(alike)
-    some = [*EVERY[:0x33000], *EVERY[0x33000::97]]  # few are assigned beyond
-    for text in ("".join(EVERY), "".join(f" x{c}" for c in some), "".join(f"{c}1" for c in some)):
+    for text in ("".join(some), "".join(f" x{c}" for c in some), "".join(f"{c}1" for c in some)):
         lengths = [*map(len, PRETOKENS[pattern].findall(text))]
         assert lengths == [*map(len, pretokens(text.translate(alike), pattern))]
 
@@ -462,7 +463,7 @@ def ends_of(pieces):
     return list(itertools.accumulate(map(len, pieces[:-1]), initial=0)) if pieces else []
 
 
-@checked(1500)
+@checked(600)
 @given(st.lists(st.one_of(crowded, texts), min_size=1, max_size=4))
 @example(["'ll's 'S \u3000'd", "", "a\u2003 \n", " '"])
 @example(["\u0e01\u0e31\U0001f600\u0300a1\u0661\u00b2", "\u00a0\u00a0x"])
@@ -486,7 +487,7 @@ def test_the_class_of_every_character(classes):
     assert set(found.tolist()) == {*names, bpe.pretokens.OTHER}
 
 
-@checked(800)
+@checked(500)
 @given(st.one_of(crowded, texts))
 @example("a \n  b")
 @example("x's 12a,5 \u3000b'D")
@@ -541,9 +542,10 @@ def test_each_chunk_is_kept_once(block, numbers, distinct):
 
 def test_sample_equals_tiktoken_and_hugging_face(references, sample):
     for tokenizer, theirs, hugging_face in references:
-        expected = theirs(sample)
-        assert hugging_face(sample) == tokenizer.encode(sample) == expected
-        assert_same_ids(tokenizer, sample[:30_000], theirs(sample[:30_000]))
+        assert tokenizer.encode(sample) == theirs(sample)
+        part = sample[:100_000]
+        assert hugging_face(part) == theirs(part) == tokenizer.encode(part)
+        assert_same_ids(tokenizer, part[:10_000], theirs(part[:10_000]))
 
 
 def test_wikitext_equals_tiktoken_and_hugging_face(references, wiki_valid):
@@ -564,7 +566,7 @@ def test_nasty_strings_equal_tiktoken_and_hugging_face(references, text):
         assert_same_ids(tokenizer, text, expected)
 
 
-def test_100_000_random_strings_equal_tiktoken(references):
+def test_20_000_random_strings_equal_tiktoken(references):
     """Characters of one script and of all, white space, contractions, pieces of the nasty strings, and plain bytes."""
     tokenizer, theirs, _ = references[0]
     draw = random.Random(2026)
@@ -585,7 +587,7 @@ def test_100_000_random_strings_equal_tiktoken(references):
         some = draw.choices(scripts, k=draw.choice([1, 1, 2, 5]))
         return "".join(character(*draw.choice(some)) if draw.random() < 0.8 else draw.choice(pieces) for _ in range(n))
 
-    for k in range(100):
+    for k in range(20):
         strings = [string() for _ in range(1000)]
         for text in strings:
             ids = tokenizer.encode(text)
@@ -597,7 +599,7 @@ def test_100_000_random_strings_equal_tiktoken(references):
             assert other.encode_array(together).tolist() == theirs_of_other(together)
 
 
-@checked(150)
+@checked(80)
 @given(text=texts)
 def test_any_text_equals_tiktoken_and_hugging_face(references, text):
     for tokenizer, theirs, hugging_face in references:
@@ -606,7 +608,7 @@ def test_any_text_equals_tiktoken_and_hugging_face(references, text):
         assert_same_ids(tokenizer, text, expected)
 
 
-@checked(300)
+@checked(200)
 @given(random_merges(), st.text(st.sampled_from("aaabb  \n\u00e9"), max_size=100))
 def test_any_merges_equal_textbook_encoding(merges, text):
     assert_same_ids(BPETokenizer(merges), text, slow_encode(text, merges))
@@ -620,11 +622,12 @@ def test_long_pieces_equal_textbook_encoding(merges, piece):
     expected = slow_encode_piece(piece, merges)
     assert encode_pretoken(piece, merge_id) == expected
     assert bpe.encode.encode_long_pretoken(piece, merge_id) == expected
+    some = [piece, b"a", bpe.pretokens.END, piece, bpe.pretokens.SPECIAL + b"300"]
+    encoder = bpe.encode.BulkEncoder(merge_id, None, np.uint16)
     for rounds in (0, 1, 2, 10**9):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(bpe.encode, "MANY_ROUNDS", rounds)
-            some = [piece, b"a", bpe.pretokens.END, piece, bpe.pretokens.SPECIAL + b"300"]
-            ids, lengths = bpe.encode.BulkEncoder(merge_id, None, np.uint16).encode_pretokens(some)
+            ids, lengths = encoder.encode_pretokens(some)
             assert ids.tolist() == expected + [97] + expected + [300]
             assert lengths.tolist() == [len(expected), 1, 0, len(expected), 1]
 
@@ -682,7 +685,7 @@ def test_long_pieces_of_random_bytes(vocab):
             assert ids.tolist() == expected
 
 
-@checked(400)
+@checked(250)
 @given(texts, st.lists(st.integers(0, 200), max_size=8), st.sampled_from([1, 7, 64]), st.sampled_from(list(PATTERNS)))
 @example("a b " + " " * 7 + "\n c", [3, 4], 1, "gpt2")
 def test_stream_cut_anywhere_equals_whole(text, cuts, block, pattern):
@@ -839,7 +842,7 @@ def test_special_token_of_pattern_characters_is_read_literally():
 SPECIAL = (END, "<|a|>", "<|a|>b", "a b", "  ", " <s> ", "\n\u3000", "<|\u00e9|>", "aa", "aba")
 
 
-@checked(250)
+@checked(150)
 @given(
     st.lists(st.one_of(st.sampled_from([*SPECIAL, *SPECIAL, " ", "  ", "\n", "a", "b", "x", " a", "<|"]), crowded),
              max_size=8).map("".join),
@@ -873,13 +876,13 @@ def test_special_tokens_in_any_text(text, allowed, pattern, block, cuts):
 
 def test_special_tokens_equal_tiktoken(references, sample):
     for tokenizer, _, _ in references:
-        text = sample[:60_000].replace(" \n", END).replace("the", END) + END
+        text = sample[:20_000].replace(" \n", END).replace("the", END) + END
         expected = tiktoken_of(tokenizer).encode(text, allowed_special="all")
-        assert expected.count(256 + len(tokenizer.merges)) > 500
+        assert expected.count(256 + len(tokenizer.merges)) > 200
         assert_same_ids(tokenizer, text, expected, [END])
 
 
-@checked(200)
+@checked(100)
 @given(st.lists(st.one_of(texts, st.sampled_from(["", END, " ", "a \n "])), max_size=6),
        st.sampled_from(list(PATTERNS)), st.sampled_from([1, 64, 1 << 18]))
 @example(["", "a", "", ""], "gpt2", 64)
@@ -943,7 +946,7 @@ def test_merges_of_wikitext_equal_rustbpe(wiki_valid, pattern):
     assert [ours.token_bytes(i) for i in range(4096)] == rust_tokens(wiki_valid, 4096, pattern)
 
 
-@checked(150)
+@checked(100)
 @given(st.one_of(few_letters, st.lists(texts, min_size=1, max_size=3)), st.sampled_from(list(PATTERNS)))
 def test_training_equals_recounting_every_round(texts, pattern):
     merges = slow_train(texts, 30, pattern)
@@ -1397,7 +1400,7 @@ def exported(references):
     return [(t, tokenizers.Tokenizer.from_str(json.dumps(t.hf_tokenizer_json()))) for t in ours]
 
 
-@checked(300)
+@checked(200)
 @given(text=st.lists(st.one_of(texts, st.sampled_from(ODD_SPECIAL)), max_size=5).map("".join))
 @example(text="a \n " + END + "  \n" + "".join(ODD_SPECIAL))
 @example(text="\n".join([*NASTY, *ODD_SPECIAL]))
