@@ -107,24 +107,6 @@ class _Corpus:
         fits = every_second(np.append(np.zeros(min(1, len(i)), bool), overlaps))
         return i[fits], merge[fits]
 
-    def bounds_of_new_pairs(self, i, merge, n):
-        """Bounds on the pairs that each of `n` merges would create, if made at places `i` as found by `find`.
-
-        Returns three (n,) int64 arrays: the count of the most frequent pair of the new token and what follows it; the
-        count of the most frequent pair of what precedes it and the new token; the smallest id that precedes it that
-        often. The true counts may be lower, since the neighbours may be merged too.
-        """
-        n_ids = len(self.places)
-        bounds = np.zeros((2, n), np.int64)
-        for side, neighbour in enumerate((self.right.take(self.right.take(i)), self.left.take(i))):
-            keys = merge * n_ids + np.maximum(self.ids.take(neighbour), 0)
-            keys, total = _totals(keys, self._weights(i, neighbour), n * n_ids)
-            np.maximum.at(bounds[side], keys // n_ids, total)
-        smallest = np.full(n, n_ids)
-        often = total == bounds[1, keys // n_ids]
-        np.minimum.at(smallest, keys[often] // n_ids, keys[often] % n_ids)
-        return *bounds, smallest
-
     def merge(self, a, b, i, merge):
         """Make merges of `a` and `b`, (n,) int64, at places `i` as found by `find`; each gets the next free id.
 
@@ -170,17 +152,18 @@ def learn_merges(counts, n_merges, progress=None):
     counts: {pre-token as bytes: count}. progress: called with the number of merges so far, after each of them.
     Each merge joins the most frequent pair; among equally frequent pairs, the smallest.
 
-    The next merges are made together as long as the order cannot matter: no two of them overlap in a pre-token (no left
-    id of one is the right id of another), and no pair that they create comes before one that still waits. An equally
-    frequent new pair comes first only if its left id is smaller, for a new id is larger than all others.
+    The next merges are made in one batch while no left id of one is the right id of another. Such merges cannot overlap
+    in a pre-token, and no pair that they create comes before one of the batch: a new pair (ab, c) occurs at most as
+    often as the old pair (b, c) and has the larger id, so its turn is later, and (b, c) would have ended the batch; the
+    same holds for (c, ab) and (c, a). A merge of two equal ids can overlap itself, so it ends the batch.
     Only pairs that occur at least `floor` times are tracked. When they run out, `floor` is lowered and all pairs are
     counted again.
     """
     corpus = _Corpus(counts)
-    merges, pair_counts, heap, floor, n = [], {}, [], None, 0
+    merges, pair_counts, heap, floor = [], {}, [], None
     while len(merges) < n_merges:
         batch, lefts, rights = [], set(), set()
-        while heap and len(batch) < min(2 * n + 8, n_merges - len(merges)):  # about as many as last time
+        while heap and len(merges) + len(batch) < n_merges:
             count, pair = -heap[0][0], heap[0][1]
             if count != pair_counts[pair]:  # the count has fallen since the entry was pushed
                 heapq.heapreplace(heap, (-pair_counts[pair], pair))
@@ -189,9 +172,11 @@ def learn_merges(counts, n_merges, progress=None):
             if count < floor or a in rights or b in lefts:
                 break
             heapq.heappop(heap)
-            batch.append((count, a, b))
+            batch.append((a, b))
             lefts.add(a)
             rights.add(b)
+            if a == b:
+                break
         if not batch:
             if floor == 1:
                 break  # every pre-token is a single token
@@ -203,21 +188,10 @@ def learn_merges(counts, n_merges, progress=None):
             heapq.heapify(heap)
             continue
 
-        a, b = np.array([pair[1:] for pair in batch], np.int64).T
-        i, merge = corpus.find(a, b)
-        bounds = [bound.tolist() for bound in corpus.bounds_of_new_pairs(i, merge, len(batch))]
-        n, highest, smallest = 0, 0, {}  # merges to make; highest count of a new pair; smallest left id by count
-        for (count, left, _), *new in zip(batch, *bounds):
-            if highest > count or smallest.get(count, left) < left:
-                break
-            n, (after, before, first) = n + 1, new
-            highest, smallest[before] = max(highest, after, before), min(first, smallest.get(before, first))
-        for count, left, right in batch[n:]:
-            heapq.heappush(heap, (-count, left * _PAIR + right))
-        made = slice(np.searchsorted(merge, n))
-        pairs, changes = corpus.merge(a[:n], b[:n], i[made], merge[made])
-        for _, left, right in batch[:n]:
-            merges.append((left, right))
+        a, b = np.array(batch, np.int64).T
+        pairs, changes = corpus.merge(a, b, *corpus.find(a, b))
+        for pair in batch:
+            merges.append(pair)
             if progress:
                 progress(len(merges))
         changed = changes != 0
