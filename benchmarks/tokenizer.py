@@ -441,7 +441,7 @@ def streams(settings, path):
 
 def preparing(settings, text, long, copy):
     """Runs data/prepare.py in a copy of what it needs, so that the token files of this checkout stay as they are."""
-    for pattern in ("bpe_tokenizer.py", "bpe/*.py", "data/*.py", "data/*.json"):
+    for pattern in ("bpe_tokenizer.py", "bpe/*.py", "harness/*.py", "data/*.py", "data/*.json"):
         for path in ROOT.glob(pattern):
             (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(path, copy / path.relative_to(ROOT))

@@ -1207,10 +1207,12 @@ OFFLINE.pop("PYTHONUNBUFFERED", None)  # buffered output can fail once more, at 
 
 def make_copy(root):
     """A copy of what `python data/prepare.py` needs."""
-    code = [ROOT / "bpe_tokenizer.py", *(ROOT / "bpe").glob("*.py"), *(ROOT / "data").glob("*.py")]
+    (root / "data").mkdir(parents=True)
+    code = [path for folder in (".", "data", "bpe", "harness") for path in (ROOT / folder).glob("*.py")]
     for path in (*code, *(ROOT / "data" / name for name in (*data.VOCABULARIES, prepare.SAMPLE))):
-        (root / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copy(path, root / path.relative_to(ROOT))
+        copied = root / path.relative_to(ROOT)
+        copied.parent.mkdir(exist_ok=True)
+        shutil.copy(path, copied)
     return root
 
 

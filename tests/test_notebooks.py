@@ -74,13 +74,14 @@ def copy(tmp_path_factory):
     """What a newcomer has, with the bundled sample as the text."""
     root = tmp_path_factory.mktemp("notebooks") / "clone"
     root.mkdir()
-    for path in ROOT.glob("*.py"):
-        shutil.copy(path, root)
+    for path in [path for folder in (".", "bpe", "harness") for path in (ROOT / folder).glob("*.py")]:
+        (root / path.relative_to(ROOT)).parent.mkdir(exist_ok=True)
+        shutil.copy(path, root / path.relative_to(ROOT))
     (root / "data").mkdir()
     for pattern in ("*.py", "input.txt", "bpe_vocab.json", "bpe_vocab_500.json"):
         for path in (ROOT / "data").glob(pattern):
             shutil.copy(path, root / "data")
-    for folder in ("bpe", "notebooks", "results", "benchmarks"):
+    for folder in ("notebooks", "results", "benchmarks"):
         shutil.copytree(ROOT / folder, root / folder, ignore=shutil.ignore_patterns("__pycache__"))
     command = [sys.executable, "data/prepare.py", "--sample"]
     subprocess.run(command, cwd=root, check=True, capture_output=True)
