@@ -33,53 +33,54 @@ class Tokens:
         return len(self.ids)
 
 
-def home_dir(home):
-    """The folder of the text `home`: "data" is that of this repository; another is looked for below the current folder,
-    then below the repository."""
-    if Path(home) == Path("data"):
+def dataset_dir(folder):
+    """Path of the dataset folder `folder`: "data" is that of this repository; another is looked for below the current
+    folder, then below the repository."""
+    if Path(folder) == Path("data"):
         return DATA_DIR
-    beside = DATA_DIR.parent / home
-    return beside if beside.is_dir() and not Path(home).is_dir() else Path(home)
+    in_repository = DATA_DIR.parent / folder
+    return in_repository if in_repository.is_dir() and not Path(folder).is_dir() else Path(folder)
 
 
-def vocabulary_file(name, home="data"):
-    """Path of the vocabulary `name` in `home`. Raises FileNotFoundError, listing those that are there."""
-    folder = home_dir(home)
-    if not folder.is_dir():
-        raise FileNotFoundError(f"there is no text in {home}; make it with python data/prepare.py --from TEXT --to "
-                                f"{shlex.quote(str(home))}")  # fmt: skip
-    if not (folder / name).is_file():
-        known = ", ".join(sorted(path.name for path in folder.glob("bpe_vocab*.json") if path.is_file()))
+def vocabulary_file(name, folder="data"):
+    """Path of the vocabulary `name` in a dataset folder. Raises FileNotFoundError, which lists those that are there."""
+    directory = dataset_dir(folder)
+    if not directory.is_dir():
+        raise FileNotFoundError(f"there is no dataset folder {folder}; make it with python data/prepare.py --from TEXT "
+                                f"--to {shlex.quote(str(folder))}")  # fmt: skip
+    if not (directory / name).is_file():
+        known = ", ".join(sorted(path.name for path in directory.glob("bpe_vocab*.json") if path.is_file()))
         size = re.fullmatch(r"bpe_vocab_(\d+)\.json", name)
-        text = "" if folder == DATA_DIR else f"--from TEXT --to {shlex.quote(str(home))} "
-        more = " (and with --from or --dataset, if you gave them)" if folder == DATA_DIR else ""
+        text = "" if directory == DATA_DIR else f"--from TEXT --to {shlex.quote(str(folder))} "
+        more = " (and with --from or --dataset, if you gave them)" if directory == DATA_DIR else ""
         learn = f"; to learn it: python data/prepare.py {text}--vocab-size {size[1]}{more}" if size else ""
-        raise FileNotFoundError(f"there is no vocabulary {home}/{name}; known are {known or 'none'}{learn}")
-    return folder / name
+        raise FileNotFoundError(f"there is no vocabulary {folder}/{name}; known are {known or 'none'}{learn}")
+    return directory / name
 
 
-def token_file(split, vocabulary, home="data"):
+def token_file(split, vocabulary, folder="data"):
     """Path of the token file of `split` for the vocabulary file `vocabulary`: bpe_vocab_500.json -> *_ids_500.pt."""
-    return home_dir(home) / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
+    return dataset_dir(folder) / f"{split}_ids{Path(vocabulary).stem.removeprefix('bpe_vocab')}.pt"
 
 
-def command_file(vocabulary, home):
-    """Path of the file, in a home other than data/, with the command that made the token files for `vocabulary`."""
-    return home_dir(home) / f"prepared{Path(vocabulary).stem.removeprefix('bpe_vocab')}.txt"
+def command_file(vocabulary, folder):
+    """Path of the file, in a dataset folder other than data/, with the command that made the token files for
+    `vocabulary`."""
+    return dataset_dir(folder) / f"prepared{Path(vocabulary).stem.removeprefix('bpe_vocab')}.txt"
 
 
-def _command(vocabulary, home):
-    """What makes the token files of `home` again, to be told to the user."""
+def _command(vocabulary, folder):
+    """The command that makes the token files of a dataset folder again, to be shown to the user."""
     try:
-        return command_file(vocabulary, home).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):  # a home that is not made by a command
+        return command_file(vocabulary, folder).read_text(encoding="utf-8").strip()
+    except (OSError, ValueError):  # not made by a command
         pass
-    parts = ["--to", shlex.quote(str(home))] if home_dir(home) != DATA_DIR else []
+    parts = ["--to", shlex.quote(str(folder))] if dataset_dir(folder) != DATA_DIR else []
     parts += ["--vocabulary", shlex.quote(vocabulary)] if vocabulary not in VOCABULARIES else []
     return " ".join(["python data/prepare.py", *parts])
 
 
-def _read(path):
+def _load_file(path):
     """The contents of a token file, or None if it is damaged. Raises OSError if it cannot be read."""
     try:
         with warnings.catch_warnings():
@@ -91,7 +92,7 @@ def _read(path):
         return None
 
 
-def _flaw(content, split, vocabulary, tokenizer, home):
+def _flaw(content, split, vocabulary, tokenizer, folder):
     """What is wrong with the contents of a token file, or None."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
         return "is damaged or no token file"
@@ -108,7 +109,7 @@ def _flaw(content, split, vocabulary, tokenizer, home):
     if content["n_tokens"] < 2 or content["n_bytes"] < 1 or content["n_words"] < 1:  # metrics divide by them
         return "is damaged: it says that its text is empty"
     if content["fingerprint"] != tokenizer.fingerprint:
-        return f"was made by another tokenizer than {home}/{vocabulary}"
+        return f"was made by another tokenizer than {folder}/{vocabulary}"
     if content["split"] != split:
         return f"holds the split {content['split']!r}: it was renamed"
     start = content["start"]
@@ -118,39 +119,39 @@ def _flaw(content, split, vocabulary, tokenizer, home):
         return "is damaged: it has ids outside of the vocabulary"
 
 
-def load_tokens(vocabulary, home="data"):
-    """{"train": Tokens, "val": Tokens, "test": Tokens} of the text `home` for the vocabulary file `vocabulary` in it.
+def load_tokens(vocabulary, folder="data"):
+    """{"train": Tokens, "val": Tokens, "test": Tokens} of a dataset folder, for the vocabulary file `vocabulary` in it.
 
     Makes the token files of data/ first if there are none. Raises OSError if a file cannot be read or written and
     ValueError if one is damaged, or was made by another tokenizer, or not together with its neighbours.
     """
-    tokenizer = BPETokenizer.load(vocabulary_file(vocabulary, home))
-    command = _command(vocabulary, home)
+    tokenizer = BPETokenizer.load(vocabulary_file(vocabulary, folder))
+    command = _command(vocabulary, folder)
     again = f"make the token files again with {command}"
     again += " (and with --from or --dataset, if you gave them)" if "--from" not in command else ""
-    missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary, home)).exists()]
+    missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary, folder)).exists()]
     if len(missing) == len(SPLITS):
-        if home_dir(home) != DATA_DIR or any(DATA_DIR.glob("train_ids*.pt")):
-            raise FileNotFoundError(f"there are no token files in {home} for {vocabulary}; {again}")
+        if dataset_dir(folder) != DATA_DIR or any(DATA_DIR.glob("train_ids*.pt")):
+            raise FileNotFoundError(f"there are no token files in {folder} for {vocabulary}; {again}")
         from data.prepare import prepare  # only here: no run needs it whose token files are there
 
         print("There are no token files yet: preparing them.", file=sys.stderr)
         together = tuple(VOCABULARIES) if vocabulary in VOCABULARIES else (vocabulary,)
         prepare(vocabularies=together, only_missing=True)
     elif missing:
-        raise FileNotFoundError(f"{home}/{missing[0]} is missing beside the other splits; {again}")
+        raise FileNotFoundError(f"{folder}/{missing[0]} is missing beside the other splits; {again}")
     contents = {}
     for split in SPLITS:
-        path = token_file(split, vocabulary, home)
+        path = token_file(split, vocabulary, folder)
         if not path.is_file():
-            raise OSError(f"{home}/{path.name} is no file; remove it, then {again}")
+            raise OSError(f"{folder}/{path.name} is no file; remove it, then {again}")
         try:
-            contents[split] = _read(path)
+            contents[split] = _load_file(path)
         except OSError as error:
-            raise OSError(f"{home}/{path.name} cannot be read ({error.strerror or error}); {again}") from None
-        if flaw := _flaw(contents[split], split, vocabulary, tokenizer, home):
-            raise ValueError(f"{home}/{path.name} {flaw}; {again}")
-    files = ", ".join(token_file(split, vocabulary, home).name for split in SPLITS)
+            raise OSError(f"{folder}/{path.name} cannot be read ({error.strerror or error}); {again}") from None
+        if flaw := _flaw(contents[split], split, vocabulary, tokenizer, folder):
+            raise ValueError(f"{folder}/{path.name} {flaw}; {again}")
+    files = ", ".join(token_file(split, vocabulary, folder).name for split in SPLITS)
     names = {split: content["dataset"] for split, content in contents.items()}
     if len(set(names.values())) > 1:
         raise ValueError(f"the token files {files} come from different data sets ({names}); {again}")

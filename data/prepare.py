@@ -3,7 +3,7 @@
     python data/prepare.py                             WikiText-2 from the Hugging Face hub, or the bundled sample
     python data/prepare.py --from DIR                  from local files: wiki.{train,valid,test}.tokens or .raw, or
                                                        the hub's parquet files
-    python data/prepare.py --from novel.txt --to data/novel    a text of your own, with vocabularies of its own; then
+    python data/prepare.py --from novel.txt --to data/novel    a text of your own, with its own vocabularies; then
                                                                python v3.py DATA=data/novel
     python data/prepare.py --dataset wikitext-103-v1   a larger text
     python data/prepare.py --sample                    the bundled sample, data/input.txt
@@ -11,8 +11,8 @@
     python data/prepare.py --vocabulary NAME           with the vocabulary data/NAME, or any vocabulary file, as it is
     python data/prepare.py --from DIR --train-vocab    make the two committed vocabularies again, from WikiText-2
 
-A text has a home, the folder --to (data/): it holds its token files and vocabularies, and the constant DATA of a rung
-names it. In data/ the text takes the committed vocabularies; any other home learns its own from the training split.
+Token files and vocabularies go into the dataset folder --to (data/), which the constant DATA of a rung names. In data/
+the text takes the committed vocabularies; for any other dataset folder they are learned from the training split.
 
 --from takes text files, .jsonl and .parquet files (a document in each row), .gz of these, and folders of them. Files
 named train, valid and test are the splits; other text is split 90 / 5 / 5 by bytes: by documents where there are many,
@@ -35,7 +35,9 @@ import secrets
 import shlex
 import signal
 import sys
+import tempfile
 import threading
+import time
 import urllib.error
 import urllib.request
 from pathlib import Path
@@ -55,18 +57,15 @@ if __name__ == "__main__":
         sys.exit("prepare.py: bpe_tokenizer.py is not beside data/; change to its folder, then python data/prepare.py")
     sys.path.insert(0, str(root))
 
-try:
-    import fcntl  # locks on files
-except ImportError:  # Windows
-    fcntl = None
-
 import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 from bpe_tokenizer import PATTERNS, BPETokenizer
-from data.texts import Reading, read_texts
+from data.files import Locked, atomic_writes, file_lock
+from data.texts import ReadOptions, read_parquet, read_texts
+from harness import first_line
 
 SAMPLE = "input.txt"
 LOCK = "prepare.lock"
@@ -102,10 +101,6 @@ class Source(dict):
         self.documents, self.own = documents, own
 
 
-def _first_line(error):
-    return (str(error).splitlines() or [type(error).__name__])[0]
-
-
 def _read_text(path):
     """Stream a text file in pieces of whole lines. Raises ValueError if it is not UTF-8."""
     with open(path, encoding="utf-8", newline="") as file:
@@ -123,21 +118,9 @@ def _join_rows(batches):
         yield "".join(row or " \n" for row in rows)
 
 
-def _read_parquet(paths):
-    import pyarrow
-    import pyarrow.parquet
-
+def _read_shards(paths):
     for path in paths:
-        try:
-            file = pyarrow.parquet.ParquetFile(path)
-            if file.schema_arrow.field("text").type not in (pyarrow.string(), pyarrow.large_string()):
-                raise ValueError("its column text does not hold strings")
-            batches = file.iter_batches(batch_size=4096, columns=["text"])
-            yield from _join_rows(batch.column(0).to_pylist() for batch in batches)
-        except (pyarrow.ArrowException, OSError, KeyError, ValueError) as error:
-            raise ValueError(
-                f"{path} is no WikiText parquet file ({_first_line(error)}); give the files as the hub has them"
-            ) from None
+        yield from _join_rows(read_parquet(path))
 
 
 def _unchanged(paths, read):
@@ -160,7 +143,7 @@ def _unchanged(paths, read):
 def _is_wikitext(path):
     """Whether a parquet file has WikiText in the hub's form: its first line is a title."""
     try:
-        text = next(_read_parquet([path]), "").lstrip("\n ")
+        text = next(_read_shards([path]), "").lstrip("\n ")
     except ValueError:  # damaged, or with other columns: a text of one's own
         return False
     return re.match(r"= [^\n]+ = \n", text) is not None
@@ -181,7 +164,7 @@ def folder_source(folder, dataset):
         shards = [sorted(place.glob(f"{name}-*.parquet")) for name in ("train", "validation", "test")]
         if all(shards) and (dataset or _is_wikitext(shards[0][0])):
             return Source({
-                split: (None, _unchanged(paths, lambda paths=paths: _read_parquet(paths)))
+                split: (None, _unchanged(paths, lambda paths=paths: _read_shards(paths)))
                 for split, paths in zip(data.SPLITS, shards)
             })
     if dataset or any(folder.glob("wiki.*.tokens")) or any(folder.glob("wiki.*.raw")):
@@ -201,11 +184,11 @@ def _pieces(documents):
             start = end
 
 
-def own_source(paths, reading):
+def own_source(paths, options):
     """A text of the user's in files and folders. Raises as `read_texts` does."""
-    splits, documents = read_texts(paths, reading, lambda line: say(line, sys.stderr))
-    mark = END.encode()
-    if reading.separator is None and (n := sum(text.count(mark) for some in splits.values() for text in some)):
+    splits, documents = read_texts(paths, options, lambda line: say(line, sys.stderr))
+    end = END.encode()
+    if options.separator is None and (n := sum(text.count(end) for some in splits.values() for text in some)):
         say(f"The text holds {END} {n:,} times, as plain text; --separator '{END}' makes documents of it.", sys.stderr)
 
     def stream(texts):
@@ -246,7 +229,7 @@ def hub_source(dataset):
     try:
         splits = datasets.load_dataset(HUB_DATASET, dataset)
     except Exception as error:  # the package has no common base class for "could not be had"
-        raise ConnectionError(f"{HUB_DATASET} could not be loaded ({_first_line(error)}); connect, or give local "
+        raise ConnectionError(f"{HUB_DATASET} could not be loaded ({first_line(error)}); connect, or give local "
                               "files with --from DIR") from error
     return Source({
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
@@ -276,17 +259,17 @@ def _name_of(paths):
     return name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def open_source(paths=None, dataset=None, sample=False, reading=None):
+def open_source(paths=None, dataset=None, sample=False, options=None):
     """(source, name of the data set or of its files). Where the hub is out of reach it is the sample, and said so.
 
-    paths: a file or folder, or a list of them. reading: how files of one's own are read, a `Reading`.
+    paths: a file or folder, or a list of them. options: how files of one's own are read, `ReadOptions`.
     """
     if paths is not None:
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         source = folder_source(paths[0], dataset) if len(paths) == 1 and os.path.isdir(paths[0]) else None
         if dataset and source is None:
             raise FileNotFoundError(f"{str(paths[0])!r} is no folder that holds WikiText, which --dataset asks for")
-        return source or own_source(paths, reading or Reading()), dataset or _name_of(paths)
+        return source or own_source(paths, options or ReadOptions()), dataset or _name_of(paths)
     if not sample:
         try:
             return hub_source(dataset or DATASETS[0]), dataset or DATASETS[0]
@@ -330,77 +313,33 @@ def tokenize(stream, tokenizer, bar, n_words=None, documents=False):
 
 
 @contextlib.contextmanager
-def only_one(home):
-    """Within, no other process prepares token files in `home`: one that does so already is waited for.
-
-    Gives whether it holds the lock, which ends with the process. Where files cannot be locked, it says so.
-    """
+def alone_in(directory):
+    """Within, no other process prepares token files in `directory`: one that does so already is waited for. Gives
+    whether the folder is locked, which it is not on a file system without locks."""
     with contextlib.ExitStack() as stack:
-        locked = False
-        try:
-            if fcntl is None:
-                raise OSError("this system has no flock")
-            file = stack.enter_context(open(data.home_dir(home) / LOCK, "a"))
+        told = False
+        while True:
             try:
-                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                say("Another process is preparing token files: waiting for it to end.", sys.stderr)
-                fcntl.flock(file, fcntl.LOCK_EX)
-            locked = True
-        except OSError as error:
-            say(f"{home}/ cannot be locked ({error.strerror or error}): prepare token files in one process at a time.",
-                sys.stderr)
+                locked = stack.enter_context(file_lock(directory / LOCK))
+                break
+            except Locked as error:
+                if not told:
+                    who = f"Process {error.holder}" if error.holder else "Another process"
+                    say(f"{who} is preparing token files: waiting for it to end.", sys.stderr)
+                told = True
+                time.sleep(0.1)
         yield locked
 
 
-@contextlib.contextmanager
-def uninterrupted():
-    """Within, Ctrl-C and SIGTERM wait; they take effect at its end."""
-    if threading.current_thread() is not threading.main_thread():  # only the main thread handles signals
-        yield
-        return
-    came = []
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    handlers = {number: signal.signal(number, lambda number, frame: came.append(number)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        for number in came[:1]:
-            signal.raise_signal(number)
+def save_vocabulary(tokenizer, file):
+    """Write a vocabulary to a file that is open for binary writing."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = Path(directory) / "vocabulary.json"
+        tokenizer.save(path)
+        file.write(path.read_bytes())
 
 
-@contextlib.contextmanager
-def atomic_writes():
-    """Gives a function write(save, path), which calls save(a temporary file). At the end all files that were written so
-    take their places back to back; after an exception none does. Raises OSError if a file cannot be written."""
-    written = {}  # temporary file -> path
-
-    def write(save, path):
-        if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, and a file must take its place; remove it")
-        beside = path.with_name(f"{path.name}.{os.getpid()}.tmp")
-        written[beside] = path
-        try:
-            save(beside)
-        except OSError as error:
-            raise OSError(f"cannot write {path}: {error.strerror or _first_line(error)}") from None
-        except RuntimeError as error:  # what torch makes of a full disk
-            raise OSError(f"cannot write {path}: {_first_line(error)}; is the disk full?") from None
-
-    try:
-        yield write
-        with uninterrupted():
-            for beside, path in written.items():
-                beside.replace(path)
-    finally:
-        with uninterrupted():
-            for beside in written:
-                beside.unlink(missing_ok=True)
-
-
-def learn_vocabulary(source, vocabulary, vocab_size, home="data", pattern="gpt2"):
+def learn_vocabulary(source, vocabulary, vocab_size, folder="data", pattern="gpt2"):
     """A tokenizer with the vocabulary that the training split teaches: of `vocab_size` tokens, or of fewer, which it
     says, if the text has no more pairs to merge."""
     texts = source["train"][1]()
@@ -408,8 +347,8 @@ def learn_vocabulary(source, vocabulary, vocab_size, home="data", pattern="gpt2"
         tokenizer = BPETokenizer.train(texts if source.documents else "".join(texts), vocab_size, pattern=pattern,
                                        progress=lambda _: bar.update())  # fmt: skip
     if tokenizer.vocab_size < vocab_size:
-        say(f"The text has no more pairs to merge: {home}/{vocabulary} has {tokenizer.vocab_size:,} tokens instead of "
-            f"{vocab_size:,}.", sys.stderr)  # fmt: skip
+        say(f"The text has no more pairs to merge: {folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens instead "
+            f"of {vocab_size:,}.", sys.stderr)  # fmt: skip
     return tokenizer
 
 
@@ -426,8 +365,8 @@ def _beginning(source, tokenizer):
     return next(ids[:n] for n in range(8, 13) if n >= len(ids) or "\ufffd" not in tokenizer.decode(ids[:n]))  # whole
 
 
-def _tokenize_source(source, name, tokenizers, write, home):
-    """Tokenize all splits with each of `tokenizers` (vocabulary -> tokenizer) and `write` the token files. Gives a line
+def _tokenize_source(source, name, tokenizers, write_one, folder):
+    """Tokenize all splits with each of `tokenizers` (vocabulary -> tokenizer) and write the token files. Gives a line
     about each."""
     sizes = [size for size, _ in source.values()]
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
@@ -447,68 +386,68 @@ def _tokenize_source(source, name, tokenizers, write, home):
                     words_removed = any("<unk>" in text for text in source[split][1]())
                     name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
                 start = start or _beginning(source, tokenizer)
-                path = data.token_file(split, vocabulary, home)
+                path = data.token_file(split, vocabulary, folder)
                 content = {
                     "format": data.FORMAT, "version": data.VERSION, "preparation": preparation, "dataset": name,
                     "split": split, "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes,
                     "n_words": n_words, "start": start, "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
                 }  # fmt: skip
-                write(lambda beside: torch.save(content, beside), path)
-                yield (f"{home}/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
+                write_one(path, lambda file: torch.save(content, file))
+                yield (f"{folder}/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
                        f"{n_bytes / len(ids):.2f} bytes per token")
 
 
 def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab_sizes=None, only_missing=False,
-            home="data", given=None, pattern="gpt2", command=None):  # fmt: skip
-    """Tokenize all splits of a source with each of `vocabularies` (names of files in `home`).
+            folder="data", given=None, pattern="gpt2", command=None):  # fmt: skip
+    """Tokenize all splits of a source with each of `vocabularies` (names of files in the dataset folder `folder`).
 
     source: from `open_source`, which is asked if there is none; name: of the data set. The name of a folder gives way
     to that of the data set if the words of its training split are as many as published.
     vocab_sizes: {vocabulary: size in tokens} of those that are learned first, from the training split, which `pattern`
-    cuts into pre-tokens. given: {vocabulary: tokenizer} of those that are written into `home` as they are.
+    cuts into pre-tokens. given: {vocabulary: tokenizer} of those that are written into the folder as they are.
     only_missing: leave vocabularies alone that have token files by now.
-    command: what the user gave, kept in a home other than data/ for messages that say how to make its files again.
+    command: what the user gave, kept in a folder other than data/ for messages that say how to make its files again.
     The files that were there are replaced once all new ones are complete. Raises OSError if a file cannot be read or
     written and ValueError if the source or a vocabulary cannot be used.
     """
     lines, tokenizers, vocab_sizes, given = [], {}, vocab_sizes or {}, given or {}
-    folder = data.home_dir(home)
+    directory = data.dataset_dir(folder)
     try:
-        folder.mkdir(parents=True, exist_ok=True)
+        directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{home} cannot be a folder for the text ({error.strerror}); name another with --to") from None
-    with only_one(home) as locked:
+        raise OSError(f"{folder} cannot be a folder for the text ({error.strerror}); name another with --to") from None
+    if not os.access(directory, os.W_OK):
+        raise PermissionError(f"{directory} cannot be written, and the token files must go there; make it writable, or "
+                              "name another with --to")  # fmt: skip
+    with alone_in(directory) as locked:
         if only_missing:  # another process may have made them while this one waited
             vocabularies = [name for name in vocabularies
-                            if not any(data.token_file(split, name, home).exists() for split in data.SPLITS)]
+                            if not any(data.token_file(split, name, folder).exists() for split in data.SPLITS)]
             if not vocabularies:
                 return
-        if not os.access(folder, os.W_OK):
-            raise PermissionError(f"{folder} cannot be written, and the token files must go there")
-        if locked:  # whoever left a temporary file was killed
-            for files in ("*_ids*.pt.*.tmp", "bpe_vocab*.json.*.tmp"):
-                for left in folder.glob(files):
+        if locked:  # whoever left a half-written file was killed
+            for files in ("writing-*_ids*.pt", "writing-bpe_vocab*.json", "writing-prepared*.txt"):
+                for left in directory.glob(files):
                     left.unlink(missing_ok=True)
         if source is None:
             source, name = open_source()
-        with atomic_writes() as write:
+        with atomic_writes() as write_one:
             for vocabulary in vocabularies:
                 if vocabulary in vocab_sizes or vocabulary in given:
                     tokenizer = given.get(vocabulary) or learn_vocabulary(
-                        source, vocabulary, vocab_sizes[vocabulary], home, pattern)  # fmt: skip
-                    write(tokenizer.save, folder / vocabulary)
-                    lines.append(f"{home}/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint "
+                        source, vocabulary, vocab_sizes[vocabulary], folder, pattern)  # fmt: skip
+                    write_one(directory / vocabulary, lambda file: save_vocabulary(tokenizer, file))
+                    lines.append(f"{folder}/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint "
                                  f"{tokenizer.fingerprint}")  # fmt: skip
                 else:
-                    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary, home))
+                    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary, folder))
                 if tokenizer.vocab_size > 1 << 16:
-                    raise ValueError(f"{home}/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits "
+                    raise ValueError(f"{folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits "
                                      "name 65,536; take a smaller vocabulary")  # fmt: skip
                 tokenizers[vocabulary] = tokenizer
-            lines += _tokenize_source(source, name, tokenizers, write, home)
+            lines += _tokenize_source(source, name, tokenizers, write_one, folder)
             for vocabulary in vocabularies if command else ():
-                write(lambda beside: beside.write_text(command + "\n", encoding="utf-8"),
-                      data.command_file(vocabulary, home))  # fmt: skip
+                write_one(data.command_file(vocabulary, folder), lambda file: file.write(f"{command}\n".encode()))
     for line in lines:
         say(line)
 
@@ -521,19 +460,19 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
 def _choose_vocabularies(parser, args):
     """(names of the vocabularies, {name: size} of those to learn, {name: tokenizer} of those to copy) that the command
     line asks for."""
-    in_data = data.home_dir(args.home) == data.DATA_DIR
+    in_data = data.dataset_dir(args.folder) == data.DATA_DIR
     names = dict(data.VOCABULARIES)
     if args.vocabulary is not None:
         if args.vocab_size is not None or args.train_vocab or args.pattern:
             parser.error("--vocabulary is used as it is: leave --vocab-size, --train-vocab and --pattern out, or "
                          "--vocabulary")  # fmt: skip
-        path, folder = Path(args.vocabulary), data.home_dir(args.home)
-        if path.is_file() and path.resolve().parent != folder.resolve():  # from elsewhere
+        path, directory = Path(args.vocabulary), data.dataset_dir(args.folder)
+        if path.is_file() and path.resolve().parent != directory.resolve():  # from elsewhere
             name = f"bpe_vocab_{path.resolve().parent.name}.json" if in_data else "bpe_vocab.json"
             return [name], {}, {name: BPETokenizer.load(path)}
-        if not path.is_file() and not folder.is_dir():
+        if not path.is_file() and not directory.is_dir():
             raise FileNotFoundError(f"there is no vocabulary file {args.vocabulary!r}")
-        return [data.vocabulary_file(path.name if path.is_file() else args.vocabulary, args.home).name], {}, {}
+        return [data.vocabulary_file(path.name if path.is_file() else args.vocabulary, args.folder).name], {}, {}
     if args.vocab_size is not None:
         if not 257 <= args.vocab_size <= 1 << 16:
             parser.error(f"--vocab-size {args.vocab_size} must lie between 257 and 65536, since ids take 16 bits")
@@ -548,11 +487,13 @@ def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the token files that the rungs train on.")
     parser.add_argument("--from", dest="paths", metavar="PATH", nargs="+", help="read text files, or folders of them: "
                         "WikiText's, or a text of your own")  # fmt: skip
-    parser.add_argument("--to", dest="home", metavar="DIR", default="data", help="home of the text (default: data)")
+    parser.add_argument("--to", dest="folder", metavar="DIR", default="data", help="dataset folder, for token files "
+                        "and vocabularies (default: data)")  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help=f"which WikiText (default: {DATASETS[0]})")
     parser.add_argument("--sample", action="store_true", help="use the bundled sample")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="learn a vocabulary of N tokens and use it")
-    parser.add_argument("--vocabulary", metavar="FILE", help="use a vocabulary as it is, of the home or any other file")
+    parser.add_argument("--vocabulary", metavar="FILE", help="use a vocabulary as it is, of the dataset folder or "
+                        "any other file")  # fmt: skip
     parser.add_argument("--train-vocab", action="store_true", help="learn the two committed vocabularies again")
     parser.add_argument("--pattern", choices=PATTERNS, help="how a vocabulary that is learned cuts the text into words "
                         "(default: gpt2)")  # fmt: skip
@@ -574,19 +515,20 @@ def main(argv=None):
         parser.error(f"--encoding: {error}")
     vocabularies, vocab_sizes, files = _choose_vocabularies(parser, args)  # before the text is fetched
     if args.pattern and not vocab_sizes:
-        parser.error("--pattern is of a vocabulary that is learned: name a home of its own with --to, or --vocab-size")
-    source, name = open_source(args.paths, args.dataset, args.sample, Reading(**given))
+        parser.error("--pattern is for a vocabulary that is learned: name another dataset folder with --to, or give "
+                     "--vocab-size")  # fmt: skip
+    source, name = open_source(args.paths, args.dataset, args.sample, ReadOptions(**given))
     if given and not source.own:
         parser.error(f"--{next(iter(given))} is of a text of your own, and this is WikiText")
-    in_data = data.home_dir(args.home) == data.DATA_DIR
+    in_data = data.dataset_dir(args.folder) == data.DATA_DIR
     if source.own and in_data and not vocab_sizes:
-        say("data/ keeps the vocabulary of WikiText-2; in a home of its own, --to data/NAME, a text has a vocabulary "
-            "of its own and replaces no other.", sys.stderr)  # fmt: skip
+        say("data/ keeps the vocabulary of WikiText-2; in a dataset folder of its own, --to data/NAME, a text has a "
+            "vocabulary of its own and replaces no other.", sys.stderr)  # fmt: skip
     command = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if argv is None else argv)])
-    prepare(source, name, tuple(vocabularies), vocab_sizes, home=args.home, given=files, pattern=args.pattern or "gpt2",
-            command=None if in_data else command)  # fmt: skip
+    prepare(source, name, tuple(vocabularies), vocab_sizes, folder=args.folder, given=files,
+            pattern=args.pattern or "gpt2", command=None if in_data else command)  # fmt: skip
     if not in_data:
-        constants = [f"DATA={args.home}"] + [f"VOCABULARY={v}" for v in vocabularies if v not in data.VOCABULARIES]
+        constants = [f"DATA={args.folder}"] + [f"VOCABULARY={v}" for v in vocabularies if v not in data.VOCABULARIES]
         say(f"Train on it: python v3.py {shlex.join(constants)}")
 
 

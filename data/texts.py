@@ -1,7 +1,7 @@
 """Texts of one's own: files become documents, documents become splits.
 
-A document is what stands for itself: a row of a .jsonl or .parquet file, each of several text files, or what stands
-between separators in a text. A single text file without separators is one text, which is cut into three.
+A document is a row of a .jsonl or .parquet file, one of several text files, or what lies between two separators of a
+text file. A single text file without separators is one text, which is cut into three.
 
 Texts are kept as bytes of UTF-8, exactly as they are, line ends included; only a byte order mark is taken off.
 """
@@ -12,11 +12,12 @@ import io
 import json
 import os
 import re
+import reprlib
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
-from bpe import shown
+from harness.cli import first_line
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -28,7 +29,7 @@ BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"
 
 
 @dataclass
-class Reading:
+class ReadOptions:
     """How files are read: their encoding, what happens to bytes that do not fit ("strict" or "replace"), the column of
     rows that holds the text, and what separates the documents of a text (None: nothing does)."""
 
@@ -54,47 +55,49 @@ def _read_bytes(path):
         raise OSError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
-def _utf8(data, path, reading):
+def _utf8(data, path, options):
     """`data` as bytes of UTF-8 without a byte order mark. Raises ValueError, with line and byte, if it is not text in
-    the encoding of `reading`."""
+    the encoding of `options`."""
     try:
-        if codecs.lookup(reading.encoding).name == "utf-8":
+        if codecs.lookup(options.encoding).name == "utf-8":
             data = data.removeprefix(codecs.BOM_UTF8)
-            if reading.errors == "strict":
+            if options.errors == "strict":
                 data.decode()
                 return data
-        text = data.decode(reading.encoding, reading.errors).removeprefix("\ufeff")
-        return text.encode("utf-8", reading.errors)
+        text = data.decode(options.encoding, options.errors).removeprefix("\ufeff")
+        return text.encode("utf-8", options.errors)
     except UnicodeDecodeError as error:
         line = data.count(b"\n", 0, error.start) + 1
         mark = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
         advice = f"--encoding {mark}, whose mark it begins with," if mark else "--encoding NAME (such as cp1252)"
         raise ValueError(f"{path}, line {line}: byte 0x{data[error.start]:02X} at offset {error.start} is not "
-                         f"{reading.encoding} text; {advice} or --errors replace reads on") from None  # fmt: skip
+                         f"{options.encoding} text; {advice} or --errors replace reads on") from None  # fmt: skip
     except UnicodeError as error:  # a lone surrogate in UTF-16, or an encoding that knows no places
-        raise ValueError(f"{path} is not {reading.encoding} text ({error}); --errors replace reads on") from None
+        raise ValueError(f"{path} is not {options.encoding} text ({error}); --errors replace reads on") from None
 
 
-def _row(value, place, reading):
-    """The text of a row as bytes: none for a missing one. Raises ValueError if it is no text."""
-    if value is None:
-        return b""
-    if not isinstance(value, str):
-        raise ValueError(f"{place}: the column {reading.column} holds {shown(value)}, which is no text")
+def _check_row(value, place, column):
+    """Raise ValueError if the value of a row is no text. A missing one is none, and allowed."""
+    if value is not None and not isinstance(value, str):
+        raise ValueError(f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")
+
+
+def _encode_row(value, place, options):
+    """The text of a row as bytes: none for a missing one. Raises ValueError if UTF-8 cannot express it."""
     try:
-        return value.encode("utf-8", reading.errors)
+        return (value or "").encode("utf-8", options.errors)
     except UnicodeEncodeError:
         raise ValueError(f"{place}: the text holds half of a surrogate pair, which UTF-8 has not; --errors replace "
                          "reads on") from None  # fmt: skip
 
 
-def _no_column(place, names, reading):
+def _no_column(place, names, column):
     known = ", ".join(map(str, names)) or "none"
-    return ValueError(f"{place} has no column {reading.column}; it has {known}; --column NAME takes another")
+    return ValueError(f"{place} has no column {column}; it has {known}; --column NAME takes another")
 
 
-def _read_jsonl(data, path, reading):
-    for number, line in enumerate(_utf8(data, path, reading).split(b"\n"), 1):
+def _read_jsonl(content, path, options):
+    for number, line in enumerate(_utf8(content, path, options).split(b"\n"), 1):
         if not line.strip():
             continue
         place = f"{path}, line {number}"
@@ -102,25 +105,30 @@ def _read_jsonl(data, path, reading):
             row = json.loads(line)
         except (ValueError, RecursionError):
             raise ValueError(f"{place} is no JSON; a .jsonl file has an object in each line") from None
-        if not isinstance(row, dict) or reading.column not in row:
-            raise _no_column(place, row if isinstance(row, dict) else (), reading)
-        yield _row(row[reading.column], place, reading)
+        if not isinstance(row, dict) or options.column not in row:
+            raise _no_column(place, row if isinstance(row, dict) else (), options.column)
+        _check_row(row[options.column], place, options.column)
+        yield _encode_row(row[options.column], place, options)
 
 
-def _read_parquet(data, path, reading):
+def read_parquet(path, column="text", content=None):
+    """Stream the rows of a column of a parquet file in lists of some thousand: strings, and None where one is missing.
+    content: the bytes of the file, if it is not to be opened. Raises ValueError, in one line, if it is damaged or has
+    no such column of text."""
     import pyarrow
     import pyarrow.parquet
 
     try:
-        file = pyarrow.parquet.ParquetFile(io.BytesIO(data))
-        if reading.column not in file.schema_arrow.names:
-            raise _no_column(path, file.schema_arrow.names, reading)
-        for batch in file.iter_batches(columns=[reading.column]):
-            for value in batch.column(0).to_pylist():
-                yield _row(value, path, reading)
-    except (pyarrow.ArrowException, OSError) as error:
-        why = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ValueError(f"{path} is no whole parquet file ({why}); fetch it again") from None
+        file = pyarrow.parquet.ParquetFile(path if content is None else io.BytesIO(content))
+        if column not in file.schema_arrow.names:
+            raise _no_column(path, file.schema_arrow.names, column)
+        for batch in file.iter_batches(batch_size=4096, columns=[column]):
+            rows = batch.column(0).to_pylist()
+            for row in rows:
+                _check_row(row, path, column)
+            yield rows
+    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path} is no whole parquet file ({first_line(error)}); fetch it again") from None
 
 
 def _ending(path):
@@ -128,16 +136,17 @@ def _ending(path):
     return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
 
 
-def read_documents(path, reading):
+def read_documents(path, options):
     """The documents of one file, a list of bytes, but for empty ones. Raises OSError and ValueError in one line."""
-    data, ending = _read_bytes(path), _ending(path)
+    content, ending = _read_bytes(path), _ending(path)
     if ending in (".jsonl", ".ndjson"):
-        documents = _read_jsonl(data, path, reading)
+        documents = _read_jsonl(content, path, options)
     elif ending == ".parquet":
-        documents = _read_parquet(data, path, reading)
+        rows = (row for rows in read_parquet(path, options.column, content) for row in rows)
+        documents = (_encode_row(row, path, options) for row in rows)
     else:
-        text = _utf8(data, path, reading)
-        documents = [text] if reading.separator is None else text.split(reading.separator.encode())
+        text = _utf8(content, path, options)
+        documents = [text] if options.separator is None else text.split(options.separator.encode())
     return [document for document in documents if document]
 
 
@@ -253,7 +262,7 @@ def split_documents(documents, names):
     return {**parts, names[-1]: rest}
 
 
-def read_texts(paths, reading, say):
+def read_texts(paths, options, say):
     """({"train": documents, "val": documents, "test": documents}, whether they are documents) of files and folders.
 
     Files named after the splits are taken as they are; what is missing beside "train" is taken from it. Otherwise
@@ -274,11 +283,11 @@ def read_texts(paths, reading, say):
         if other := [str(file) for (file, _), name in zip(files, splits_of) if name is None]:
             say(f"The splits are {', '.join(file.name for file in used[:5])}{' ...' * (len(used) > 5)}; left out is "
                 f"{other[0]}{f' and {len(other) - 1} more' * (len(other) > 1)}.")  # fmt: skip
-        splits = {split: [d for file in some for d in read_documents(file, reading)] for split, some in named.items()}
+        splits = {split: [d for file in some for d in read_documents(file, options)] for split, some in named.items()}
         if missing := [split for split, some in named.items() if not some]:
             splits.update(split_documents(splits["train"], ["train", *missing]))
     else:
-        documents = [document for file, _ in files for document in read_documents(file, reading)]
+        documents = [document for file, _ in files for document in read_documents(file, options)]
         if not documents:
             raise ValueError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
         splits = split_documents(documents, SPLITS)

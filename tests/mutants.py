@@ -6,8 +6,8 @@
     python tests/mutants.py --list             say which there are
 
 A fault is noticed if a test fails; without any, all pass, which is tried before. First the tests run that should
-notice a fault, then, if they do not, all those of models, training and the harness. A fault marked as equivalent
-changes nothing that a test could see, for the reason given.
+notice a fault, then, if they do not, all those of models, training and the harness, or all those of data. A fault
+marked as equivalent changes nothing that a test could see, for the reason given.
 Exit code 1: a fault was not noticed, or could not be planted.
 """
 
@@ -25,6 +25,7 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_models.py", "test_training.py", "test_harness.py", "test_survival.py")
+DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
 SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fault asks for them
@@ -391,11 +392,47 @@ FAULTS = [
     ("harness.py", "epochs are steps", '"epochs": last["tokens_seen"] / len(train)', '"epochs": last["step"]',
      "short_run and v0"),
     ("harness.py", "the compile step trains", "                model.zero_grad()\n", "", "compiled"),
+    # data
+    ("data/prepare.py", "the help of --dataset names another default", "which WikiText (default: {DATASETS[0]})",
+     "which WikiText (default: {DATASETS[1]})"),
+    ("data/prepare.py", "a full disk under stdout ends it", "suppress(OSError, ValueError):  # Value",
+     "suppress(ValueError):  # Value"),
+    ("data/prepare.py", "a second process does not wait", "            except Locked as error:\n",
+     "            except Locked as error:\n                locked = False\n                break\n"),
+    ("data/prepare.py", "half-written files of a killed process stay", "left.unlink(missing_ok=True)", "pass"),
+    ("data/prepare.py", "those of a process at work go too", "if locked:  # whoever", "if True:  # whoever"),
+    ("data/prepare.py", "what was made while waiting is made again", "if only_missing:  #", "if False:  #"),
+    ("data/prepare.py", "a file may change while it is read", "            if then != now:", "            if False:"),
+    ("data/texts.py", "a parquet column of numbers is text", "                _check_row(row, path, column)\n",
+     "                pass\n"),
+    ("data/texts.py", "a damaged parquet file raises what pyarrow raises",
+     "except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error", "except ZeroDivisionError as error"),
+    ("data/files.py", "a file is not on the disk when it takes its place", "os.fsync(file.fileno())", "pass"),
+    ("data/files.py", "the name of a file is not on the disk", "                    _sync_folder(folder)\n",
+     "                    pass\n"),
+    ("data/files.py", "a half-written file stays", "                    aside.unlink(missing_ok=True)",
+     "                    pass"),
+    ("data/files.py", "files are written in place", 'path.with_name("writing-" + path.name)', "path"),
+    ("data/files.py", "torch hides the reason of the system", "cause = cause.__context__", "cause = None"),
+    ("data/files.py", "a signal stops between two places", "        signal.signal(number, lambda number, frame: came",
+     "        (lambda number, frame: came"),
+    ("data/files.py", "two processes hold a lock", "        if held is False:", "        if False:"),
+    ("data/files.py", "a lock names nobody", "                os.write(descriptor, f", "                str(f"),
+    ("data/files.py", "whoever asks for a lock cuts its file", "os.O_RDWR | os.O_CREAT |",
+     "os.O_RDWR | os.O_CREAT | os.O_TRUNC |"),
+    ("data/files.py", "a file system without locks ends the program", "            held = None\n",
+     "            raise\n"),
 ]  # fmt: skip
+
+
+def all_tests(file):
+    return [f"tests/{name}" for name in (DATA_TESTS if file.startswith("data/") else TESTS)]
 
 
 def first_tests(file, chosen):
     """Arguments of pytest for the tests that should notice a fault in `file`."""
+    if file.startswith("data/"):
+        return all_tests(file)
     if chosen:
         return [f"tests/{name}" for name in TESTS[1:]] + ["-k", chosen]
     rung, others = Path(file).stem, "not (v0 or v1 or v2 or v3 or gpt2)"
@@ -441,7 +478,7 @@ def plant(tree, fault):
     path.write_text(right.replace(text, wrong), encoding="utf-8")
     try:
         found = run_tests(tree, first_tests(file, more[0] if more else ""))
-        return found or run_tests(tree, [f"tests/{name}" for name in TESTS])
+        return found or run_tests(tree, all_tests(file))
     finally:
         path.write_text(right, encoding="utf-8")
 
@@ -461,7 +498,8 @@ def main():
     with tempfile.TemporaryDirectory() as folder:
         for job in range(arguments.jobs):
             trees.put(copy_tree(Path(folder) / str(job)))
-        if failed := run_tests(Path(folder) / "0", [f"tests/{name}" for name in TESTS]):
+        tests = sorted({test for file, *_ in chosen for test in all_tests(file)})
+        if failed := run_tests(Path(folder) / "0", tests):
             sys.exit(f"without any fault this fails already: {failed}")
 
         def one(fault):

@@ -27,8 +27,10 @@ from tqdm import tqdm
 
 import bpe.pretokens
 import data
+import forks
 from bpe_tokenizer import BPETokenizer
 from data import prepare
+from data.files import file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
@@ -531,8 +533,8 @@ def snapshot(folder):
     "error", [OSError(errno.ENOSPC, os.strerror(errno.ENOSPC)), RuntimeError("unexpected pos 64 vs 0\nmore")]
 )
 def test_a_full_disk_leaves_the_old_files(files, tmp_path, monkeypatch, error):
-    def save_half(content, path):
-        Path(path).write_bytes(b"half")
+    def save_half(content, file):
+        file.write(b"half")
         raise error
 
     before = snapshot(files)
@@ -544,8 +546,8 @@ def test_a_full_disk_leaves_the_old_files(files, tmp_path, monkeypatch, error):
 
 
 def test_an_interrupt_while_writing_leaves_the_old_files(files, tmp_path, monkeypatch):
-    def stop(content, path):
-        Path(path).write_bytes(b"half")
+    def stop(content, file):
+        file.write(b"half")
         raise KeyboardInterrupt
 
     before = snapshot(files)
@@ -573,7 +575,7 @@ def test_files_of_a_preparation_that_was_cut_short_are_refused(files, tmp_path, 
         patch.setattr(Path, "replace", replace_some)
         with pytest.raises(SystemExit):
             prepare.main(["--from", str(write_text(tmp_path / "text", texts)), *options.split()])
-    assert not list(files.glob("*.tmp"))
+    assert not list(files.glob("writing-*"))
     if replaced == 0:
         assert snapshot(files) == before
     else:
@@ -609,11 +611,11 @@ def test_a_signal_between_replacements_waits(files, tmp_path, monkeypatch, numbe
 
 
 def test_what_a_killed_process_left_is_removed(files, tmp_path):
-    for name in ("train_ids.pt.17.tmp", "test_ids_500.pt.17.tmp", "bpe_vocab_300.json.17.tmp.17.tmp"):
+    for name in ("writing-train_ids.pt", "writing-test_ids_500.pt", "writing-bpe_vocab_300.json"):
         (files / name).write_bytes(b"half")
-    (files / "mine.tmp").write_bytes(b"of somebody else")
+    (files / "writing-a-novel.txt").write_bytes(b"of somebody else")
     make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
-    assert [path.name for path in files.glob("*.tmp")] == ["mine.tmp"]
+    assert [path.name for path in files.glob("writing-*")] == ["writing-a-novel.txt"]
 
 
 @pytest.mark.parametrize("name", ["test_ids_500.pt", SMALL])
@@ -649,29 +651,20 @@ def test_a_vocabulary_too_large_for_16_bits(files, tmp_path, monkeypatch):
 # ----------------------------------------------------------------------------------------------------------
 
 
-@contextlib.contextmanager
-def locked(folder):
-    """As if another process were preparing token files in `folder`."""
-    fcntl = pytest.importorskip("fcntl")
-    with open(folder / prepare.LOCK, "a") as file:
-        fcntl.flock(file, fcntl.LOCK_EX)
-        yield
-
-
 def test_a_second_process_waits_and_takes_what_the_first_one_made(tmp_path, made):
     """Two rungs in a fresh clone."""
     root = make_copy(tmp_path / "copy")
     code = f"from data import load_tokens; print(load_tokens({SMALL!r})['val'].dataset)"
-    with locked(root / "data"):
-        child = subprocess.Popen([sys.executable, "-c", code], cwd=root, env=OFFLINE, text=True,
-                                 stdout=subprocess.PIPE, stderr=subprocess.PIPE)  # fmt: skip
-        said = [child.stderr.readline(), child.stderr.readline()]
-        assert "preparing them" in said[0] and "waiting" in said[1]
+    with file_lock(root / "data" / prepare.LOCK):
+        child = forks.start(["-c", code], cwd=root, env=OFFLINE)
+        child.wait_for("waiting")
+        told = child.err.splitlines()
+        assert len(told) == 2 and "preparing them" in told[0] and f"Process {os.getpid()} is preparing" in told[1]
         for name, content in made.items():
             (root / "data" / name).write_bytes(content)
             (root / "data" / name.replace("_500", "")).write_bytes(content)
-    out, err = child.communicate(timeout=300)
-    assert (child.returncode, out, err) == (0, "text\n", "")
+    done = child.finish()
+    assert (done.returncode, done.stdout, done.stderr.splitlines()) == (0, "text\n", told)
 
 
 def test_the_lock_ends_with_the_preparation(data_dir, tmp_path):
@@ -680,24 +673,21 @@ def test_the_lock_ends_with_the_preparation(data_dir, tmp_path):
         make(folder, vocabularies=(SMALL,))
     with pytest.raises(ValueError):
         make(write_text(folder, TEXTS | {"test": ""}), vocabularies=(SMALL,))
-    with locked(data_dir):
-        pass
+    with file_lock(data_dir / prepare.LOCK) as locked:
+        assert locked
 
 
-@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF, None])
+@pytest.mark.parametrize("error", [errno.ENOSYS, errno.ENOTSUP, errno.ENOLCK, errno.EBADF])
 def test_without_locks_it_goes_on_and_says_so_in_a_line(data_dir, tmp_path, monkeypatch, capfd, error):
     def fail(file, how):
         raise OSError(error, os.strerror(error))
 
-    if error is None:
-        monkeypatch.setattr(prepare, "fcntl", None)
-    else:
-        monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fail)
-    (data_dir / "train_ids.pt.17.tmp").write_bytes(b"of a process that may be at work")
+    monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fail)
+    (data_dir / "writing-bpe_vocab_300.json").write_bytes(b"of a process that may be at work")
     make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
     said = capfd.readouterr().err.splitlines()
     assert len(said) == 1 and "cannot be locked" in said[0]
-    assert (data_dir / "train_ids.pt.17.tmp").exists()
+    assert (data_dir / "writing-bpe_vocab_300.json").exists()
     assert len(data.load_tokens(SMALL)["train"]) > 0
 
 
@@ -1002,9 +992,9 @@ def test_advice_for_those_who_have_the_sample_only(data_dir, tmp_path, monkeypat
 
 def test_who_asked_for_the_sample_is_not_advised(data_dir, tmp_path, capfd):
     for asked in (["--sample"], []):
-        home = str(tmp_path / f"home of {len(asked)}")
-        prepare.main([*asked, "--to", home, "--vocabulary", str(data_dir / SMALL)])
-        assert data.load_tokens("bpe_vocab.json", home)["train"].dataset == "sample"
+        folder = str(tmp_path / f"folder of {len(asked)}")
+        prepare.main([*asked, "--to", folder, "--vocabulary", str(data_dir / SMALL)])
+        assert data.load_tokens("bpe_vocab.json", folder)["train"].dataset == "sample"
         assert ("For WikiText-2" in capfd.readouterr().out) == (not asked)
 
 
@@ -1222,8 +1212,7 @@ def copy(tmp_path_factory):
 
 
 def run(root, *args, **options):
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE, "cwd": root, "env": OFFLINE} | options
-    return subprocess.run([sys.executable, "data/prepare.py", *args], text=True, **options)
+    return forks.run(["data/prepare.py", *args], cwd=root, env=OFFLINE, **options)
 
 
 def test_data_may_be_a_symbolic_link(tmp_path):
@@ -1241,7 +1230,7 @@ def test_data_may_be_a_symbolic_link(tmp_path):
     code = f"import sys; sys.path.insert(0, {str(root)!r}); from data import DATA_DIR, load_tokens"
     code += f"; print(DATA_DIR); load_tokens({SMALL!r})"
     code += "; assert not {'datasets', 'pyarrow', 'data.prepare'} & sys.modules.keys()"  # only preparing needs them
-    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=OFFLINE, capture_output=True, text=True)
+    done = forks.run(["-c", code], cwd=tmp_path, env=OFFLINE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == str(root / "data")
     # Called by the link's target, it cannot know what stands beside the link.
@@ -1260,27 +1249,28 @@ def test_names_that_the_output_cannot_encode(data_dir, tmp_path, monkeypatch, en
     assert data.load_tokens(SMALL)["test"].dataset == "Ærø 東京"
 
 
-def test_output_to_a_full_disk_or_a_closed_file(data_dir, tmp_path, monkeypatch):
-    if os.path.exists("/dev/full"):
-        full = open("/dev/full", "w")
-        monkeypatch.setattr(sys, "stdout", full)
-        make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
-        with contextlib.suppress(OSError):
-            full.close()
-    closed = io.StringIO()
-    closed.close()
-    for nothing in (closed, None):
-        monkeypatch.setattr(sys, "stdout", nothing)
-        make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
+@pytest.mark.parametrize("stdout", ["full", "closed", "none"])
+def test_files_are_whole_if_stdout_cannot_be_written(data_dir, tmp_path, monkeypatch, expected, stdout):
+    if stdout == "full" and not os.path.exists("/dev/full"):
+        pytest.skip("there is no /dev/full here")
+    output = open("/dev/full", "w") if stdout == "full" else io.StringIO()
+    if stdout == "closed":
+        output.close()
+    monkeypatch.setattr(sys, "stdout", None if stdout == "none" else output)
+    make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
+    with contextlib.suppress(OSError):  # what the full disk did not take
+        output.close()
+    assert as_expected(data.load_tokens(SMALL), expected)
+    assert not list(data_dir.glob("writing-*"))
 
 
-# The command line, with a pause after the second file.
+# The command line, with a pause after the second token file.
 PAUSING = """
 import runpy, sys, time, torch
 save, saved = torch.save, []
-def pause(content, path):
-    save(content, path)
-    saved.append(path)
+def pause(content, file):
+    save(content, file)
+    saved.append(file)
     if len(saved) == 2:
         print("now", flush=True)
         time.sleep(60)
@@ -1297,14 +1287,13 @@ def test_a_signal_stops_it_in_one_line_and_changes_nothing(tmp_path, made, numbe
     for name, content in made.items():
         (root / "data" / name).write_bytes(content)
     before = snapshot(root / "data")
-    command = [sys.executable, "-c", PAUSING, "--sample", "--vocab-size", "300"]
-    child = subprocess.Popen(command, cwd=root, env=OFFLINE, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
-    assert child.stdout.readline() == "now\n"
-    assert len(list((root / "data").glob("*.tmp"))) == 3  # a vocabulary and two splits
-    child.send_signal(number)
-    out, err = child.communicate(timeout=300)
-    assert (child.returncode, out) == (code, "")
-    assert len(err.splitlines()) == 1 and "stopped" in err
+    child = forks.start(["-c", PAUSING, "--sample", "--vocab-size", "300"], cwd=root, env=OFFLINE)
+    child.wait_for("now")
+    assert len(list((root / "data").glob("writing-*"))) == 3  # a vocabulary and two splits
+    os.kill(child.pid, number)
+    done = child.finish()
+    assert (done.returncode, done.stdout) == (code, "now\n")
+    assert len(done.stderr.splitlines()) == 1 and "stopped" in done.stderr
     assert snapshot(root / "data") == before
 
 
@@ -1335,7 +1324,7 @@ def test_a_real_disk_that_is_full(tmp_path, made):
     if done.returncode in (1, 99) and not (tmp_path / "left").exists():
         pytest.skip(f"no disk can be mounted here: {done.stderr.strip()}")
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1, done.stderr
-    assert "is the disk full?" in done.stderr
+    assert "No space left on device; make room" in done.stderr
     assert snapshot(tmp_path / "left") == before
 
 
@@ -1358,10 +1347,7 @@ def test_command_line_with_a_missing_folder_says_so_in_one_line(copy):
 
 
 def test_command_line_makes_a_vocabulary_of_its_own_even_if_nobody_reads_what_it_prints(copy):
-    reading, writing = os.pipe()
-    os.close(reading)
-    done = run(copy, "--vocab-size", "300", "--sample", stdout=writing)
-    os.close(writing)
+    done = run(copy, "--vocab-size", "300", "--sample", closed_stdout=True)
     assert (done.returncode, done.stderr) == (0, "")
     assert BPETokenizer.load(copy / "data" / "bpe_vocab_300.json").vocab_size == 300
     for split in data.SPLITS:
@@ -1398,3 +1384,15 @@ def test_command_line_refuses_an_unknown_data_set(data_dir, capfd):
         prepare.main(["--dataset", "wikitext-4"])
     assert stopped.value.code == 2
     assert "wikitext-2-v1" in capfd.readouterr().err
+
+
+def test_help_names_the_default_data_set(data_dir, capfd):
+    """The one that is asked for if --dataset is not given."""
+    asked = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(prepare, "hub_source", lambda dataset: asked.append(dataset) or prepare.sample_source())
+        prepare.open_source()
+    with pytest.raises(SystemExit):
+        prepare.main(["--help"])
+    (named,) = re.findall(r"which\s+WikiText\s+\(default:\s+([^)]+)\)", capfd.readouterr().out)
+    assert asked == [named] == ["wikitext-2-v1"]

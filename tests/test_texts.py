@@ -1,4 +1,4 @@
-"""Texts of one's own: data/texts.py and the homes of data/prepare.py, against the definitions and other readers."""
+"""Texts of one's own: data/texts.py and dataset folders, against the definitions and other readers."""
 
 import gzip
 import json
@@ -6,8 +6,6 @@ import os
 import random
 import re
 import shlex
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,11 @@ import pytest
 import torch
 
 import data
+import forks
 import harness
 from bpe_tokenizer import BPETokenizer
 from data import prepare, texts
-from data.texts import Reading, assign, cut_place, read_documents, read_texts, split_documents
+from data.texts import ReadOptions, assign, cut_place, read_documents, read_texts, split_documents
 from test_data import as_data_dir, no_network  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -51,13 +50,13 @@ def story(n, seed=0, end="\n\n"):
     return end.join(" ".join(sentence() for _ in range(r.randint(1, 5))) for _ in range(n)) + end
 
 
-def tokens_of(home, vocabulary="bpe_vocab.json"):
-    return data.load_tokens(vocabulary, home), BPETokenizer.load(data.vocabulary_file(vocabulary, home))
+def tokens_of(folder, vocabulary="bpe_vocab.json"):
+    return data.load_tokens(vocabulary, folder), BPETokenizer.load(data.vocabulary_file(vocabulary, folder))
 
 
-def texts_of(home, vocabulary="bpe_vocab.json"):
-    """What the token files of a home decode to, {split: text}."""
-    tokens, tokenizer = tokens_of(home, vocabulary)
+def texts_of(folder, vocabulary="bpe_vocab.json"):
+    """What the token files of a dataset folder decode to, {split: text}."""
+    tokens, tokenizer = tokens_of(folder, vocabulary)
     return {split: tokenizer.decode(some.ids.tolist()) for split, some in tokens.items()}
 
 
@@ -154,7 +153,7 @@ def test_documents_stay_whole_and_every_split_has_its_share():
 def test_few_documents_are_cut(here):
     for name in "abc":
         (here / f"{name}.md").write_text(story(50, seed=ord(name)))
-    splits, documents = read_texts([here], Reading(), print)
+    splits, documents = read_texts([here], ReadOptions(), print)
     whole = b"".join((here / f"{name}.md").read_bytes() for name in "abc")
     assert documents and b"".join(d for split in SPLITS for d in splits[split]) == whole
     assert len(splits["train"]) == 3
@@ -174,8 +173,8 @@ def test_files_named_after_the_splits_are_the_splits(here, names, capfd):
         wanted[split] = story(20, seed=k)
         path.write_text(wanted[split])
     (here / "text" / "README.md").write_text("about it")
-    prepare.main(["--from", "text", "--to", "home"])
-    assert texts_of("home") == wanted
+    prepare.main(["--from", "text", "--to", "own"])
+    assert texts_of("own") == wanted
     assert "README.md" in capfd.readouterr().err
 
 
@@ -183,8 +182,8 @@ def test_files_named_after_the_splits_are_the_splits(here, names, capfd):
 def test_a_split_that_is_missing_is_taken_from_the_training_text(here, missing, left):
     for k, name in enumerate(left):
         (here / f"{name}.txt").write_text(story(200, seed=k))
-    prepare.main(["--from", "train.txt", f"{left[1]}.txt", "--to", "home"])
-    parts = texts_of("home")
+    prepare.main(["--from", "train.txt", f"{left[1]}.txt", "--to", "own"])
+    parts = texts_of("own")
     given = {"valid": "val"}.get(left[1], left[1])
     assert parts[given] == (here / f"{left[1]}.txt").read_text()
     taken = {"valid": "val"}.get(missing, missing)
@@ -196,7 +195,7 @@ def test_folders_named_train_and_test_among_others_are_no_splits(here):
     for name in ("train", "test", "src"):
         (here / name).mkdir()
         (here / name / "a.py").write_text(f"{name} = 1\n" * 400)
-    splits, documents = read_texts([here], Reading(), print)
+    splits, documents = read_texts([here], ReadOptions(), print)
     assert documents and b"".join(d for some in splits.values() for d in some).count(b"src = 1") == 400
 
 
@@ -212,7 +211,7 @@ def test_files_of_every_kind_are_read_in_a_folder(here, name):
     if plain != path:
         path.write_bytes(gzip.compress(plain.read_bytes()))
         plain.unlink()
-    splits, documents = read_texts([path.parent], Reading(), print)
+    splits, documents = read_texts([path.parent], ReadOptions(), print)
     assert documents == (".txt" not in name and ".md" not in name)
     assert b"".join(d for some in splits.values() for d in some).count(b"a text of its own") == 30
 
@@ -220,23 +219,23 @@ def test_files_of_every_kind_are_read_in_a_folder(here, name):
 def test_code_with_a_file_named_train_is_no_split(here):
     (here / "train.py").write_text("x = 1\n" * 400)
     (here / "test.py").write_text("y = 2\n" * 400)
-    splits, documents = read_texts([here], Reading(), print)
+    splits, documents = read_texts([here], ReadOptions(), print)
     assert documents and len(splits["train"]) == 2  # both are in the training split
 
 
 @pytest.mark.parametrize("text", ["a b c d e f\n", "hello, this is short. " * 3, "天地玄黄宇宙洪荒日月盈昃辰宿"])
 def test_very_short_texts_give_three_splits(here, text):
     (here / "short.txt").write_text(text)
-    prepare.main(["--from", "short.txt", "--to", "home", "--vocab-size", "257"])
-    assert "".join(texts_of("home", "bpe_vocab_257.json").values()) == text
+    prepare.main(["--from", "short.txt", "--to", "own", "--vocab-size", "257"])
+    assert "".join(texts_of("own", "bpe_vocab_257.json").values()) == text
 
 
 @pytest.mark.parametrize("text, why", [("ab", "too short"), ("", "empty"), ("a", "too short")])
 def test_texts_that_give_no_three_splits(here, capfd, text, why):
     (here / "short.txt").write_text(text)
-    message = refusal(capfd, "--from", "short.txt", "--to", "home")
+    message = refusal(capfd, "--from", "short.txt", "--to", "own")
     assert why in message and "published" not in message
-    assert not list((here / "home").glob("*.pt"))
+    assert not list((here / "own").glob("*.pt"))
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -265,9 +264,9 @@ def write_rows(folder, kind):
 def test_rows_are_documents(here, kind):
     """Each begins with END as one token; what looks like it within a row is plain text."""
     path = write_rows(here / "rows", kind)
-    assert read_documents(path, Reading()) == [row.encode() for row in ROWS if row]
-    prepare.main(["--from", str(path), "--to", "home"])
-    tokens, tokenizer = tokens_of("home")
+    assert read_documents(path, ReadOptions()) == [row.encode() for row in ROWS if row]
+    prepare.main(["--from", str(path), "--to", "own"])
+    tokens, tokenizer = tokens_of("own")
     end, found = tokenizer.encode(END, [END]), []
     assert len(end) == 1
     for some in tokens.values():
@@ -281,7 +280,7 @@ def test_rows_are_documents(here, kind):
         assert some.start == end
         found += rows
     of_train = tokenizer.decode_bytes(tokens["train"].ids)
-    rows, _ = read_texts([path], Reading(), print)
+    rows, _ = read_texts([path], ReadOptions(), print)
     assert tokenizer.merges == BPETokenizer.train([row.decode() for row in rows["train"]], 4096).merges
     assert len(of_train) == sum(map(len, rows["train"])) + len(END) * len(rows["train"])
     assert sorted(found) == sorted(row for row in ROWS if row)
@@ -301,7 +300,7 @@ def test_files_of_a_folder_are_documents(here):
     (folder / "linked.txt").symlink_to(folder / "sub" / "x.md")
     (folder / "around").symlink_to(folder)
     said = []
-    splits, documents = read_texts([folder], Reading(), said.append)
+    splits, documents = read_texts([folder], ReadOptions(), said.append)
     assert documents
     expected = [text.encode() for text in contents.values() if text] + [b"x" * 50]
     assert sorted(d for some in splits.values() for d in some) == sorted(expected)
@@ -312,8 +311,8 @@ def test_separators_in_a_text(here):
     stories = [story(3, seed=i) for i in range(60)]
     (here / "stories.txt").write_text(f"\n{END}\n".join(stories))
     prepare.main(["--from", "stories.txt", "--to", "plain"])
-    prepare.main(["--from", "stories.txt", "--to", "home", "--separator", f"\n{END}\n"])
-    tokens, tokenizer = tokens_of("home")
+    prepare.main(["--from", "stories.txt", "--to", "own", "--separator", f"\n{END}\n"])
+    tokens, tokenizer = tokens_of("own")
     assert sum(some.ids.tolist().count(tokenizer.encode(END, [END])[0]) for some in tokens.values()) == 60
     assert sum(some.n_bytes for some in tokens.values()) == sum(len(text.encode()) for text in stories)
     tokens, tokenizer = tokens_of("plain")
@@ -322,7 +321,7 @@ def test_separators_in_a_text(here):
 
 def test_a_text_that_holds_the_marker_is_told_of_it(here, capfd):
     (here / "stories.txt").write_text(f"a story {END} another " * 50)
-    prepare.main(["--from", "stories.txt", "--to", "home"])
+    prepare.main(["--from", "stories.txt", "--to", "own"])
     assert "--separator" in capfd.readouterr().err
 
 
@@ -330,10 +329,10 @@ def test_another_column(here, capfd):
     with open(here / "rows.jsonl", "w") as file:
         for i in range(50):
             file.write(json.dumps({"title": "t", "body": f"body number {i}"}) + "\n")
-    message = refusal(capfd, "--from", "rows.jsonl", "--to", "home")
+    message = refusal(capfd, "--from", "rows.jsonl", "--to", "own")
     assert "line 1" in message and "title, body" in message and "--column" in message
-    prepare.main(["--from", "rows.jsonl", "--to", "home", "--column", "body"])
-    assert "body number 7" in "".join(texts_of("home").values())
+    prepare.main(["--from", "rows.jsonl", "--to", "own", "--column", "body"])
+    assert "body number 7" in "".join(texts_of("own").values())
 
 
 def test_own_parquet_files_named_as_the_hub_names_them_are_not_glued(here):
@@ -342,11 +341,11 @@ def test_own_parquet_files_named_as_the_hub_names_them_are_not_glued(here):
     for name in ("train", "validation", "test"):
         rows = [f"a row of {name}, number {i}" for i in range(20)] + [""]
         pyarrow.parquet.write_table(pyarrow.table({"text": rows}), here / "own" / f"{name}-00000-of-00001.parquet")
-    prepare.main(["--from", "own", "--to", "home"])
-    tokens, tokenizer = tokens_of("home")
+    prepare.main(["--from", "own", "--to", "own"])
+    tokens, tokenizer = tokens_of("own")
     ids = tokens["val"].ids.tolist()
     assert ids.count(tokenizer.encode(END, [END])[0]) == 20
-    assert texts_of("home")["val"].split(END)[1:] == [f"a row of validation, number {i}" for i in range(20)]
+    assert texts_of("own")["val"].split(END)[1:] == [f"a row of validation, number {i}" for i in range(20)]
 
 
 @pytest.mark.parametrize("kind", ["damaged", "another column"])
@@ -356,11 +355,11 @@ def test_bad_parquet_files_named_as_the_hub_names_them(here, capfd, kind):
         pyarrow.parquet.write_table(pyarrow.table({"body": [f"a row of {name} {i}" for i in range(9)]}), path)
         if kind == "damaged":
             path.write_bytes(path.read_bytes()[:-20])
-    message = refusal(capfd, "--from", here, "--to", "home")
+    message = refusal(capfd, "--from", here, "--to", "own")
     assert ("no whole parquet" if kind == "damaged" else "--column") in message and "WikiText" not in message
     if kind != "damaged":
-        prepare.main(["--from", str(here), "--to", "home", "--column", "body", "--vocab-size", "300"])
-        assert "a row of test 5" in texts_of("home", "bpe_vocab_300.json")["test"]
+        prepare.main(["--from", str(here), "--to", "own", "--column", "body", "--vocab-size", "300"])
+        assert "a row of test 5" in texts_of("own", "bpe_vocab_300.json")["test"]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -371,30 +370,30 @@ def test_bad_parquet_files_named_as_the_hub_names_them(here, capfd, kind):
 def test_texts_are_kept_as_they_are(here):
     text = "\r\nline one\r\nnul \0 inside\n\ttab\n\x1c odd \u2028 " * 60
     (here / "odd name.txt").write_bytes(b"\xef\xbb\xbf" + text.encode())
-    prepare.main(["--from", "odd name.txt", "--to", "a home"])
-    assert "".join(texts_of("a home").values()) == text
+    prepare.main(["--from", "odd name.txt", "--to", "my own"])
+    assert "".join(texts_of("my own").values()) == text
 
 
 def test_bytes_that_are_no_utf8(here, capfd):
     text = "line\n" * 99 + "caf\xe9 au lait\n" + "line\n" * 300
     (here / "latin.txt").write_bytes(text.encode("latin-1"))
-    message = refusal(capfd, "--from", "latin.txt", "--to", "home")
+    message = refusal(capfd, "--from", "latin.txt", "--to", "own")
     assert "latin.txt" in message and "line 100" in message and "0xE9" in message and "offset 498" in message
-    prepare.main(["--from", "latin.txt", "--to", "home", "--encoding", "latin-1"])
-    assert "".join(texts_of("home").values()) == text
-    prepare.main(["--from", "latin.txt", "--to", "home", "--errors", "replace"])
-    assert "".join(texts_of("home").values()) == text.replace("\xe9", "\ufffd")
+    prepare.main(["--from", "latin.txt", "--to", "own", "--encoding", "latin-1"])
+    assert "".join(texts_of("own").values()) == text
+    prepare.main(["--from", "latin.txt", "--to", "own", "--errors", "replace"])
+    assert "".join(texts_of("own").values()) == text.replace("\xe9", "\ufffd")
 
 
 def test_utf16(here, capfd):
     text = story(60)
     (here / "wide.txt").write_bytes(text.encode("utf-16"))
-    message = refusal(capfd, "--from", "wide.txt", "--to", "home")
+    message = refusal(capfd, "--from", "wide.txt", "--to", "own")
     assert "--encoding utf-16" in message
     for encoding in ("utf-16", "utf-16-le"):  # the second one takes the mark for a character
         (here / "wide.txt").write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
-        prepare.main(["--from", "wide.txt", "--to", "home", "--encoding", encoding])
-        assert "".join(texts_of("home").values()) == text
+        prepare.main(["--from", "wide.txt", "--to", "own", "--encoding", encoding])
+        assert "".join(texts_of("own").values()) == text
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -406,14 +405,14 @@ def test_utf16(here, capfd):
 ])  # fmt: skip
 def test_damaged_files(here, capfd, name, content, words):
     (here / name).write_bytes(content)
-    message = refusal(capfd, "--from", name, "--to", "home")
+    message = refusal(capfd, "--from", name, "--to", "own")
     assert name in message and words in message and "published" not in message
 
 
 def test_lone_surrogates_may_be_replaced(here):
     (here / "x.jsonl").write_text('{"text": "\\ud800 alone and a longer text"}\n' * 40)
-    prepare.main(["--from", "x.jsonl", "--to", "home", "--errors", "replace"])
-    assert "? alone" in "".join(texts_of("home").values())
+    prepare.main(["--from", "x.jsonl", "--to", "own", "--errors", "replace"])
+    assert "? alone" in "".join(texts_of("own").values())
 
 
 @pytest.mark.parametrize("args, words", [
@@ -424,8 +423,8 @@ def test_lone_surrogates_may_be_replaced(here):
     (["--from", "here.txt", "--to", "here.txt"], "here.txt"),
     (["--from", "here.txt", "--pattern", "gpt4"], "--pattern"),
     (["--from", "here.txt", "--dataset", "wikitext-2-v1"], "--dataset"),
-    (["--from", "here.txt", "--to", "home", "--vocabulary", "gone.json"], "gone.json"),
-    (["--from", "here.txt", "--to", "home", "--vocabulary", "here.txt"], "vocabulary"),
+    (["--from", "here.txt", "--to", "own", "--vocabulary", "gone.json"], "gone.json"),
+    (["--from", "here.txt", "--to", "own", "--vocabulary", "here.txt"], "vocabulary"),
 ])  # fmt: skip
 def test_wrong_commands(here, capfd, args, words):
     (here / "here.txt").write_text(story(30))
@@ -440,23 +439,23 @@ def test_a_file_that_cannot_be_read(here, capfd):
     path.chmod(0)
     if os.access(path, os.R_OK):  # root reads everything
         pytest.skip("permissions do not bind this user")
-    assert "cannot be read" in refusal(capfd, "--from", path, "--to", "home")
+    assert "cannot be read" in refusal(capfd, "--from", path, "--to", "own")
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Homes
+# Dataset folders
 # ----------------------------------------------------------------------------------------------------------
 
 
-def test_a_home_learns_its_own_vocabularies_and_leaves_data_alone(here, data_dir, capfd):
+def test_a_dataset_folder_learns_its_own_vocabularies_and_leaves_data_alone(here, data_dir, capfd):
     before = {path.name: path.read_bytes() for path in data_dir.iterdir()}
     (here / "novel.txt").write_text(story(400))
-    prepare.main(["--from", "novel.txt", "--to", "homes/novel"])
+    prepare.main(["--from", "novel.txt", "--to", "texts/novel"])
     out = capfd.readouterr().out
-    assert "python v3.py DATA=homes/novel" in out
+    assert "python v3.py DATA=texts/novel" in out
     assert {path.name: path.read_bytes() for path in data_dir.iterdir()} == before
     for name, size in data.VOCABULARIES.items():
-        tokens, tokenizer = tokens_of("homes/novel", name)
+        tokens, tokenizer = tokens_of("texts/novel", name)
         train = tokenizer.decode(tokens["train"].ids.tolist())
         assert tokenizer.merges == BPETokenizer.train(train, size).merges
 
@@ -464,9 +463,9 @@ def test_a_home_learns_its_own_vocabularies_and_leaves_data_alone(here, data_dir
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
 def test_size_and_pattern_of_a_vocabulary(here, pattern, capfd):
     (here / "novel.txt").write_text(story(200))
-    prepare.main(["--from", "novel.txt", "--to", "home", "--vocab-size", "300", "--pattern", pattern])
+    prepare.main(["--from", "novel.txt", "--to", "own", "--vocab-size", "300", "--pattern", pattern])
     assert "VOCABULARY=bpe_vocab_300.json" in capfd.readouterr().out
-    tokens, tokenizer = tokens_of("home", "bpe_vocab_300.json")
+    tokens, tokenizer = tokens_of("own", "bpe_vocab_300.json")
     train = tokenizer.decode(tokens["train"].ids.tolist())
     assert tokenizer.merges == BPETokenizer.train(train, 300, pattern=pattern).merges
     assert tokenizer.fingerprint == BPETokenizer.train(train, 300, pattern=pattern).fingerprint
@@ -478,18 +477,18 @@ def test_a_vocabulary_from_elsewhere(here, data_dir):
     BPETokenizer.train(story(300, seed=9), 400).save(here / "run" / "vocabulary.json")
     (here / "novel.txt").write_text(story(200))
     for _ in range(2):
-        prepare.main(["--from", "novel.txt", "--to", "home", "--vocabulary", "run/vocabulary.json"])
-        tokens, tokenizer = tokens_of("home")
+        prepare.main(["--from", "novel.txt", "--to", "own", "--vocabulary", "run/vocabulary.json"])
+        tokens, tokenizer = tokens_of("own")
         assert tokenizer.fingerprint == BPETokenizer.load("run/vocabulary.json").fingerprint
-        assert "".join(texts_of("home").values()) == story(200)
-    prepare.main(["--from", "novel.txt", "--to", "home", "--vocabulary", str(data_dir / "bpe_vocab.json")])
-    assert tokens_of("home")[1].vocab_size == 4096
+        assert "".join(texts_of("own").values()) == story(200)
+    prepare.main(["--from", "novel.txt", "--to", "own", "--vocabulary", str(data_dir / "bpe_vocab.json")])
+    assert tokens_of("own")[1].vocab_size == 4096
     prepare.main(["--from", "novel.txt", "--vocabulary", "run/vocabulary.json"])  # into data/, beside its own
     assert tokens_of("data", "bpe_vocab_run.json")[1].fingerprint == tokenizer.fingerprint
     assert BPETokenizer.load(data_dir / "bpe_vocab.json").vocab_size == 4096
 
 
-def test_an_own_text_in_data_keeps_the_vocabulary_and_is_told_of_homes(here, data_dir, capfd):
+def test_an_own_text_in_data_keeps_the_vocabulary_and_is_told_of_dataset_folders(here, data_dir, capfd):
     (here / "novel.txt").write_text(story(400))
     prepare.main(["--from", "novel.txt"])
     assert "--to" in capfd.readouterr().err
@@ -497,13 +496,13 @@ def test_an_own_text_in_data_keeps_the_vocabulary_and_is_told_of_homes(here, dat
     assert tokens["train"].dataset == "novel" and tokenizer.vocab_size == 4096
 
 
-def test_wikitext_in_a_home_is_wikitext(here):
+def test_wikitext_in_a_folder_of_its_own_is_wikitext(here):
     from test_data import TEXTS, write_text
 
     write_text(here / "wiki")
-    prepare.main(["--from", "wiki", "--to", "home"])
-    assert texts_of("home") == TEXTS
-    assert tokens_of("home")[0]["train"].start == tokens_of("home")[1].encode(" \n =")
+    prepare.main(["--from", "wiki", "--to", "own"])
+    assert texts_of("own") == TEXTS
+    assert tokens_of("own")[0]["train"].start == tokens_of("own")[1].encode(" \n =")
 
 
 def test_a_text_without_words_has_no_perplexity_of_words(here):
@@ -514,35 +513,35 @@ def test_a_text_without_words_has_no_perplexity_of_words(here):
         assert all((some.n_words > 0) == words for some in data.load_tokens("bpe_vocab_300.json", name).values())
 
 
-def test_damage_in_a_home_is_mended_by_the_command_that_is_advised(here):
+def test_damage_in_a_dataset_folder_is_mended_by_the_command_that_is_advised(here):
     (here / "my novel.txt").write_text(story(200))
-    prepare.main(["--from", "my novel.txt", "--to", "my home"])
-    wanted = texts_of("my home")
-    path = data.token_file("val", "bpe_vocab.json", "my home")
+    prepare.main(["--from", "my novel.txt", "--to", "my own"])
+    wanted = texts_of("my own")
+    path = data.token_file("val", "bpe_vocab.json", "my own")
     for damage in (path.unlink, lambda: path.write_bytes(b"x"), lambda: path.write_bytes(path.read_bytes()[:-100])):
         damage()
-        with pytest.raises((OSError, ValueError), match="my home/val_ids.pt") as caught:
-            data.load_tokens("bpe_vocab.json", "my home")
+        with pytest.raises((OSError, ValueError), match="my own/val_ids.pt") as caught:
+            data.load_tokens("bpe_vocab.json", "my own")
         command = str(caught.value).rpartition("again with ")[2]
         assert command.startswith("python data/prepare.py ")
         prepare.main(shlex.split(command)[2:])
-        assert texts_of("my home") == wanted
+        assert texts_of("my own") == wanted
 
 
-def test_each_vocabulary_of_a_home_is_mended_by_the_command_that_made_it(here):
+def test_each_vocabulary_of_a_dataset_folder_is_mended_by_the_command_that_made_it(here):
     (here / "novel.txt").write_text(story(200))
-    prepare.main(["--from", "novel.txt", "--to", "home"])
-    prepare.main(["--from", "novel.txt", "--to", "home", "--vocab-size", "300"])
+    prepare.main(["--from", "novel.txt", "--to", "own"])
+    prepare.main(["--from", "novel.txt", "--to", "own", "--vocab-size", "300"])
     for vocabulary in (*data.VOCABULARIES, "bpe_vocab_300.json"):
-        wanted = texts_of("home", vocabulary)
-        data.token_file("test", vocabulary, "home").unlink()
+        wanted = texts_of("own", vocabulary)
+        data.token_file("test", vocabulary, "own").unlink()
         with pytest.raises(FileNotFoundError) as caught:
-            data.load_tokens(vocabulary, "home")
+            data.load_tokens(vocabulary, "own")
         prepare.main(shlex.split(str(caught.value).rpartition("again with ")[2])[2:])
-        assert texts_of("home", vocabulary) == wanted
+        assert texts_of("own", vocabulary) == wanted
 
 
-def test_a_home_that_is_not_there(here):
+def test_a_dataset_folder_that_is_not_there(here):
     with pytest.raises(FileNotFoundError, match=r"--to nowhere$"):
         data.load_tokens("bpe_vocab.json", "nowhere")
     (here / "empty").mkdir()
@@ -551,27 +550,27 @@ def test_a_home_that_is_not_there(here):
 
 
 def test_a_vocabulary_that_is_not_there(here, data_dir):
-    """What is said to learn it does, in data/ as in a home of one's own."""
+    """What is said to learn it does, in data/ as in another dataset folder."""
     (here / "novel.txt").write_text(story(60))
     with pytest.raises(FileNotFoundError, match=r"bpe_vocab_4k\.json; known are [^;]*$"):
         data.load_tokens("bpe_vocab_4k.json")
-    for home in ("data", "home"):
-        if home == "home":
-            prepare.main(["--from", "novel.txt", "--to", "home"])
+    for folder in ("data", "own"):
+        if folder == "own":
+            prepare.main(["--from", "novel.txt", "--to", "own"])
         with pytest.raises(FileNotFoundError) as caught:
-            data.load_tokens("bpe_vocab_300.json", home)
+            data.load_tokens("bpe_vocab_300.json", folder)
         advice = str(caught.value).rpartition("to learn it: ")[2].removesuffix(
             " (and with --from or --dataset, if you gave them)")  # fmt: skip
-        more = ["--from", "novel.txt"] if home == "data" else []
+        more = ["--from", "novel.txt"] if folder == "data" else []
         prepare.main([*shlex.split(advice.replace("TEXT", "novel.txt"))[2:], *more])
-        assert len(data.load_tokens("bpe_vocab_300.json", home)["val"]) > 0
+        assert len(data.load_tokens("bpe_vocab_300.json", folder)["val"]) > 0
 
 
-def test_a_home_below_the_repository_is_found_from_elsewhere(here, data_dir, tmp_path):
-    (data_dir.parent / "homes").mkdir()
+def test_a_dataset_folder_below_the_repository_is_found_from_elsewhere(here, data_dir, tmp_path):
+    (data_dir.parent / "texts").mkdir()
     (here / "novel.txt").write_text(story(60))
-    prepare.main(["--from", "novel.txt", "--to", str(data_dir.parent / "homes" / "novel")])
-    assert data.load_tokens("bpe_vocab.json", "homes/novel")["train"].dataset == "novel"
+    prepare.main(["--from", "novel.txt", "--to", str(data_dir.parent / "texts" / "novel")])
+    assert data.load_tokens("bpe_vocab.json", "texts/novel")["train"].dataset == "novel"
 
 
 def test_samples_begin_as_the_text_does(here):
@@ -579,8 +578,8 @@ def test_samples_begin_as_the_text_does(here):
              "chinese.txt": ("天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏" * 100, None)}  # fmt: skip
     for name, (text, start) in cases.items():
         (here / name).write_text(text)
-        prepare.main(["--from", name, "--to", f"{name} home", "--vocab-size", "257"])
-        tokens, tokenizer = tokens_of(f"{name} home", "bpe_vocab_257.json")
+        prepare.main(["--from", name, "--to", f"{name} tokens", "--vocab-size", "257"])
+        tokens, tokenizer = tokens_of(f"{name} tokens", "bpe_vocab_257.json")
         began = tokenizer.decode(tokens["train"].start)
         assert text.startswith(began) and "\ufffd" not in began and 8 <= len(tokens["train"].start) <= 12
 
@@ -589,9 +588,9 @@ def test_large_texts_in_pieces(here, monkeypatch):
     monkeypatch.setattr(prepare, "BLOCK", 100)
     text = story(300)
     (here / "novel.txt").write_text(text)
-    prepare.main(["--from", "novel.txt", "--to", "home", "--vocab-size", "400"])
-    tokens, tokenizer = tokens_of("home", "bpe_vocab_400.json")
-    parts = texts_of("home", "bpe_vocab_400.json")
+    prepare.main(["--from", "novel.txt", "--to", "own", "--vocab-size", "400"])
+    tokens, tokenizer = tokens_of("own", "bpe_vocab_400.json")
+    parts = texts_of("own", "bpe_vocab_400.json")
     assert "".join(parts.values()) == text
     for split in SPLITS:
         assert tokens[split].ids.tolist() == tokenizer.encode(parts[split])
@@ -601,10 +600,9 @@ def test_large_texts_in_pieces(here, monkeypatch):
 def test_from_a_novel_to_its_continuation(here):
     """The two commands of the README, in a process each."""
     (here / "novel.txt").write_text(story(600))
-    env = os.environ | {"OMP_NUM_THREADS": "1"}
 
     def python(*args):
-        done = subprocess.run([sys.executable, *args], cwd=here, env=env, capture_output=True, text=True)
+        done = forks.run(args, cwd=here)
         assert done.returncode == 0, done.stderr
         return done.stdout
 
@@ -619,11 +617,11 @@ def test_from_a_novel_to_its_continuation(here):
 
 def test_reading_leaves_nothing_behind_of_a_failed_preparation(here, capfd):
     (here / "novel.txt").write_text(story(100))
-    prepare.main(["--from", "novel.txt", "--to", "home"])
-    before = {path.name: path.read_bytes() for path in (here / "home").iterdir()}
+    prepare.main(["--from", "novel.txt", "--to", "own"])
+    before = {path.name: path.read_bytes() for path in (here / "own").iterdir()}
     (here / "novel.txt").write_text("ab")
-    refusal(capfd, "--from", "novel.txt", "--to", "home")
-    assert {path.name: path.read_bytes() for path in (here / "home").iterdir()} == before
+    refusal(capfd, "--from", "novel.txt", "--to", "own")
+    assert {path.name: path.read_bytes() for path in (here / "own").iterdir()} == before
 
 
 def test_binary_files_are_told_from_texts(here):
