@@ -1,8 +1,8 @@
 """What people would run instead, on the same text, the same cores, for the same time.
 
-    python benchmarks/beside.py --examples DIR --nanogpt DIR --from DIR     all of them, then the table
-    python benchmarks/beside.py --table                                     only the table, of those that are done
-    python benchmarks/beside.py ... "nanoGPT, small"                        one of them
+    python benchmarks/baselines.py --examples DIR --nanogpt DIR --from DIR    all of them, then the table
+    python benchmarks/baselines.py --table                                    only the table, of those that are done
+    python benchmarks/baselines.py ... "nanoGPT, small"                       one of them
 
 DIR are checkouts of https://github.com/pytorch/examples and https://github.com/karpathy/nanoGPT, and the folder with
 WikiText-2 (wiki.train.tokens, ...). Their code runs as it is, with the commands of their README files:
@@ -36,7 +36,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
-WORK = ROOT / "runs" / "beside"
+WORK = ROOT / "runs" / "baselines"
 WORDS = {
     "word_language_model, LSTM": "--tied",
     "word_language_model, Transformer": "--model Transformer --lr 5",
@@ -54,14 +54,15 @@ LOADING = 5  # seconds that word_language_model takes to read the text, which do
 
 def run_words(seconds, arguments):
     """In a process of its own, in the folder of word_language_model: main.py, stopped after `seconds` of training."""
-    import torch
 
     def stop(number, frame):
+        import torch  # main.py has done so
+
         while "train" not in frame.f_globals:  # the frame of main.py
             frame = frame.f_back
-        there = frame.f_globals
-        print(f"beside: validation loss {there['evaluate'](there['val_data'])}")
-        torch.save(there["model"], there["args"].save)
+        program = frame.f_globals
+        print(f"baselines: validation loss {program['evaluate'](program['val_data'])}")
+        torch.save(program["model"], program["args"].save)
         raise KeyboardInterrupt
 
     signal.signal(signal.SIGALRM, stop)
@@ -81,31 +82,31 @@ def words(name, folder, source, seconds):
     arguments = ["--data", str(data), "--save", str(save), "--epochs", "40", *WORDS[name].split()]
     done = subprocess.run([sys.executable, str(Path(__file__).resolve()), "--inside", str(seconds), *arguments],
                           cwd=folder / "word_language_model", capture_output=True, text=True)  # fmt: skip
-    found = re.search(r"beside: validation loss (\S+)", done.stdout)
+    val = re.search(r"baselines: validation loss (\S+)", done.stdout)
     test = re.search(r"\| test loss +(\S+)", done.stdout)
-    if not found or not test:
+    if not val or not test:
         raise ValueError(f"{name} has failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     steps = re.findall(r"\| epoch +(\d+) \| +(\d+)/ *(\d+) batches .* ms/batch +(\S+)", done.stdout)
     epoch, batch, batches, _ = map(float, steps[-1])
-    return {"command": f"python main.py --epochs 40 {WORDS[name]}", "val_word_ppl": math.exp(float(found[1])),
+    return {"command": f"python main.py --epochs 40 {WORDS[name]}", "val_word_ppl": math.exp(float(val[1])),
             "test_word_ppl": math.exp(float(test[1])), "epochs": epoch - 1 + batch / batches,
             "ms_a_step": median(float(ms) for *_, ms in steps),
             "log": done.stdout.replace(str(ROOT), ".").splitlines()}  # fmt: skip
 
 
 def nano_data(folder):
-    """The tokens of this repository where nanoGPT looks for them."""
+    """Write the tokens of this repository where nanoGPT looks for them; returns them, {split: Tokens}."""
     from data import load_tokens
 
-    there, tokens = folder / "data" / "wikitext", load_tokens("bpe_vocab.json")
-    there.mkdir(parents=True, exist_ok=True)
+    dataset, tokens = folder / "data" / "wikitext", load_tokens("bpe_vocab.json")
+    dataset.mkdir(parents=True, exist_ok=True)
     for split in ("train", "val"):
-        tokens[split].ids.numpy().tofile(there / f"{split}.bin")
-    (there / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4096}))
+        tokens[split].ids.numpy().tofile(dataset / f"{split}.bin")
+    (dataset / "meta.pkl").write_bytes(pickle.dumps({"vocab_size": 4096}))
     return tokens
 
 
-def whole_split(model, tokens, size):
+def word_perplexity(model, tokens, size):
     """Word perplexity of nanoGPT's model over a whole split, in windows of `size` tokens side by side."""
     import torch
     import torch.nn.functional as F
@@ -124,21 +125,21 @@ def nano(name, folder, seconds):
     import torch
 
     tokens, out = nano_data(folder), WORK / name.replace(", ", "-").replace(" ", "-")
-    fixed = [sys.executable, "train.py", *NANO[name].split(), "--dataset=wikitext", f"--out_dir={out}"]
+    command = [sys.executable, "train.py", *NANO[name].split(), "--dataset=wikitext", f"--out_dir={out}"]
 
     def train(steps, interval):
         limits = [f"--max_iters={steps}", f"--lr_decay_iters={steps}", f"--eval_interval={interval}"]
-        return subprocess.run([*fixed, *limits], cwd=folder, capture_output=True, text=True)
+        return subprocess.run([*command, *limits], cwd=folder, capture_output=True, text=True)
 
-    def times(done):
+    def step_times(done):  # ms
         ms = [float(x) for x in re.findall(r"iter \d+: .* time (\S+)ms", done.stdout)]
         if done.returncode or len(ms) < TRIAL:
             raise ValueError(f"{name} has failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
         return ms
 
-    steps = round(1000 * seconds / median(times(train(TRIAL, 10_000))[WARM_UP:]))
+    steps = round(1000 * seconds / median(step_times(train(TRIAL, 10_000))[WARM_UP:]))
     done = train(steps, steps)
-    ms = times(done)
+    ms = step_times(done)
     sys.path.insert(0, str(folder))
     from model import GPT, GPTConfig
 
@@ -147,9 +148,9 @@ def nano(name, folder, seconds):
     model.load_state_dict({k.removeprefix("_orig_mod."): v for k, v in saved["model"].items()})
     size = saved["model_args"]["block_size"]
     batch = saved["config"]["batch_size"]
-    command = f"python train.py {NANO[name]} --dataset=wikitext --max_iters={steps} --lr_decay_iters={steps}"
-    return {"command": command, "val_word_ppl": whole_split(model, tokens["val"], size),
-            "test_word_ppl": whole_split(model, tokens["test"], size), "ms_a_step": median(ms[WARM_UP:]),
+    shown = f"python train.py {NANO[name]} --dataset=wikitext --max_iters={steps} --lr_decay_iters={steps}"
+    return {"command": shown, "val_word_ppl": word_perplexity(model, tokens["val"], size),
+            "test_word_ppl": word_perplexity(model, tokens["test"], size), "ms_a_step": median(ms[WARM_UP:]),
             "train_seconds": sum(ms[1:steps]) / 1000, "epochs": steps * batch * size / len(tokens["train"]),
             "log": [line.replace(str(ROOT), ".") for line in done.stdout.splitlines()[::50]]}  # fmt: skip
 
@@ -161,24 +162,24 @@ def commit(folder):
     return subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
 
 
-def report(kept):
+def report(results):
     """The table, with the rows of this repository from its experiments."""
     from results.plan import EXPERIMENTS, SEEDS
     from results.store import read_results, spread
 
     rows = []
     for run in EXPERIMENTS["beside"].runs:
-        seeds = [result["summary"] for result in read_results(run, SEEDS)]
-        if seeds:
-            columns = [[s.get(key) for s in seeds] for key in ("val_word_ppl", "test_word_ppl")]
+        summaries = [result["summary"] for result in read_results(run, SEEDS)]
+        if summaries:
+            columns = [[summary.get(key) for summary in summaries] for key in ("val_word_ppl", "test_word_ppl")]
             cells = [spread(column, "{:.1f}") for column in columns]
-            rows.append((seeds[0]["val_word_ppl"], [run.name, *cells, f"{seeds[0]['epochs']:.2f}"]))
-    for name, one in kept["peers"].items():
-        rows.append((one["val_word_ppl"], [name, f"{one['val_word_ppl']:.1f}", f"{one['test_word_ppl']:.1f}",
-                                           f"{one['epochs']:.2f}"]))  # fmt: skip
+            rows.append((summaries[0]["val_word_ppl"], [run.name, *cells, f"{summaries[0]['epochs']:.2f}"]))
+    for name, peer in results["peers"].items():
+        rows.append((peer["val_word_ppl"], [name, f"{peer['val_word_ppl']:.1f}", f"{peer['test_word_ppl']:.1f}",
+                                            f"{peer['epochs']:.2f}"]))  # fmt: skip
     rows = [row for _, row in sorted(rows, key=lambda row: -row[0])]
     return (table(["after 600 s on two cores", "val word ppl", "test word ppl", "times the text was read"], rows)
-            + f"\nMachine: {kept['machine']}.\n")  # fmt: skip
+            + f"\nMachine: {results['machine']}.\n")  # fmt: skip
 
 
 def main():
@@ -192,7 +193,7 @@ def main():
     parser.add_argument("--table", action="store_true", help="run nothing")
     args = parser.parse_args()
     path = RESULTS / "beside.json"
-    kept = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"peers": {}}
+    results = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"peers": {}}
     if not args.table:
         for option in ("examples", "nanogpt", "source"):
             if getattr(args, option) is None or not getattr(args, option).is_dir():
@@ -202,11 +203,11 @@ def main():
             raise ValueError(f"there is no {name!r}; known are {', '.join([*WORDS, *NANO])}")
         folder = (args.examples if name in WORDS else args.nanogpt).resolve()
         found = words(name, folder, args.source, args.seconds) if name in WORDS else nano(name, folder, args.seconds)
-        kept["peers"][name] = {"commit": commit(folder), "date": time.strftime("%Y-%m-%d"), **found}
-        kept["machine"] = machine()
-        path.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        results["peers"][name] = {"commit": commit(folder), "date": time.strftime("%Y-%m-%d"), **found}
+        results["machine"] = machine()
+        path.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
         print(f"{name}: word perplexity {found['val_word_ppl']:.1f}, on the test split {found['test_word_ppl']:.1f}")
-    text = report(kept)
+    text = report(results)
     print(text, end="")
     (RESULTS / "beside.md").write_text(text, encoding="utf-8")
 
@@ -219,4 +220,4 @@ if __name__ == "__main__":
     try:
         main()
     except (OSError, ValueError) as error:
-        sys.exit(f"beside.py: {error}")
+        sys.exit(f"baselines.py: {error}")
