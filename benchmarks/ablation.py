@@ -97,11 +97,11 @@ VARIANTS = {
 
 def train(variant, seed, seconds):
     """Train a variant for some seconds. Returns the metrics over the validation split, steps and tokens seen."""
-    v4.SEED, clock = seed, {"spent": 0.0, "steps": 0}
+    v4.SEED, v4.POSITION, clock = seed, "rope", {"spent": 0.0, "steps": 0}
     VARIANTS[variant]()
     tokens = load_tokens(v4.VOCABULARY)
     torch.manual_seed(seed)
-    model = v4.LanguageModel(BPETokenizer.load(vocabulary_file(v4.VOCABULARY)).vocab_size, "rope").to(v4.DEVICE)
+    model = v4.LanguageModel(BPETokenizer.load(vocabulary_file(v4.VOCABULARY)).vocab_size).to(v4.DEVICE)
 
     def lr_factor(step):
         return min(1, (step + 1) / v4.WARMUP_STEPS, (1 - clock["spent"] / seconds) / v4.COOLDOWN)

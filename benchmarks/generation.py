@@ -38,7 +38,8 @@ TOLERANCE = 1e-3  # of logits, which are of order one
 def make_model(position):
     """v4 with random weights; those that it sets to zero for training are made random too."""
     torch.manual_seed(v4.SEED)
-    model = v4.LanguageModel(VOCAB_SIZE, position).to(v4.DEVICE).eval()
+    v4.POSITION = position
+    model = v4.LanguageModel(VOCAB_SIZE).to(v4.DEVICE).eval()
     for p in model.parameters():
         if not p.any():
             nn.init.normal_(p, std=v4.N_EMBD**-0.5)

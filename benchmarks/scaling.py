@@ -32,6 +32,7 @@ import harness  # noqa: E402
 import v3  # noqa: E402
 from benchmarks.steps import random_tokens, run_steps  # noqa: E402
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from harness import distributed  # noqa: E402
 
 VOCAB_SIZE = {"cpu": 4096, "cuda": 50304}
 SHAPE = {  # constants of v3, beside its defaults
@@ -55,7 +56,7 @@ def work():
     kind = torch.device(v3.DEVICE).type
     harness.set_constants(vars(v3), [f"{name}={value}" for name, value in SHAPE[kind].items()])
     v3.BATCH_SIZE = v3.MICRO_BATCH_SIZE * int(os.environ["WORLD_SIZE"])
-    with harness.init_distributed(vars(v3)):
+    with distributed.processes(vars(v3)):
         torch.manual_seed(v3.SEED)
         model = v3.LanguageModel(VOCAB_SIZE[kind]).to(v3.DEVICE)
         gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=v3.DEVICE)

@@ -57,7 +57,7 @@ def watch(rung, minutes):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Memory and open files of a long run.")
     parser.add_argument("--minutes", type=float, default=30)
-    parser.add_argument("--rung", choices=("v3", "v4_alibi_rope"), default="v3")
+    parser.add_argument("--rung", choices=("v3", "v3_1", "v4_alibi_rope"), default="v3")
     args = parser.parse_args(argv)
     looks, evaluations = watch(args.rung, args.minutes)
     warm = min(300, 10 * args.minutes)

@@ -19,7 +19,7 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
-RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v4_alibi_rope")
+RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v3_1", "v4_alibi_rope")
 REPETITIONS = 3
 
 

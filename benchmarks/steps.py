@@ -8,6 +8,7 @@ import time
 import torch
 
 import harness
+import kernels
 from data import Tokens
 
 
@@ -15,12 +16,12 @@ class Steps(harness.Run):
     """A run without evaluations and files. After each step it calls `on_step(seconds of all steps so far)`; training
     ends when that returns False."""
 
-    def __init__(self, rung, on_step, folder):
-        super().__init__(vars(rung), OUT_DIR=folder)
+    def __init__(self, rung, on_step):
+        super().__init__(vars(rung))
         self.on_step = on_step
 
     def resume(self, model, *optimizers):
-        self.mark = time.perf_counter()
+        self.step_began = time.perf_counter()
         return self.state
 
     def evaluation_due(self, step):
@@ -30,19 +31,19 @@ class Steps(harness.Run):
         loss.item(), grad_norm.item()  # on a GPU they are there when the step is done
         self.state.step += 1
         now = time.perf_counter()
-        self.seconds, self.mark = self.seconds + now - self.mark, now
+        self.seconds, self.step_began = self.seconds + now - self.step_began, now
         if not self.on_step(self.seconds):
             self.rung["MAX_STEPS"] = self.state.step  # where the loop of the rung ends
 
 
 def run_steps(rung, model, tokens, on_step):
     """Train `model` of a rung on `tokens`, a tensor of ids, as its `train` does, until `on_step` returns False."""
-    rung.MAX_STEPS = 2**31 - 1
-    harness.keep_freed_memory()
+    kernels.keep_freed_memory()
     with (
         tempfile.TemporaryDirectory() as folder,
         contextlib.redirect_stdout(sys.stderr),
-        Steps(rung, on_step, folder) as run,
+        harness.override(vars(rung), OUT_DIR=folder, MAX_STEPS=2**31 - 1),
+        Steps(rung, on_step) as run,
     ):
         rung.train(model, {"train": Tokens(tokens, len(tokens), len(tokens), "random", "none")}, run)
 

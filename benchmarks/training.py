@@ -42,6 +42,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import harness  # noqa: E402
+import kernels  # noqa: E402
 from benchmarks.steps import random_tokens, run_steps  # noqa: E402
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
 
@@ -69,12 +70,12 @@ def random_batch(shape, device):
     return windows[:, :-1], windows[:, 1:]
 
 
-def rung_steps(turns, rung, shape, *position):
+def rung_steps(turns, rung, shape):
     """Steps of a rung, made by its own `train`."""
     rung = importlib.import_module(rung)
     harness.set_constants(vars(rung), [f"{name}={value}" for name, value in shape.items() if name.isupper()])
     torch.manual_seed(rung.SEED)
-    model = rung.LanguageModel(shape["vocabulary"], *position).to(rung.DEVICE)
+    model = rung.LanguageModel(shape["vocabulary"]).to(rung.DEVICE)
     tokens = random_tokens(rung, shape["vocabulary"])
     run_steps(rung, model, tokens, lambda seconds: turns.done(rung.BATCH_SIZE * rung.BLOCK_SIZE))
 
@@ -144,7 +145,7 @@ class GPT(nn.Module):
 def peer_steps(turns, make, shape, dropout=0.0, everywhere=False, device="cpu", best=None):
     """Steps of the model that `make` makes: eager, in float32, or at its best, compiled with numbers of type `best`."""
     if best:
-        harness.keep_freed_memory()
+        kernels.keep_freed_memory()
     x, y = random_batch(shape, device)
     model = make(shape, dropout, everywhere).to(device).train()
     optimizer = torch.optim.AdamW(model.parameters(), fused=True if best else None)
@@ -386,7 +387,8 @@ def main(argv=None):
         for window in () if args.quick else WINDOWS:
             shape = {"BLOCK_SIZE": window, "BATCH_SIZE": TOKENS // window, "MICRO_BATCH_SIZE": TOKENS // window // 2,
                      "DEVICE": "cpu", "DTYPE": dtype, "vocabulary": 4096}  # fmt: skip
-            makers = {scheme: (rung_steps, "v4_alibi_rope", shape, scheme) for scheme in ("alibi", "rope")}
+            makers = {scheme: (rung_steps, "v4_alibi_rope", {**shape, "POSITION": scheme})
+                      for scheme in ("alibi", "rope")}  # fmt: skip
             results["positions"][window] = compete(f"v4, windows of {window}", makers, *duration)
     text = report(results)
     print(text, end="")
