@@ -432,9 +432,9 @@ def test_an_endpoint_that_is_no_address_prints_no_traceback(monkeypatch, address
 
 def test_without_the_hub_the_sample_is_taken_and_said_so_in_one_line(data_dir, capfd):
     make(vocabularies=(SMALL,))
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1
-    assert "sample" in said[0] and "--from" in said[0]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1
+    assert "sample" in lines[0] and "--from" in lines[0]
     assert data.load_tokens(SMALL)["train"].dataset == "sample"
 
 
@@ -685,8 +685,8 @@ def test_without_locks_it_goes_on_and_says_so_in_a_line(data_dir, tmp_path, monk
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fail)
     (data_dir / "writing-bpe_vocab_300.json").write_bytes(b"of a process that may be at work")
     make(write_text(tmp_path / "text"), vocabularies=(SMALL,))
-    said = capfd.readouterr().err.splitlines()
-    assert len(said) == 1 and "cannot be locked" in said[0]
+    lines = capfd.readouterr().err.splitlines()
+    assert len(lines) == 1 and "cannot be locked" in lines[0]
     assert (data_dir / "writing-bpe_vocab_300.json").exists()
     assert len(data.load_tokens(SMALL)["train"]) > 0
 
@@ -984,9 +984,9 @@ def test_advice_for_those_who_have_the_sample_only(data_dir, tmp_path, monkeypat
     if name not in data.VOCABULARIES:
         BPETokenizer.train(TEXTS["val"], 300).save(data_dir / name)
     data.load_tokens(name)
-    said = capfd.readouterr().out.splitlines()[-1]
+    line = capfd.readouterr().out.splitlines()[-1]
     monkeypatch.setattr(prepare, "HUB_DATASET", str(write_hub(tmp_path / "hub")))  # now there is a connection
-    assert follow(said, name)["train"].dataset == "wikitext-2-v1"
+    assert follow(line, name)["train"].dataset == "wikitext-2-v1"
     assert "sample" not in capfd.readouterr().out
 
 

@@ -299,12 +299,12 @@ def test_files_of_a_folder_are_documents(here):
     (folder / "nowhere").symlink_to(folder / "gone")
     (folder / "linked.txt").symlink_to(folder / "sub" / "x.md")
     (folder / "around").symlink_to(folder)
-    said = []
-    splits, documents = read_texts([folder], ReadOptions(), said.append)
+    lines = []
+    splits, documents = read_texts([folder], ReadOptions(), lines.append)
     assert documents
     expected = [text.encode() for text in contents.values() if text] + [b"x" * 50]
     assert sorted(d for some in splits.values() for d in some) == sorted(expected)
-    assert len(said) == 1 and "and 1 more" in said[0] or len(said) == 1 and "and 2 more" in said[0]
+    assert len(lines) == 1 and re.search("and [12] more", lines[0])
 
 
 def test_separators_in_a_text(here):
