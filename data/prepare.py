@@ -35,7 +35,6 @@ import secrets
 import shlex
 import signal
 import sys
-import tempfile
 import threading
 import time
 import urllib.error
@@ -63,9 +62,9 @@ from tqdm import tqdm
 
 import data
 from bpe_tokenizer import PATTERNS, BPETokenizer
-from data.files import Locked, atomic_writes, file_lock
+from harness.files import Locked, atomic_writes, file_lock
 from data.texts import ReadOptions, read_parquet, read_texts
-from harness import first_line
+from harness.cli import first_line, say
 
 SAMPLE = "input.txt"
 LOCK = "prepare.lock"
@@ -77,14 +76,6 @@ END = "<|endoftext|>"  # before each document
 
 # Words of the training splits as published (Merity et al. 2016, arXiv:1609.07843, table 1, end-of-lines included).
 PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
-
-
-def say(line, file=None):
-    """Print a line. That it cannot be read, for a closed pipe, a full disk or an old encoding, costs nothing else."""
-    file = file or sys.stdout
-    encoding = getattr(file, "encoding", None) or "utf-8"
-    with contextlib.suppress(OSError, ValueError):  # ValueError: a closed file
-        print(line.encode(encoding, "backslashreplace").decode(encoding), file=file, flush=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -186,10 +177,10 @@ def _pieces(documents):
 
 def own_source(paths, options):
     """A text of the user's in files and folders. Raises as `read_texts` does."""
-    splits, documents = read_texts(paths, options, lambda line: say(line, sys.stderr))
+    splits, documents = read_texts(paths, options, lambda line: say(line, error=True))
     end = END.encode()
     if options.separator is None and (n := sum(text.count(end) for some in splits.values() for text in some)):
-        say(f"The text holds {END} {n:,} times, as plain text; --separator '{END}' makes documents of it.", sys.stderr)
+        say(f"The text holds {END} {n:,} times, as plain text; --separator '{END}' makes documents of it.", error=True)
 
     def stream(texts):
         return map(bytes.decode, texts) if documents else _pieces(texts)
@@ -280,7 +271,7 @@ def open_source(paths=None, dataset=None, sample=False, options=None):
                 f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For "
                 "the real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
                 "python data/prepare.py with a connection.",
-                sys.stderr,
+                error=True,
             )
     return sample_source(), "sample"
 
@@ -325,18 +316,10 @@ def alone_in(directory):
             except Locked as error:
                 if not told:
                     who = f"Process {error.holder}" if error.holder else "Another process"
-                    say(f"{who} is preparing token files: waiting for it to end.", sys.stderr)
+                    say(f"{who} is preparing token files: waiting for it to end.", error=True)
                 told = True
                 time.sleep(0.1)
         yield locked
-
-
-def save_vocabulary(tokenizer, file):
-    """Write a vocabulary to a file that is open for binary writing."""
-    with tempfile.TemporaryDirectory() as directory:
-        path = Path(directory) / "vocabulary.json"
-        tokenizer.save(path)
-        file.write(path.read_bytes())
 
 
 def learn_vocabulary(source, vocabulary, vocab_size, folder="data", pattern="gpt2"):
@@ -348,7 +331,7 @@ def learn_vocabulary(source, vocabulary, vocab_size, folder="data", pattern="gpt
                                        progress=lambda _: bar.update())  # fmt: skip
     if tokenizer.vocab_size < vocab_size:
         say(f"The text has no more pairs to merge: {folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens instead "
-            f"of {vocab_size:,}.", sys.stderr)  # fmt: skip
+            f"of {vocab_size:,}.", error=True)  # fmt: skip
     return tokenizer
 
 
@@ -436,7 +419,7 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
                 if vocabulary in vocab_sizes or vocabulary in given:
                     tokenizer = given.get(vocabulary) or learn_vocabulary(
                         source, vocabulary, vocab_sizes[vocabulary], folder, pattern)  # fmt: skip
-                    write_one(directory / vocabulary, lambda file: save_vocabulary(tokenizer, file))
+                    write_one(directory / vocabulary, lambda file: file.write(tokenizer.to_json().encode()))
                     lines.append(f"{folder}/{vocabulary}: {tokenizer.vocab_size} tokens, fingerprint "
                                  f"{tokenizer.fingerprint}")  # fmt: skip
                 else:
@@ -523,7 +506,7 @@ def main(argv=None):
     in_data = data.dataset_dir(args.folder) == data.DATA_DIR
     if source.own and in_data and not vocab_sizes:
         say("data/ keeps the vocabulary of WikiText-2; in a dataset folder of its own, --to data/NAME, a text has a "
-            "vocabulary of its own and replaces no other.", sys.stderr)  # fmt: skip
+            "vocabulary of its own and replaces no other.", error=True)  # fmt: skip
     command = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if argv is None else argv)])
     prepare(source, name, tuple(vocabularies), vocab_sizes, folder=args.folder, given=files,
             pattern=args.pattern or "gpt2", command=None if in_data else command)  # fmt: skip

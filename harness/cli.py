@@ -67,13 +67,15 @@ def robust_streams():
 
 
 def say(text="", end="\n", error=False):
-    """Print a line, at no risk for the run: what cannot be written (a closed pipe, a full disk) is lost, and so is all
-    that follows. `error`: on standard error."""
+    """Print a line, at no risk for the run: what cannot be written (a closed pipe, a full disk) is lost, with all that
+    follows; what cannot be encoded becomes an escape. `error`: on standard error."""
     stream = sys.stderr if error else sys.stdout
+    encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
-        print(text, end=end, file=stream, flush=True)
-    except OSError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+        print(str(text).encode(encoding, "backslashreplace").decode(encoding), end=end, file=stream, flush=True)
+    except (OSError, ValueError):  # ValueError: the stream is closed
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
 def first_line(error):

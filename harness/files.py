@@ -69,9 +69,10 @@ def atomic_writes():
                     os.fsync(descriptor)
                 os.close(descriptor)
     finally:
-        for aside in waiting:
-            with contextlib.suppress(OSError):
-                aside.unlink(missing_ok=True)
+        with uninterrupted():
+            for aside in waiting:
+                with contextlib.suppress(OSError):
+                    aside.unlink(missing_ok=True)
 
 
 def atomic_write(path, write):
@@ -93,12 +94,16 @@ class Locked(OSError):
 def file_lock(path):
     """Within, this process alone holds the lock `path`: a file, which stays, with the process id of its holder.
 
-    It does not wait, and ends with the process, however that ends. A file system may have no locks; a line says so.
-    Raises `Locked` if another process holds it, OSError if the file cannot be opened.
+    It does not wait, and ends with the process, however that ends. Gives whether the lock is held: a file system may
+    have no locks, which a line says. Raises `Locked` if another process holds it, OSError if it cannot be opened.
     """
     path = Path(path)
-    # Neither FileLock nor open(path, "w"): they may cut the file, and with it the id of the holder.
-    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        # Neither FileLock nor open(path, "w"): they may cut the file, and with it the id of the holder.
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
+    except OSError as error:
+        why = f"cannot open the lock {path} ({error.strerror}); make it writable, or use another folder"
+        raise OSError(why) from None
     try:
         try:
             held = filelock.lock_descriptor(descriptor, blocking=False)
@@ -106,12 +111,12 @@ def file_lock(path):
             held = None
             say(f"{path.parent} cannot be locked ({error.strerror or error}): start only one program at a time that "
                 "writes there", error=True)  # fmt: skip
+        with contextlib.suppress(OSError):  # on a full disk the lock has no id
+            # The first byte is a space: on Windows the lock covers it, and others cannot read it.
+            os.write(descriptor, f" {os.getpid():<20}\n".encode()) if held else os.lseek(descriptor, 1, os.SEEK_SET)
         if held is False:
-            os.lseek(descriptor, 1, os.SEEK_SET)  # on Windows the lock covers the first byte, which nobody can read
             holder = os.read(descriptor, 20).strip()
             raise Locked(path, int(holder) if holder.isdigit() else None)
-        if held:
-            os.write(descriptor, f" {os.getpid():<20}\n".encode())
-        yield
+        yield held is True
     finally:
         os.close(descriptor)

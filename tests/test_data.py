@@ -30,7 +30,7 @@ import data
 import forks
 from bpe_tokenizer import BPETokenizer
 from data import prepare
-from data.files import file_lock
+from harness.files import file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
