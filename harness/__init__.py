@@ -32,7 +32,8 @@ NAMES = {  # what rungs, notebooks and tools use, by file; each file is loaded w
     "files": ("atomic_write", "atomic_writes", "file_lock"),
     "models": ("continue_prompt", "load"),
     "report": ("draw_curves",),
-    "run": ("RUN_FILES", "Run", "same_training"),
+    "resume": ("RUN_FILES", "same_training"),
+    "run": ("Run",),
 }  # fmt: skip
 
 

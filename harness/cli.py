@@ -83,33 +83,28 @@ def first_line(error):
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
-_COUNT = (int, "a whole number from 1 to 2147483647", lambda v: 1 <= v < 2**31)
-_FROM_ZERO = (int, "a whole number from 0 to 2147483647", lambda v: 0 <= v < 2**31)
-_RATE = (float, "a number from 0 to 1e30", lambda v: 0 <= v <= 1e30)  # Adam's first step divides it by 0.1
-_SHARE = (float, "a number from 0 to below 1", lambda v: 0 <= v < 1)
-_FLAG = (bool, "True or False", lambda v: True)
-_TEXT = (str, "a text", lambda v: True)
-RULES = {  # name: (type, what a value must be, whether a value of the type is possible)
-    **dict.fromkeys(("BATCH_SIZE", "MICRO_BATCH_SIZE", "CHUNK_SIZE", "BLOCK_SIZE", "CONTEXT_SIZE", "MAX_STEPS",
-                     "EVAL_INTERVAL", "PATIENCE", "N_HEAD", "N_EMBD", "N_HIDDEN", "STRIDE",
-                     "SAMPLE_TOKENS"), _COUNT),
-    **dict.fromkeys(("SEED", "WARMUP_STEPS", "TOP_K"), _FROM_ZERO),
-    **dict.fromkeys(("LEARNING_RATE", "LEARNING_RATE_ADAMW", "WEIGHT_DECAY", "GRAD_CLIP"), _RATE),
-    **dict.fromkeys(("DROPOUT", "MOMENTUM"), _SHARE),
-    **dict.fromkeys(("COMPILE", "RESUME"), _FLAG),
-    **dict.fromkeys(("VOCABULARY", "POSITION", "DEVICE"), _TEXT),
-    "N_LAYER": (int, "a whole number from 1 to 10000", lambda v: 1 <= v <= 10000),
-    "PROMPT": (type(None), "a text or None", lambda v: True),
-    "INIT_FROM": (type(None), "the name of a folder or None", lambda v: v is None or v.strip() and "\0" not in v),
-    "COOLDOWN": (float, "a number from 0 to 1", lambda v: 0 <= v <= 1),
-    "TEMPERATURE": (float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
-    "TOP_P": (float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
-    "ROPE_BASE": (float, "a number above 1", lambda v: 1 < v <= 1e38),
-    "DTYPE": (str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
-    **dict.fromkeys(("OUT_DIR", "DATA"), (str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v)),
-    "EXTRAPOLATION": (tuple, "whole numbers from 1 on, with commas between them",
-                      lambda v: len(v) > 0 and all(type(n) is int and 1 <= n < 2**20 for n in v)),
-}  # fmt: skip
+_RULES = (  # names, type, what a value must be, whether a value of the type is possible
+    ("BATCH_SIZE MICRO_BATCH_SIZE CHUNK_SIZE BLOCK_SIZE CONTEXT_SIZE MAX_STEPS EVAL_INTERVAL PATIENCE N_HEAD N_EMBD "
+     "N_HIDDEN STRIDE SAMPLE_TOKENS", int, "a whole number from 1 to 2147483647", lambda v: 1 <= v < 2**31),
+    ("SEED WARMUP_STEPS TOP_K", int, "a whole number from 0 to 2147483647", lambda v: 0 <= v < 2**31),
+    ("N_LAYER", int, "a whole number from 1 to 10000", lambda v: 1 <= v <= 10000),
+    ("LEARNING_RATE LEARNING_RATE_ADAMW WEIGHT_DECAY GRAD_CLIP", float, "a number from 0 to 1e30",
+     lambda v: 0 <= v <= 1e30),  # Adam's first step divides it by 0.1
+    ("DROPOUT MOMENTUM", float, "a number from 0 to below 1", lambda v: 0 <= v < 1),
+    ("COOLDOWN", float, "a number from 0 to 1", lambda v: 0 <= v <= 1),
+    ("TEMPERATURE", float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
+    ("TOP_P", float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
+    ("ROPE_BASE", float, "a number above 1", lambda v: 1 < v <= 1e38),
+    ("COMPILE RESUME", bool, "True or False", lambda v: True),
+    ("VOCABULARY POSITION DEVICE", str, "a text", lambda v: True),
+    ("OUT_DIR DATA", str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v),
+    ("DTYPE", str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
+    ("PROMPT", type(None), "a text or None", lambda v: True),
+    ("INIT_FROM", type(None), "the name of a folder or None", lambda v: v is None or v.strip() and "\0" not in v),
+    ("EXTRAPOLATION", tuple, "whole numbers from 1 on, with commas between them",
+     lambda v: len(v) > 0 and all(type(n) is int and 1 <= n < 2**20 for n in v)),
+)  # fmt: skip
+RULES = {name: rule for names, *rule in _RULES for name in names.split()}
 
 
 def constants(rung):
@@ -197,8 +192,6 @@ def start(rung):
     robust_streams()
     name = Path(rung["__file__"]).name
     try:
-        if {"-h", "--help"} & set(sys.argv[1:]):
-            return say(usage(rung["__file__"]))
         set_constants(rung, sys.argv[1:])
         with processes(rung):
             rung["main"]()

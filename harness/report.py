@@ -1,5 +1,6 @@
 """What a run tells: progress while it trains, its summary, and pictures."""
 
+import contextlib
 import math
 import sys
 import time
@@ -7,10 +8,11 @@ import time
 from tqdm import tqdm
 
 from harness.cli import first_line, say
-from harness.distributed import rank
+from harness.distributed import rank, world_size
 from harness.files import atomic_write
 
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
+STEP_COLUMNS = "step,tokens_seen,loss,learning_rate,grad_norm,tokens_per_second"  # of steps.csv
 
 
 def duration(seconds):
@@ -22,14 +24,15 @@ def duration(seconds):
 class Progress:
     """The bar of a training, or lines of progress where there is no terminal; and once, how long it will take."""
 
-    def __init__(self, step, max_steps, step_tokens, eval_interval, val_tokens):
-        self.first, self.step, self.max_steps = step, step, max_steps
-        self.step_tokens, self.eval_interval, self.val_tokens = step_tokens, eval_interval, val_tokens
+    def __init__(self, run):
+        self.first, self.step, self.max_steps = run.state.step, run.state.step, run.constants["MAX_STEPS"]
+        self.step_tokens, self.eval_interval = run.step_tokens, run.eval_interval
+        self.val_tokens = len(run.tokens["val"])
         self.seconds = self.evaluation_seconds = 0.0  # of the steps so far, of the last evaluation
         self.estimated, self.last_line = False, time.perf_counter()
         terminal = sys.stderr.isatty() and not rank()
         self.lines = not (sys.stdout.isatty() and sys.stderr.isatty())
-        self.bar = tqdm(total=max_steps, initial=step, desc="training", unit="step", disable=not terminal)
+        self.bar = tqdm(total=self.max_steps, initial=self.step, desc="training", unit="step", disable=not terminal)
 
     def say(self, text):
         """Print a line above the bar."""
@@ -56,6 +59,62 @@ class Progress:
                 f"  about {duration(seconds_left)} left")  # fmt: skip
 
 
+def read_steps(path, step):
+    """The rows of steps.csv up to `step`; none if the file is missing or damaged."""
+    with contextlib.suppress(OSError, ValueError):
+        rows = path.read_text(encoding="utf-8").splitlines()[1:]
+        return [row for row in rows if int(row.split(",")[0]) <= step and row.count(",") == STEP_COLUMNS.count(",")]
+    return []
+
+
+def write_step(run, loss, grad_norm, seconds):
+    """Add the row of a step to steps.csv."""
+    try:
+        run.steps.write(f"{run.state.step},{run.state.step * run.step_tokens},{loss:.6g},{run.rates()[0]:.6g},"
+                        f"{grad_norm:.6g},{run.step_tokens / max(seconds, 1e-9):.0f}\n")  # fmt: skip
+    except OSError as error:
+        raise OSError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True goes on "
+                      "from the last checkpoint") from None  # fmt: skip
+
+
+def not_finite(run, what, loss, step):
+    """What to say of a loss that is not finite, and what the user can do."""
+    h, records = run.constants, run.records
+    rates = [name for name in h if name.startswith("LEARNING_RATE") or name == "WEIGHT_DECAY" and h[name] > 1]
+    advice = [f"lower {' or '.join(rates)}"]
+    advice += ["raise WARMUP_STEPS"] if "WARMUP_STEPS" in h else []
+    advice += ["set DTYPE=float32"] if run.dtype != "float32" else []
+    kept = f" and add RESUME=True, which goes on from step {records[-1]['step']}" if records else ""
+    values = ", ".join(f"{name}={h[name]:g}" for name in rates)
+    return f"the {what} is {loss} at step {step} ({values}); {', or '.join(advice)}{kept}"
+
+
+def changes(run, made_by):
+    """Say what differs since the checkpoint, though the run is the same: rounding, and the schedule."""
+    before, rate, max_steps = run.before, run.rates()[0], run.constants["MAX_STEPS"]
+    if before["made_by"] != made_by:
+        say(f"begun on {before['made_by']}; goes on with {made_by}: losses may differ by rounding")
+    if before["hyperparameters"]["MAX_STEPS"] != max_steps and before["rates"][0] != rate:
+        say(f"MAX_STEPS decides the schedule: the learning rate goes from {before['rates'][0]:.3g} to {rate:.3g} here. "
+            f"A run with MAX_STEPS={max_steps} from the start ends elsewhere")  # fmt: skip
+
+
+def summarize(run, results):
+    """The summary of a finished run: what identifies it, its metrics, `results`, and its constants."""
+    train, h, last = run.tokens["train"], run.constants, run.records[-1]
+    best = min(run.records, key=lambda record: record["val_loss"])
+    return {
+        "rung": run.name, "dataset": train.dataset, "tokenizer": h["VOCABULARY"], "seed": h["SEED"],
+        "device": run.device, "processes": world_size(), "dtype": run.dtype, "n_params": run.n_params,
+        "steps": last["step"], "tokens_seen": last["tokens_seen"],
+        "bytes_seen": round(last["tokens_seen"] * train.n_bytes / len(train)),
+        "epochs": last["tokens_seen"] / len(train), "train_seconds": last["seconds"],
+        "tokens_per_second": last["tokens_seen"] / last["seconds"], "import_memory_mb": run.import_mb,
+        "peak_memory_mb": run.peak_mb, **{k: v for k, v in best.items() if k.startswith("val_")},
+        "best_step": best["step"], **results, "hyperparameters": h,
+    }  # fmt: skip
+
+
 def last_lines(summary, label, sample):
     """Print the sample and the metrics of a finished run."""
     say(f"--- sample ---\n{sample}\n--------------")
@@ -67,6 +126,14 @@ def last_lines(summary, label, sample):
     for title, end in (("windows side by side", ""), ("windows that overlap", "_sliding")) if metrics else ():
         values = {key.removeprefix("val_"): summary[key + end] for key in metrics}
         say(f"validation, {title}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None))
+
+
+def draw_losses(run):
+    """Draw the losses of the run as loss.png."""
+    curves = {"training (mean since the last point)": "train_loss", "validation": "val_loss"}
+    points = {label: [(record["tokens_seen"] / 1e6, record[key]) for record in run.records if record[key] is not None]
+              for label, key in curves.items()}  # fmt: skip
+    draw_curves(run.out_dir / "loss.png", points, "tokens seen (millions)", "loss (nats per token)", run.label)
 
 
 def draw_curves(path, curves, xlabel, ylabel, title, log_x=False, mark=None):

@@ -1,0 +1,94 @@
+"""What a run finds when its folder has been used before: a checkpoint to go on from, or an earlier run."""
+
+from types import SimpleNamespace
+
+from harness import distributed
+from harness.cli import say
+from harness.models import read_file, set_weights
+
+RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.jsonl", "steps.csv", "summary.json",
+             "sample.txt", "model.pt", "vocabulary.json", "loss.png")  # fmt: skip
+# What a resumed run may change. In silence: what only says how to run. With a line: what the next steps depend on. The
+# rest, shape and order of the data, must stay.
+MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STRIDE", "EXTRAPOLATION",
+              "DEVICE", "DATA", "OUT_DIR", "RESUME", "INIT_FROM", "PROMPT")  # fmt: skip
+MAY_CHANGE_WITH_A_LINE = ("MAX_STEPS", "LEARNING_RATE", "LEARNING_RATE_ADAMW", "WARMUP_STEPS", "COOLDOWN", "MOMENTUM",
+                          "WEIGHT_DECAY", "GRAD_CLIP", "DROPOUT", "DTYPE", "COMPILE", "MICRO_BATCH_SIZE",
+                          "CHUNK_SIZE")  # fmt: skip
+
+
+def differing(before, now, but=()):
+    """The constants, {name: "NAME was ... and is ..."}, in which two runs differ and that may decide a loss."""
+    names = sorted({*before, *now} - {*MAY_CHANGE, *but})
+    return {k: f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in names if before.get(k) != now.get(k)}
+
+
+def same_training(summary, other, but=()):
+    """Whether two summaries are of the same text and of constants that differ at most in those of `but`."""
+    same_text = summary["dataset"] == other["dataset"]
+    return same_text and not differing(summary["hyperparameters"], other["hyperparameters"], but)
+
+
+def move_aside(out_dir):
+    """Rename what an earlier run left in the folder, and say how many earlier runs there are beside it."""
+    named = out_dir.name not in ("", "..") and not out_dir.is_symlink()
+    folder = out_dir if named else out_dir.resolve()
+    there = [folder / name for name in RUN_FILES if (folder / name).exists()]
+    if not there:
+        return
+    numbered = {int(path.suffix[1:]): path for path in folder.parent.iterdir()
+                if path.suffix[1:].isdecimal() and path.stem == folder.name}  # fmt: skip
+    aside = folder.with_name(f"{folder.name}.{max(numbered, default=0) + 1}")
+    aside.mkdir()
+    for path in there:
+        path.rename(aside / path.name)
+    runs = [aside, *(path for path in numbered.values() if any((path / name).exists() for name in RUN_FILES))]
+    megabytes = sum(path.stat().st_size for run in runs for path in run.rglob("*") if path.is_file()) / 1e6
+    count = "1 earlier run takes" if len(runs) == 1 else f"{len(runs)} earlier runs take"
+    say(f"the earlier run in {folder} is now in {aside}; {count} {megabytes:,.0f} MB")
+
+
+def load_checkpoint(run):
+    """Put the run in the state of its last checkpoint, or of the one before if that is damaged. Raises OSError if there
+    is none, ValueError if it is of another run."""
+    keys = ("model", "optimizers", "step", "best", "bad_evals", "log", "losses", "seconds", "rates", "dataset",
+            "fingerprint", "hyperparameters", "dtype", "made_by")  # fmt: skip
+    path, before = run.out_dir / "checkpoint.pt", run.out_dir / "checkpoint_before.pt"
+    try:
+        saved = read_file(path, keys)
+    except (OSError, ValueError) as error:
+        if not before.exists():
+            raise
+        say(f"{error}; going on from the checkpoint before it")
+        path, saved = before, read_file(before, keys)
+    run.before = {key: saved[key] for key in ("hyperparameters", "rates", "made_by")}
+    check_same_run(run, saved)
+    set_weights(run.model, saved["model"], path)
+    for optimizer, state in zip(run.optimizers, saved["optimizers"]):
+        now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        optimizer.load_state_dict(state)
+        for group, values in zip(optimizer.param_groups, now):
+            group.update(values)  # rates and decay are those of the constants
+    run.state = SimpleNamespace(step=saved["step"], best=saved["best"], bad_evals=saved["bad_evals"])
+    run.records, run.seconds, run.losses = saved["log"], saved["seconds"], saved["losses"].tolist()
+    say(f"going on from step {run.state.step:,}")
+
+
+def check_same_run(run, saved):
+    """Raises ValueError if the text, the tokenizer, or constants that decide model or batches, are others than
+    those of the checkpoint; says which other constants have changed."""
+    before, now, train = saved["hyperparameters"], run.constants, run.tokens["train"]
+    changed = differing(before, now)
+    differ = [text for name, text in changed.items() if name not in MAY_CHANGE_WITH_A_LINE]
+    for what, then, here in (("text", saved["dataset"], train.dataset),
+                             ("tokenizer", saved["fingerprint"], train.fingerprint)):  # fmt: skip
+        differ += [f"the {what} was {then} and is {here}"] if then != here else []
+    if differ:
+        raise ValueError(f"to resume the run in {run.out_dir}, set back what differs: {'; '.join(differ)}")
+    if saved["step"] > now["MAX_STEPS"]:
+        raise ValueError(f"the run in {run.out_dir} has made {saved['step']} steps; MAX_STEPS={now['MAX_STEPS']} "
+                         "must not be less")  # fmt: skip
+    if changed:
+        say(f"going on with other constants: {'; '.join(changed.values())}")
+    if now["DEVICE"] == before["DEVICE"] and now.get("DTYPE") == before.get("DTYPE") == "auto":
+        distributed.auto_dtypes[run.device] = saved["dtype"]
