@@ -1,15 +1,14 @@
-"""v0: the baseline. A bigram model: the next token is guessed from the last one alone.
+"""v0: the baseline. A bigram model: it predicts the next token from the last one alone.
 
-The whole model is a table. Row i holds the logits of the token that follows token i, and training moves them by
-gradient descent on the cross-entropy. For this model the best table is known without training: the logarithms of
-the counts of pairs in the training text. The script prints both losses, so that the training loop, which all later
-rungs share, is seen to find what it should.
+The whole model is a table. Row i holds the logits of the token after token i; training moves them by gradient descent
+on the cross-entropy. The best table is known without training: the logarithms of how often each pair occurs in the
+training text, as shares. The script prints both losses, which checks the training loop that all later rungs share.
 
-What is new: everything. The vocabulary has only 500 tokens, so that the table stays small.
+What is new: everything. The vocabulary has only 500 tokens, to keep the table small.
 
     python v0.py                                train, evaluate, write a sample: results in runs/v0/
     python v0.py LEARNING_RATE=1 MAX_STEPS=500  set any of the constants below for one run
-    python v0.py RESUME=True                    go on from the last checkpoint
+    python v0.py RESUME=True                    continue from the last checkpoint
     python v0.py PROMPT=" The castle was"       continue a text with the trained model
 """
 
@@ -29,23 +28,23 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+DATA = "data"  # dataset folder: the tokens and vocabularies of the text
 VOCABULARY = "bpe_vocab_500.json"  # file in DATA that holds the tokenizer
-BATCH_SIZE = 32  # windows a step
-BLOCK_SIZE = 128  # tokens in a window; a bigram looks at one of them at a time
-MAX_STEPS = 2199  # 1.72 times the training text
-EVAL_INTERVAL = 550  # steps between two evaluations and checkpoints; at least one an epoch is made
-PATIENCE = 3  # evaluations without a better one after which training stops early
+BATCH_SIZE = 32  # windows per step
+BLOCK_SIZE = 128  # tokens in a window; a bigram sees one of them at a time
+MAX_STEPS = 2199  # 1.72 passes over the training split of WikiText-2
+EVAL_INTERVAL = 550  # steps between evaluations and checkpoints; at least one per epoch
+PATIENCE = 3  # stop early after this many evaluations without improvement
 LEARNING_RATE = 0.03
-SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
-TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
-TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
-TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
+SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
+TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v0"  # where the results go
-RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
-PROMPT = None  # a text to continue with the trained model, instead of training
+RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
+PROMPT = None  # continue this text with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 512, MAX_STEPS = 140; the table is too small to gain more.
 
 # ----------------------------------------------------------------------------------------------------------
@@ -54,7 +53,7 @@ PROMPT = None  # a text to continue with the trained model, instead of training
 
 
 def get_batch(ids, step):
-    """Windows at random places: inputs (B, T) and, one token later, targets (B, T)."""
+    """Windows at random places: inputs (B, T) and targets (B, T), which are the inputs shifted by one token."""
     if len(ids) <= BLOCK_SIZE:
         raise ValueError(f"the training text has {len(ids)} tokens, too few for a window of {BLOCK_SIZE}; lower "
                          "BLOCK_SIZE")
@@ -70,7 +69,7 @@ def get_batch(ids, step):
 
 
 class LanguageModel(nn.Module):
-    """A table of logits: row i belongs to what follows token i."""
+    """A table of logits: row i scores the token after token i."""
 
     def __init__(self, vocab_size):
         super().__init__()
@@ -132,9 +131,9 @@ def compare_with_counts(model, ids):
 
 
 def train(model, tokens, run):
-    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
+    """Train on tokens["train"]; the weights with the lowest loss on tokens["val"] are kept in the run's folder."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    state = run.resume(model, optimizer)  # step, best loss, evaluations without a better one
+    state = run.resume(model, optimizer)  # step, best loss, evaluations without improvement
     for step in range(state.step, MAX_STEPS + 1):
         if run.evaluation_due(step):
             metrics = evaluate(model, tokens["val"])
@@ -161,8 +160,8 @@ def train(model, tokens, run):
 
 
 def draw(logits):
-    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
-    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    """Sample the next token for each row of `logits` (B, V), after top-k and then top-p filtering (nucleus sampling,
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
     if TEMPERATURE == 0:
         return logits.argmax(-1, keepdim=True)
     p = (logits / TEMPERATURE).softmax(-1)

@@ -1,16 +1,16 @@
-"""v1: the real vocabulary, true mini-batches, and a window of tokens through an MLP.
+"""v1: context. The real vocabulary, and a window of tokens through an MLP.
 
 The model is that of Bengio et al. 2003 ("A Neural Probabilistic Language Model", section 2) without its direct
-connections: the last CONTEXT_SIZE tokens are looked up in a table of embeddings, put side by side, and a hidden
-layer makes of them the logits of the next token. It is written plainly, and it is wasteful: ids as int64 in memory,
-and the logits of a whole batch at once. v1_1 is the same model in a fraction of the memory.
+connections: the last CONTEXT_SIZE tokens are looked up in a table of embeddings and concatenated, and a hidden layer
+computes the logits of the next token from them. The code is plain and wasteful: ids as int64 in memory, and the logits
+of a whole batch at once. v1_1 is the same model in a fraction of the memory.
 
-What is new against v0: the vocabulary of 4,096 tokens; batches gathered in one indexing operation, from windows that
-are shuffled anew in every epoch; a model with hidden layers and a context of more than one token.
+What is new against v0: a vocabulary of 4,096 tokens; windows that are shuffled in every epoch, in one indexing
+operation per batch; a model with embeddings, a hidden layer, and a context of more than one token.
 
     python v1.py                                train, evaluate, write a sample: results in runs/v1/
     python v1.py N_HIDDEN=512 MAX_STEPS=100     set any of the constants below for one run
-    python v1.py RESUME=True                    go on from the last checkpoint
+    python v1.py RESUME=True                    continue from the last checkpoint
     python v1.py PROMPT=" The castle was"       continue a text with the trained model
 """
 
@@ -31,26 +31,26 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+DATA = "data"  # dataset folder: the tokens and vocabularies of the text
 VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
-BATCH_SIZE = 64  # windows a step
+BATCH_SIZE = 64  # windows per step
 BLOCK_SIZE = 128  # tokens in a window
-CONTEXT_SIZE = 8  # tokens that the model looks at to guess the next one
-MAX_STEPS = 640  # 1.72 times the training text
-EVAL_INTERVAL = 160  # steps between two evaluations and checkpoints; at least one an epoch is made
-PATIENCE = 3  # evaluations without a better one after which training stops early
+CONTEXT_SIZE = 8  # tokens from which the model predicts the next one
+MAX_STEPS = 640  # 1.72 passes over the training split of WikiText-2
+EVAL_INTERVAL = 160  # steps between evaluations and checkpoints; at least one per epoch
+PATIENCE = 3  # stop early after this many evaluations without improvement
 LEARNING_RATE = 2e-3
-N_EMBD = 64  # numbers that describe a token
+N_EMBD = 64  # size of the embedding of a token
 N_HIDDEN = 256  # units of the hidden layer
-SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
-TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
-TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
-TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
+SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
+TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v1"  # where the results go
-RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
-PROMPT = None  # a text to continue with the trained model, instead of training
+RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
+PROMPT = None  # continue this text with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 256, N_EMBD = 128, N_HIDDEN = 1024, MAX_STEPS = 2000.
 
 
@@ -61,7 +61,7 @@ PROMPT = None  # a text to continue with the trained model, instead of training
 
 @functools.lru_cache(maxsize=1)
 def window_starts(n_tokens, batch_size, block_size, seed, epoch):
-    """Where the windows of an epoch start: cut at a random offset, in random order, (batches, B)."""
+    """Start indices of the windows of an epoch, (batches, B): the text cut from a random offset, then shuffled."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
         raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
@@ -72,7 +72,7 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
 
 
 def get_batch(ids, step):
-    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    """Batch number `step`: inputs (B, T) and targets (B, T), one token later. Each window comes once per epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
@@ -98,7 +98,7 @@ class LanguageModel(nn.Module):
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
         x = self.embedding(idx)  # (B, T, C)
-        x = F.pad(x, (0, 0, self.context_size - 1, 0))  # zeros stand before the window
+        x = F.pad(x, (0, 0, self.context_size - 1, 0))  # left-pad: position t sees t - CONTEXT_SIZE + 1 to t
         x = x.unfold(1, self.context_size, 1).flatten(2)  # (B, T, C * CONTEXT_SIZE)
         x = self.hidden(x).tanh()  # (B, T, N_HIDDEN)
         logits = self.head(x)  # (B, T, V)
@@ -140,9 +140,9 @@ def evaluate(model, tokens):
 
 
 def train(model, tokens, run):
-    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
+    """Train on tokens["train"]; the weights with the lowest loss on tokens["val"] are kept in the run's folder."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE)
-    state = run.resume(model, optimizer)  # step, best loss, evaluations without a better one
+    state = run.resume(model, optimizer)  # step, best loss, evaluations without improvement
     for step in range(state.step, MAX_STEPS + 1):
         if run.evaluation_due(step):
             metrics = evaluate(model, tokens["val"])
@@ -169,8 +169,8 @@ def train(model, tokens, run):
 
 
 def draw(logits):
-    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
-    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    """Sample the next token for each row of `logits` (B, V), after top-k and then top-p filtering (nucleus sampling,
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
     if TEMPERATURE == 0:
         return logits.argmax(-1, keepdim=True)
     p = (logits / TEMPERATURE).softmax(-1)

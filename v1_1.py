@@ -6,7 +6,7 @@ about it:
 
 1. Logits: with V = 4,096, those of a batch outweigh all else. The loss is summed over chunks of tokens, and the
    gradient of a chunk is computed beside its loss, so only one chunk's logits exist at any time, in memory made once.
-2. Activations: a batch is worked off in micro-batches whose gradients add up (gradient accumulation).
+2. Activations: a batch is processed in micro-batches whose gradients add up (gradient accumulation).
 3. Token ids: 16 bits instead of 64, and memory-mapped: only what a batch touches is read.
 4. Optimizer: `fused=True` updates weights and moments in place, without temporary copies of them.
 5. Memory that is freed: the C library keeps blocks of some megabytes for later, and the gaps between them add up.
@@ -17,7 +17,7 @@ where the memory goes.
 
     python v1_1.py                              train, evaluate, write a sample: results in runs/v1_1/
     python v1_1.py MICRO_BATCH_SIZE=64          set any of the constants below for one run
-    python v1_1.py RESUME=True                  go on from the last checkpoint
+    python v1_1.py RESUME=True                  continue from the last checkpoint
     python v1_1.py PROMPT=" The castle was"     continue a text with the trained model
 """
 
@@ -39,28 +39,28 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+DATA = "data"  # dataset folder: the tokens and vocabularies of the text
 VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
-BATCH_SIZE = 64  # windows a step
-MICRO_BATCH_SIZE = 4  # windows that are computed together
+BATCH_SIZE = 64  # windows per step
+MICRO_BATCH_SIZE = 4  # windows per forward and backward pass
 CHUNK_SIZE = 128  # tokens whose logits exist at the same time
 BLOCK_SIZE = 128  # tokens in a window
-CONTEXT_SIZE = 8  # tokens that the model looks at to guess the next one
-MAX_STEPS = 640  # 1.72 times the training text
-EVAL_INTERVAL = 160  # steps between two evaluations and checkpoints; at least one an epoch is made
-PATIENCE = 3  # evaluations without a better one after which training stops early
+CONTEXT_SIZE = 8  # tokens from which the model predicts the next one
+MAX_STEPS = 640  # 1.72 passes over the training split of WikiText-2
+EVAL_INTERVAL = 160  # steps between evaluations and checkpoints; at least one per epoch
+PATIENCE = 3  # stop early after this many evaluations without improvement
 LEARNING_RATE = 2e-3
-N_EMBD = 64  # numbers that describe a token
+N_EMBD = 64  # size of the embedding of a token
 N_HIDDEN = 256  # units of the hidden layer
-SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
-TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
-TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
-TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
+SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
+TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v1_1"  # where the results go
-RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
-PROMPT = None  # a text to continue with the trained model, instead of training
+RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
+PROMPT = None  # continue this text with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 256, N_EMBD = 128, N_HIDDEN = 1024, MAX_STEPS = 2000.
 
 
@@ -71,7 +71,7 @@ PROMPT = None  # a text to continue with the trained model, instead of training
 
 @functools.lru_cache(maxsize=1)
 def window_starts(n_tokens, batch_size, block_size, seed, epoch):
-    """Where the windows of an epoch start: cut at a random offset, in random order, (batches, B)."""
+    """Start indices of the windows of an epoch, (batches, B): the text cut from a random offset, then shuffled."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
         raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
@@ -82,7 +82,7 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
 
 
 def get_batch(ids, step):
-    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    """Batch number `step`: inputs (B, T) and targets (B, T), one token later. Each window comes once per epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
@@ -98,9 +98,9 @@ def get_batch(ids, step):
 class LossInChunks(torch.autograd.Function):
     """Mean cross-entropy of the logits x W' + b, CHUNK_SIZE tokens at a time, all of them in one piece of memory.
 
-    Its gradient by the logits is (softmax - one-hot of the target) / N, which is known as soon as they are. So a chunk
-    gives its loss and its share of all gradients, and its logits make room for the next; the backward pass only
-    multiplies by the gradient that arrives.
+    Its gradient with respect to the logits is (softmax - one-hot of the target) / N, which is known once the logits
+    are. So each chunk adds its loss and its part of all gradients, and its logits make room for the next chunk; the
+    backward pass only multiplies by the gradient that arrives.
     """
 
     @staticmethod
@@ -149,7 +149,7 @@ class LanguageModel(nn.Module):
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
         x = self.embedding(idx)  # (B, T, C)
-        x = F.pad(x, (0, 0, self.context_size - 1, 0))  # zeros stand before the window
+        x = F.pad(x, (0, 0, self.context_size - 1, 0))  # left-pad: position t sees t - CONTEXT_SIZE + 1 to t
         x = x.unfold(1, self.context_size, 1).flatten(2)  # (B, T, C * CONTEXT_SIZE)
         x = self.hidden(x).tanh()  # (B, T, N_HIDDEN)
         if targets is None:
@@ -190,9 +190,9 @@ def evaluate(model, tokens):
 
 
 def train(model, tokens, run):
-    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
+    """Train on tokens["train"]; the weights with the lowest loss on tokens["val"] are kept in the run's folder."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    state = run.resume(model, optimizer)  # step, best loss, evaluations without a better one
+    state = run.resume(model, optimizer)  # step, best loss, evaluations without improvement
     for step in range(state.step, MAX_STEPS + 1):
         if run.evaluation_due(step):
             metrics = evaluate(model, tokens["val"])
@@ -220,7 +220,7 @@ def return_freed_memory():
     """Let the C library return every block of 1 MB or more to the system when it is freed (glibc, mallopt(3))."""
     try:
         ctypes.CDLL(None).mallopt(-3, 1 << 20)  # M_MMAP_THRESHOLD
-    except (OSError, TypeError, AttributeError):  # another C library: it goes without
+    except (OSError, TypeError, AttributeError):  # not glibc
         pass
 
 
@@ -251,8 +251,8 @@ def print_memory(model, tokens, run):
 
 
 def draw(logits):
-    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
-    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    """Sample the next token for each row of `logits` (B, V), after top-k and then top-p filtering (nucleus sampling,
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
     if TEMPERATURE == 0:
         return logits.argmax(-1, keepdim=True)
     p = (logits / TEMPERATURE).softmax(-1)

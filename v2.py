@@ -1,15 +1,15 @@
 """v2: attention. The first transformer, every step of it written out.
 
-Each token looks at all tokens before it and takes from each what it needs: a query is compared with the keys of
-the earlier positions, and the softmax of the scores weighs their values (Vaswani et al. 2017, "Attention Is All You
-Need", arXiv:1706.03762, section 3). The model is the decoder of that paper without its cross-attention: every
-sub-layer is followed by a residual connection and LayerNorm. Positions are learned vectors. There is no dropout.
+Each token looks at itself and at all tokens before it, and takes a weighted mean of their values: its query is compared
+with their keys, and the softmax of these scores gives the weights (Vaswani et al. 2017, "Attention Is All You Need",
+arXiv:1706.03762, section 3). The model is the decoder of that paper without its cross-attention: each sub-layer is
+followed by a residual connection and LayerNorm. Positions are learned vectors. There is no dropout.
 
 What is new against v1: the model. Of the lesson on memory, v1_1, two things stay: micro-batches and 16-bit ids.
 
     python v2.py                                train, evaluate, write a sample: results in runs/v2/
     python v2.py N_LAYER=4 N_HEAD=8             set any of the constants below for one run
-    python v2.py RESUME=True                    go on from the last checkpoint
+    python v2.py RESUME=True                    continue from the last checkpoint
     python v2.py PROMPT=" The castle was"       continue a text with the trained model
 
 Other vocabularies: `python data/prepare.py --vocab-size 8192`, then `python v2.py VOCABULARY=bpe_vocab_8192.json`.
@@ -32,27 +32,27 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+DATA = "data"  # dataset folder: the tokens and vocabularies of the text
 VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
-BATCH_SIZE = 16  # windows a step
-MICRO_BATCH_SIZE = 8  # windows that are computed together
+BATCH_SIZE = 16  # windows per step
+MICRO_BATCH_SIZE = 8  # windows per forward and backward pass
 BLOCK_SIZE = 128  # tokens in a window: the context that attention reaches
-MAX_STEPS = 2560  # 1.72 times the training text
-EVAL_INTERVAL = 640  # steps between two evaluations and checkpoints; at least one an epoch is made
-PATIENCE = 3  # evaluations without a better one after which training stops early
+MAX_STEPS = 2560  # 1.72 passes over the training split of WikiText-2
+EVAL_INTERVAL = 640  # steps between evaluations and checkpoints; at least one per epoch
+PATIENCE = 3  # stop early after this many evaluations without improvement
 LEARNING_RATE = 1e-3
 N_LAYER = 2  # blocks
 N_HEAD = 4  # attention heads of a block
-N_EMBD = 128  # width: numbers that describe a token on its way through the blocks
-SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
-TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
-TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
-TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
+N_EMBD = 128  # width: size of the vector that represents a token
+SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
+TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v2"  # where the results go
-RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
-PROMPT = None  # a text to continue with the trained model, instead of training
+RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
+PROMPT = None  # continue this text with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 256, N_LAYER = 6, N_HEAD = 6, N_EMBD = 384,
 # LEARNING_RATE = 3e-4, MAX_STEPS = 5000.
 
@@ -64,7 +64,7 @@ PROMPT = None  # a text to continue with the trained model, instead of training
 
 @functools.lru_cache(maxsize=1)
 def window_starts(n_tokens, batch_size, block_size, seed, epoch):
-    """Where the windows of an epoch start: cut at a random offset, in random order, (batches, B)."""
+    """Start indices of the windows of an epoch, (batches, B): the text cut from a random offset, then shuffled."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
         raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
@@ -75,7 +75,7 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
 
 
 def get_batch(ids, step):
-    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    """Batch number `step`: inputs (B, T) and targets (B, T), one token later. Each window comes once per epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
@@ -105,7 +105,7 @@ class Attention(nn.Module):
         scores = q @ k.transpose(-2, -1) / math.sqrt(C // self.n_head)  # (B, H, T, T): query i, key j
         scores = scores.masked_fill(self.future[:T, :T], -math.inf)
         y = scores.softmax(-1) @ v  # (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # concatenate the heads
 
 
 class Block(nn.Module):
@@ -178,9 +178,9 @@ def evaluate(model, tokens):
 
 
 def train(model, tokens, run):
-    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
+    """Train on tokens["train"]; the weights with the lowest loss on tokens["val"] are kept in the run's folder."""
     optimizer = torch.optim.Adam(model.parameters(), lr=LEARNING_RATE, fused=True)
-    state = run.resume(model, optimizer)  # step, best loss, evaluations without a better one
+    state = run.resume(model, optimizer)  # step, best loss, evaluations without improvement
     for step in range(state.step, MAX_STEPS + 1):
         if run.evaluation_due(step):
             metrics = evaluate(model, tokens["val"])
@@ -210,8 +210,8 @@ def train(model, tokens, run):
 
 
 def draw(logits):
-    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
-    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    """Sample the next token for each row of `logits` (B, V), after top-k and then top-p filtering (nucleus sampling,
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
     if TEMPERATURE == 0:
         return logits.argmax(-1, keepdim=True)
     p = (logits / TEMPERATURE).softmax(-1)

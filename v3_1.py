@@ -11,7 +11,7 @@ What is new against v3:
 
     python v3_1.py                              train, evaluate, write a sample: results in runs/v3_1/
     python v3_1.py MOMENTUM=0.95 MAX_STEPS=2000    set any of the constants below for one run
-    python v3_1.py RESUME=True                  go on from the last checkpoint
+    python v3_1.py RESUME=True                  continue from the last checkpoint
     python v3_1.py PROMPT=" The castle was"     continue a text with the trained model
     torchrun --standalone --nproc_per_node=2 v3_1.py    train on two devices
 """
@@ -34,36 +34,36 @@ from data import load_tokens, vocabulary_file
 # Hyperparameters
 # ----------------------------------------------------------------------------------------------------------
 
-DATA = "data"  # home of the text: the folder of its tokens and vocabularies
+DATA = "data"  # dataset folder: the tokens and vocabularies of the text
 VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
-BATCH_SIZE = 16  # windows a step
-MICRO_BATCH_SIZE = 16  # windows that are computed together
+BATCH_SIZE = 16  # windows per step
+MICRO_BATCH_SIZE = 16  # windows per forward and backward pass
 BLOCK_SIZE = 256  # tokens in a window: the context that attention reaches
-MAX_STEPS = 1280  # 1.72 times the training text
-EVAL_INTERVAL = 320  # steps between two evaluations and checkpoints; at least one an epoch is made
-PATIENCE = 3  # evaluations without a better one after which training stops early
-LEARNING_RATE = 0.03  # of Muon, for the matrices of the blocks, at its highest; it ends at zero
-LEARNING_RATE_ADAMW = 0.01  # of AdamW, for the embeddings and the layer that makes the logits
-WARMUP_STEPS = 50  # steps until the learning rate is at its highest
-COOLDOWN = 0.5  # share of the steps, at the end, in which the learning rate falls
+MAX_STEPS = 1280  # 1.72 passes over the training split of WikiText-2
+EVAL_INTERVAL = 320  # steps between evaluations and checkpoints; at least one per epoch
+PATIENCE = 3  # stop early after this many evaluations without improvement
+LEARNING_RATE = 0.03  # of Muon, for the matrices of the blocks: peak; it ends at zero
+LEARNING_RATE_ADAMW = 0.01  # of AdamW, for the embeddings and the last layer
+WARMUP_STEPS = 50  # steps in which the learning rate rises to its peak
+COOLDOWN = 0.5  # fraction of the steps, at the end, in which the learning rates fall
 MOMENTUM = 0.85  # of Muon
 N_LAYER = 4  # blocks
 N_HEAD = 4  # attention heads of a block
-N_EMBD = 256  # width: numbers that describe a token on its way through the blocks
-DROPOUT = 0.0  # share of numbers set to zero in training, so that less is learned by heart
-STRIDE = 128  # of the overlapping windows in the last evaluation, in tokens
-SAMPLE_TOKENS = 200  # length of the sample written at the end, or of what continues PROMPT
-TEMPERATURE = 0.8  # of sampling: below 1 likely tokens become likelier; at 0 the likeliest is taken
-TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all
-TOP_P = 1.0  # sample from the likeliest tokens that have this probability together
+N_EMBD = 256  # width: size of the vector that represents a token
+DROPOUT = 0.0  # fraction of activations set to zero in training, against overfitting
+STRIDE = 128  # tokens from one window to the next in the last evaluation, where windows overlap
+SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
+TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
+TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
+TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 DTYPE = "auto"  # of matrix products: "float32", "bfloat16", or the faster of them
 COMPILE = True  # use torch.compile, if it works here
 OUT_DIR = "runs/v3_1"  # where the results go
-RESUME = False  # go on from the last checkpoint in OUT_DIR, or begin
-INIT_FROM = None  # folder of a run from whose weights this one starts: fine-tuning
-PROMPT = None  # a text to continue with the trained model, instead of training
+RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
+INIT_FROM = None  # fine-tuning: folder of the run whose weights to start from
+PROMPT = None  # continue this text with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
 # DROPOUT = 0.1, MAX_STEPS = 20_000, MOMENTUM = 0.95, LEARNING_RATE = 0.02, and WikiText-103 (python data/prepare.py
 # --dataset wikitext-103-v1).
@@ -76,7 +76,7 @@ PROMPT = None  # a text to continue with the trained model, instead of training
 
 @functools.lru_cache(maxsize=1)
 def window_starts(n_tokens, batch_size, block_size, seed, epoch):
-    """Where the windows of an epoch start: cut at a random offset, in random order, (batches, B)."""
+    """Start indices of the windows of an epoch, (batches, B): the text cut from a random offset, then shuffled."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
         raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
@@ -87,11 +87,11 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
 
 
 def get_batch(ids, step):
-    """Batch number `step`: inputs (B, T) and, one token later, targets (B, T). Each window is seen once an epoch."""
+    """Batch number `step`: inputs (B, T) and targets (B, T), one token later. Each window comes once per epoch."""
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
-    starts = starts.view(harness.world_size(), -1)[harness.rank()]  # of several processes each takes its part
+    starts = starts.view(harness.world_size(), -1)[harness.rank()]  # each of several processes takes its part
     windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
@@ -119,7 +119,7 @@ class Attention(nn.Module):
         B, T, C = x.shape
         q, k, v = self.qkv(x).view(B, T, 3, self.n_head, C // self.n_head).permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
         y = kernels.attention(q, k, v)  # F.scaled_dot_product_attention(q, k, v, is_causal=True): (B, H, T, D)
-        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # heads side by side again
+        return self.proj(y.transpose(1, 2).reshape(B, T, C))  # concatenate the heads
 
 
 class MLP(nn.Module):
@@ -163,7 +163,7 @@ class LanguageModel(nn.Module):
         self.head = nn.Linear(N_EMBD, vocab_size, bias=False)
         for name, p in self.named_parameters():
             if name.endswith("proj.weight") or name == "head.weight":
-                nn.init.zeros_(p)  # at the start every branch is silent and every token equally likely
+                nn.init.zeros_(p)  # at the start every branch adds nothing, and every token is equally likely
             else:
                 nn.init.normal_(p, std=0.1 if name == "embedding.weight" else N_EMBD**-0.5)
 
@@ -320,9 +320,9 @@ def lr_factor(step):
 
 
 def train(model, tokens, run):
-    """Train on tokens["train"]. The weights that are best on tokens["val"] are kept in the folder of the run."""
+    """Train on tokens["train"]; the weights with the lowest loss on tokens["val"] are kept in the run's folder."""
     optimizers = make_optimizers(model)
-    state = run.resume(model, *optimizers)  # step, best loss, evaluations without a better one
+    state = run.resume(model, *optimizers)  # step, best loss, evaluations without improvement
     compiled = run.compile(model, [t[:MICRO_BATCH_SIZE] for t in get_batch(tokens["train"].ids, 0)])
     for step in range(state.step, MAX_STEPS + 1):
         if run.evaluation_due(step):
@@ -339,7 +339,7 @@ def train(model, tokens, run):
             for group in optimizer.param_groups:
                 group["lr"] = group["initial_lr"] * lr_factor(step)
         x, y = get_batch(tokens["train"].ids, step)
-        harness.seed(SEED, step, harness.rank())  # so a run that goes on draws what it would have drawn
+        harness.seed(SEED, step, harness.rank())  # a resumed run draws the same random numbers
         loss, done = 0.0, 0
         for micro_x, micro_y in zip(x.split(MICRO_BATCH_SIZE), y.split(MICRO_BATCH_SIZE)):
             done += len(micro_x)
@@ -361,8 +361,8 @@ def train(model, tokens, run):
 
 
 def draw(logits):
-    """The next token for each row of `logits` (B, V): drawn from the TOP_K likeliest, of them from the fewest that
-    have TOP_P of the probability together (Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
+    """Sample the next token for each row of `logits` (B, V), after top-k and then top-p filtering (nucleus sampling,
+    Holtzman et al. 2020, arXiv:1904.09751, section 3.1)."""
     if TEMPERATURE == 0:
         return logits.argmax(-1, keepdim=True)
     p = (logits / TEMPERATURE).softmax(-1)
