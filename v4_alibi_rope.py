@@ -544,6 +544,7 @@ def run_scheme():
 def main():
     """Train every scheme of POSITION in a folder of its own, OUT_DIR/<scheme>, and compare those that are there.
     Returns {scheme: its summary}; with PROMPT the text."""
+    harness.check_constants(globals())
     positions = list(dict.fromkeys(POSITION.split(",")))
     if unknown := [position for position in positions if position not in SCHEMES]:
         raise ValueError(f"POSITION={POSITION}: there is no scheme {unknown[0]!r}; known are {', '.join(SCHEMES)}")
