@@ -4,6 +4,7 @@ import ast
 import contextlib
 import csv
 import errno
+import functools
 import importlib.util
 import io
 import json
@@ -15,19 +16,25 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from common import (
-    ROOT, RUNGS, SMALL_VOCABULARY, V4, kept_weights, make_model, random_model, same_weights, train, without_clock,
+    LATE_RUNGS, MODERN, ROOT, RUNGS, SMALL_VOCABULARY, V4, kept_weights, make_model, same_weights, train, without_clock,
 )  # fmt: skip
+from matplotlib.figure import Figure
 
 import data
-import harness
+import harness.cli
+import harness.distributed
+import harness.files
+import harness.models
+import harness.report
+import harness.run
 from bpe_tokenizer import BPETokenizer
 
-LATE = ("v3", V4)
 SHORT = {"MAX_STEPS": 2, "EVAL_INTERVAL": 1}
 LONG = "a text with some words that is longer than a window of the model, which has thirty-two tokens, and goes on " * 4
 
@@ -35,22 +42,9 @@ LONG = "a text with some words that is longer than a window of the model, which 
 @pytest.fixture(autouse=True)
 def quick_pictures(request, monkeypatch):
     """Pictures take most of the time of a short run: only the tests whose name says so draw them."""
-    if "draw" not in request.node.name and "picture" not in request.node.name:
-        monkeypatch.setattr(harness.Run, "draw", lambda run, name, *_: run.write(name, "a picture"))
-
-
-@pytest.fixture(autouse=True)
-def quick_source(monkeypatch):
-    """Every source is parsed once."""
-    read, known = harness._read_source, {}
-
-    def read_once(path):
-        source = Path(path).read_text(encoding="utf-8")
-        if source not in known:
-            known[source] = read(path)
-        return known[source]
-
-    monkeypatch.setattr(harness, "_read_source", read_once)
+    if "picture" not in request.node.name:
+        for file in (harness.run, harness.report):
+            monkeypatch.setattr(file, "draw_curves", lambda path, *_, **__: path.write_text("a picture"))
 
 
 @pytest.fixture
@@ -61,13 +55,10 @@ def start(monkeypatch, capsys):
         monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
         capsys.readouterr()
         code = 0
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "stdout", sys.stdout)  # put back, since it wraps them
-            patch.setattr(sys, "stderr", sys.stderr)
-            try:
-                harness.start(vars(module))
-            except SystemExit as end:
-                code = end.code
+        try:
+            harness.start(vars(module))
+        except SystemExit as end:
+            code = end.code
         out, err = capsys.readouterr()
         return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
 
@@ -159,7 +150,7 @@ def test_a_constant_of_another_type_in_the_file_is_refused(value, load, start):
 
 @pytest.mark.parametrize(("name", "zeros"), [
     ("v1", ("LEARNING_RATE", "SEED")), ("v3", ("DROPOUT", "WEIGHT_DECAY", "WARMUP_STEPS", "GRAD_CLIP")),
-    (V4, ("DROPOUT", "COOLDOWN", "MOMENTUM", "WARMUP_STEPS")),
+    ("v3_1", ("DROPOUT", "COOLDOWN", "MOMENTUM", "WARMUP_STEPS")),
 ])  # fmt: skip
 def test_whole_numbers_may_stand_for_fractions(name, zeros, load, start):
     """In the file and on the command line."""
@@ -250,7 +241,7 @@ def test_editing_the_file_while_it_trains_changes_nothing(load, monkeypatch, tmp
         return make(model)
 
     monkeypatch.setattr(module, "make_optimizers", edit_and_make)
-    assert set(module.main()["schemes"]) == {"alibi", "rope"}
+    assert set(module.main()) == {"alibi", "rope"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -283,7 +274,7 @@ def test_help_needs_neither_torch_nor_numpy(name, tmp_path):
     done = subprocess.run([sys.executable, str(ROOT / f"{name}.py"), "--help"], capture_output=True, text=True,
                           env={**os.environ, "PYTHONPATH": str(tmp_path)}, timeout=300)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
-    assert done.stdout == harness.usage(ROOT / f"{name}.py") + "\n"
+    assert done.stdout == harness.cli.usage(ROOT / f"{name}.py") + "\n"
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -315,34 +306,33 @@ def test_a_mistake_of_the_program_keeps_its_traceback(load, monkeypatch, start):
 @pytest.mark.parametrize("name", ["v1", V4])
 def test_a_second_run_moves_the_first_aside_and_leaves_what_is_not_of_it(name, load, start):
     module = load(name, **SHORT)
-    out, part = Path(module.OUT_DIR), run_folder(module)
-    (out / "plots").mkdir(parents=True)
-    own = [out / "mine.png", out / "notes.txt", out / "plots" / "loss.png", out / "my_checkpoint.pt"]
+    folder = run_folder(module)
+    (folder / "plots").mkdir(parents=True)
+    own = [folder / "mine.png", folder / "notes.txt", folder / "plots" / "loss.png", folder / "my_checkpoint.pt"]
     for path in own:
         path.write_text("mine")
     assert "earlier run" not in start(module)[1]
-    first = names(part)
-    weights = kept_weights(module, part.name if name == V4 else "")
+    files, weights = names(folder), (folder / "model.pt").read_bytes()
     text = start(module, "SEED=1")[1]
-    aside = out.with_name(f"{name}.1")
-    assert text.count(f"the earlier run in {out} is now in {aside}\n") == 1
+    aside = folder.with_name(f"{folder.name}.1")
+    assert text.count(f"the earlier run in {folder} is now in {aside}; 1 earlier run takes ") == 1
     assert all(path.read_text() == "mine" for path in own)
-    moved = aside / part.relative_to(out)
-    assert names(moved) | {"lock", "mine.png", "notes.txt", "my_checkpoint.pt", "plots"} >= first
-    assert "summary.json" in names(aside)
-    again = torch.load(moved / "model.pt", weights_only=True)["model"]
-    assert all(torch.equal(p, weights[key]) for key, p in again.items())
-    assert json.loads((aside / "summary.json").read_text())["seed"] == 1337
-    assert {line["step"] for line in read_log(part)} == {1, 2}
-    assert json.loads((out / "summary.json").read_text())["seed"] == 1
+    assert names(aside) == files - {"lock", "mine.png", "notes.txt", "my_checkpoint.pt", "plots"}
+    assert (aside / "model.pt").read_bytes() == weights
+    assert [json.loads((run / "summary.json").read_text())["seed"] for run in (aside, folder)] == [1337, 1]
+    assert {line["step"] for line in read_log(folder)} == {1, 2}
 
 
-def test_v4_moves_the_schemes_of_the_earlier_run_too(load, start):
-    start(load(V4, **SHORT, POSITION="alibi,rope"))
-    module = load(V4, **SHORT, POSITION="rope")
-    assert start(module)[1].count("is now in") == 1
-    assert "alibi" not in names(module.OUT_DIR)
-    assert names(Path(module.OUT_DIR).with_name(f"{V4}.1")) >= {"alibi", "rope", "summary.json", "extrapolation.png"}
+def test_v4_moves_the_scheme_aside_that_it_trains_again(load, start):
+    module = load(V4, **SHORT, POSITION="alibi,rope")
+    out = Path(module.OUT_DIR)
+    start(module)
+    assert names(out) == {"alibi", "rope", "extrapolation.png"}
+    alibi = {path: path.read_bytes() for path in (out / "alibi").iterdir()}
+    assert start(module, "POSITION=rope")[1].count("is now in") == 1
+    assert names(out) == {"alibi", "rope", "rope.1", "extrapolation.png"}
+    assert {path: path.read_bytes() for path in (out / "alibi").iterdir()} == alibi
+    assert names(out / "rope.1") == names(out / "alibi") - {"lock"}
 
 
 def test_a_run_that_is_refused_moves_nothing(load, start):
@@ -356,20 +346,21 @@ def test_a_run_that_is_refused_moves_nothing(load, start):
     assert names(Path(module.OUT_DIR).parent) == {"v1"}
 
 
-def test_of_many_earlier_runs_the_least_trained_goes(load, start, monkeypatch):
-    monkeypatch.setattr(harness, "KEPT_RUNS", 2)
-    module = load("v1", **SHORT)
-    beside = Path(module.OUT_DIR).parent
-    for seconds in (50, 5, 70):
-        assert start(module)[0] == 0
-        log = Path(module.OUT_DIR) / "log.jsonl"
-        log.write_text(log.read_text().replace('"seconds": ', f'"seconds": {seconds}'))
-    (beside / "v1.7").mkdir()
-    (beside / "v1.7" / "lock").touch()  # the OUT_DIR of another run: it may not go, nor count
-    text = start(module)[1]
-    assert f"{beside / 'v1.2'}, which had trained least, is deleted" in text
-    assert names(beside) == {"v1", "v1.1", "v1.7", "v1.8"}
-    assert names(beside / "v1.8") >= {"log.jsonl", "model.pt"}
+def test_folders_of_the_users_own_keep_their_files(load, start, tmp_path):
+    """They look like earlier runs by their names alone. They are not counted as runs either."""
+    module, drafts = load("v1", **SHORT, OUT_DIR=str(tmp_path / "paper")), {}
+    for number in range(1, 11):
+        drafts[tmp_path / f"paper.{number}" / "draft.txt"] = f"draft {number}" * 100_000
+        (tmp_path / f"paper.{number}").mkdir()
+    for path, text in drafts.items():
+        path.write_text(text)
+    lines = [start(module)[1] for _ in range(3)]
+    assert names(tmp_path) == {"paper", *(f"paper.{number}" for number in range(1, 13))}
+    assert {path: path.read_text() for path in drafts} == drafts and all(len(names(p.parent)) == 1 for p in drafts)
+    aside = [tmp_path / "paper.11", tmp_path / "paper.12"]
+    size = [sum(path.stat().st_size for path in run.iterdir()) / 1e6 for run in aside]
+    assert f"is now in {aside[0]}; 1 earlier run takes {size[0]:.0f} MB\n" in lines[1]
+    assert f"is now in {aside[1]}; 2 earlier runs take {sum(size):.0f} MB\n" in lines[2]
 
 
 @pytest.mark.parametrize("out", [".", "sub/..", "a.b", "[1]", "link"])
@@ -399,19 +390,15 @@ def test_a_folder_that_cannot_be_used_is_refused(load, start, tmp_path):
 
 @pytest.mark.parametrize("number", [errno.ENOSYS, errno.EOPNOTSUPP, errno.ENOLCK])
 def test_a_file_system_without_locks(number, load, start, monkeypatch):
-    def flock(file, flags):
+    def no_lock(descriptor, **options):
         raise OSError(number, os.strerror(number))
 
-    monkeypatch.setattr(harness.fcntl, "flock", flock)
+    monkeypatch.setattr(harness.files.filelock, "lock_descriptor", no_lock)
     module = load("v1", **SHORT)
-    code, out, err = start(module)
+    code, _, err = start(module)
     assert code == 0, err
-    assert f"{module.OUT_DIR} cannot be locked ({os.strerror(number)}): do not start a second run in it\n" in out
-
-
-def test_a_system_without_fcntl(load, start, monkeypatch):
-    monkeypatch.setattr(harness, "fcntl", None)
-    assert start(load("v1", **SHORT))[0] == 0
+    assert err == (f"{module.OUT_DIR} cannot be locked ({os.strerror(number)}): start only one program at a time that "
+                   "writes there\n")  # fmt: skip
 
 
 def test_a_file_is_written_whole_or_not_at_all(tmp_path):
@@ -421,13 +408,63 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
         file.write(b"half")
         raise RuntimeError("no space\nmore lines")
 
-    with pytest.raises(OSError, match="cannot write .*a.txt: disk full. no space; make room, or choose .*OUT_DIR$"):
+    with pytest.raises(OSError, match="cannot write .*a.txt: no space; make room, or write to another folder$"):
         harness.atomic_write(tmp_path / "a.txt", fail)
     with pytest.raises(OSError, match="cannot write .*No such file"):
         harness.atomic_write(tmp_path / "gone" / "a.txt", lambda file: None)
     with pytest.raises(KeyboardInterrupt):
         harness.atomic_write(tmp_path / "a.txt", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+    with pytest.raises(OSError, match="a.txt is a folder|Not a directory|cannot write"):
+        harness.atomic_write(tmp_path / "a.txt" / "below.txt", lambda file: None)
     assert [(path.name, path.read_text()) for path in tmp_path.iterdir()] == [("a.txt", "first")]
+
+
+def write(text):
+    return lambda file: file.write(text.encode())
+
+
+def contents(folder):
+    return {path.name: path.read_text() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("error", [KeyError, KeyboardInterrupt, OSError])
+def test_files_that_belong_together_are_written_together(error, tmp_path):
+    """Until the last of them is whole, the old ones are there."""
+    for text in ("old", "new"):
+        with harness.atomic_writes() as write_one:
+            for name in "ab":
+                write_one(tmp_path / name, write(text))
+                assert {**contents(tmp_path), "a": "old", "b": "old"} == contents(tmp_path) or text == "old"
+        assert contents(tmp_path) == {"a": text, "b": text}
+    with pytest.raises(error):
+        with harness.atomic_writes() as write_one:
+            write_one(tmp_path / "a", write("half"))
+            raise error
+    (tmp_path / "c").mkdir()
+    with pytest.raises(OSError, match="c is a folder"):
+        with harness.atomic_writes() as write_one:
+            for name in "abc":
+                write_one(tmp_path / name, write("half"))
+    (tmp_path / "c").rmdir()
+    assert contents(tmp_path) == {"a": "new", "b": "new"}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_while_files_take_their_places_waits(number, tmp_path, monkeypatch):
+    def stop(number, frame):
+        raise KeyboardInterrupt
+
+    replace, before = Path.replace, signal.signal(number, stop)
+    monkeypatch.setattr(Path, "replace", lambda path, to: (replace(path, to), signal.raise_signal(number)))
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            with harness.atomic_writes() as write_one:
+                for name in "ab":
+                    write_one(tmp_path / name, write("new"))
+        assert signal.getsignal(number) is stop
+    finally:
+        signal.signal(number, before)
+    assert contents(tmp_path) == {"a": "new", "b": "new"}
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -438,55 +475,134 @@ def test_a_file_is_written_whole_or_not_at_all(tmp_path):
 @pytest.mark.parametrize("name", RUNGS)
 def test_results_are_on_the_disk_before_the_sample_is_printed(name, load, monkeypatch):
     module, seen = load(name, **SHORT), []
+    folder = run_folder(module)
     expected = {"summary.json", "sample.txt", "loss.png", "model.pt", "log.jsonl", "checkpoint.pt"}
 
     class Watch(io.StringIO):
         def write(self, text):
             if "--- sample ---" in text:
-                seen.append(names(run_folder(module)))
+                seen.append(names(folder))
             return super().write(text)
 
     monkeypatch.setattr(sys, "stdout", Watch())
     module.main()
-    assert seen[0] >= expected | ({"embeddings.png"} if name == V4 else set())
+    assert seen[0] >= expected
 
 
 @pytest.mark.parametrize("encoding", ["ascii", "cp1252", "utf-16"])
 def test_an_output_in_another_encoding_costs_no_results(encoding, load, monkeypatch):
-    module = load(V4, **SHORT, VOCABULARY="bpe_vocab.json", TEMPERATURE=5.0, SAMPLE_TOKENS=60)
+    module = load(V4, **SHORT)
+    monkeypatch.setattr(module, "generate", lambda *_: "天".encode())  # a token each, in any vocabulary
     out = io.TextIOWrapper(io.BytesIO(), encoding=encoding)
     monkeypatch.setattr(sys, "stdout", out)
-    monkeypatch.setattr(sys, "stderr", sys.stderr)
     monkeypatch.setattr(sys, "argv", [f"{V4}.py"])
     harness.start(vars(module))
-    assert b"\\u" in out.buffer.getvalue() or encoding == "utf-16"
-    assert "summary.json" in names(module.OUT_DIR)
+    assert ("天" if encoding == "utf-16" else "\\u5929") in out.buffer.getvalue().decode(encoding)
+    assert "summary.json" in names(run_folder(module))
 
 
-def test_the_picture_of_the_loss_has_every_evaluation():
+METRICS = ("loss", "bpb", "word_ppl", "top_1", "top_5", "calibration_error")
+
+
+@pytest.mark.parametrize("name", RUNGS)
+def test_the_last_lines_are_the_metrics_and_the_place_of_the_results(name, load, start):
+    module = load(name, **SHORT)
+    code, out, err = start(module)
+    assert code == 0, err
+    folder = run_folder(module)
+    summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+    sample = (folder / "sample.txt").read_text(encoding="utf-8")
+    lines = out.partition(f"--- sample ---\n{sample}\n--------------\n")[2].splitlines()
+    label = f"{name}, alibi" if name == V4 else name
+    assert lines[0].startswith(f"{label} on sample: val bpb {summary['val_bpb']:.4f}, word perplexity "
+                               f"{summary['val_word_ppl']:,.1f}, {summary['n_params']:,} parameters, ")  # fmt: skip
+    expected = [", ".join(f"{k} {summary[f'val_{k}{end}']:.4f}" for k in METRICS if f"val_{k}{end}" in summary)
+                for end in ("", "_sliding")]  # fmt: skip
+    if name in LATE_RUNGS:
+        assert lines[1] == f"validation, windows side by side: {expected[0]}"
+        assert lines[2] == f"validation, windows that overlap: {expected[1]}"
+        assert expected[0] != expected[1] and all(text.count(",") == len(METRICS) - 1 for text in expected)
+        lines[1:3] = []
+    assert lines[1].startswith(f"results in {folder}: log.jsonl, loss.png, ")
+    assert len(lines) == 2 or name == V4
+
+
+def test_v4_compares_the_schemes_that_were_trained_with_the_same_constants(load, start):
+    """Those of this run and of earlier ones; a dash where the text is shorter than the window."""
+    def table(out):
+        lines = out.partition("\nvalidation bits per byte by length of the window")[2].splitlines()[1:]
+        return {line.split()[0]: line.split()[1:] for line in lines}
+
+    module = load(V4, **SHORT, POSITION="alibi,rope", EXTRAPOLATION=(1, 1_000_000 // 32))
+    bpb = {}
+    for scheme, summary in module.main().items():
+        bpb[scheme] = [f"{summary['extrapolation_bpb'][32]:.4f}", "–"]
+        assert summary["extrapolation_bpb"][32] == pytest.approx(summary["val_bpb"], rel=1e-6)
+    out = start(module, "POSITION=none")[1]
+    found = table(out)
+    assert found.pop("none")[1] == "–" and found == {"tokens": ["32", "1000000"], **bpb}
+    out = start(module, "POSITION=sinusoidal", "SEED=1")[1]
+    assert table(out).keys() == {"tokens", "sinusoidal"}
+    for scheme in ("alibi", "rope", "none"):
+        assert f"{Path(module.OUT_DIR) / scheme} is of other constants: it is not compared\n" in out
+
+
+@pytest.fixture
+def figures(monkeypatch):
+    """{file name: the figure that was saved in it}."""
+    found, savefig = {}, Figure.savefig
+
+    def save(figure, file, **options):
+        found[Path(file.name).name.removeprefix("writing-")] = figure
+        savefig(figure, file, **options)
+
+    monkeypatch.setattr(Figure, "savefig", save)
+    return found
+
+
+def points(figure):
+    """{label of a curve: its points}."""
+    return {line.get_label(): line.get_xydata().tolist() for line in figure.axes[0].lines}
+
+
+def test_the_picture_of_the_loss_has_every_evaluation(load, figures, start):
     """A run that starts from trained weights is evaluated before its first step, when there is no training loss yet."""
-    records = [{"tokens_seen": 1e6 * k, "train_loss": 5.0 - k, "val_loss": 6.0 - k} for k in (1, 2)]
-    for before in ([], [{"tokens_seen": 0, "train_loss": None, "val_loss": 6.0}]):
-        training, validation = harness.plot_loss([*before, *records], "v3").axes[0].get_lines()
-        assert training.get_xydata().tolist() == [[1, 4], [2, 3]]
-        assert validation.get_xydata().tolist() == [*([[0, 6]] if before else []), [1, 5], [2, 4]]
+    module = load("v3", MAX_STEPS=4, EVAL_INTERVAL=2)
+    for constants in ([], [f"INIT_FROM={module.OUT_DIR}"]):
+        code, _, err = start(module, *constants)
+        assert code == 0, err
+        log = [{**line, "millions": line["tokens_seen"] / 1e6} for line in read_log(run_folder(module))]
+        assert [line["step"] for line in log] == ([0, 2, 4] if constants else [2, 4])
+        assert points(figures["loss.png"]) == {
+            "training (mean since the last point)": [[x["millions"], x["train_loss"]] for x in log[-2:]],
+            "validation": [[x["millions"], x["val_loss"]] for x in log],
+        }
+        assert (run_folder(module) / "loss.png").read_bytes().startswith(b"\x89PNG")
 
+
+def test_the_picture_of_the_extrapolation_has_every_scheme(load, figures):
+    module = load(V4, **SHORT, POSITION="alibi,rope", EXTRAPOLATION=(1, 2, 1_000_000 // 32))
+    summaries = module.main()
+    curves = points(figures["extrapolation.png"])
+    marked = curves.pop("training length")
+    assert marked[0][0] == marked[1][0] == 32
+    assert curves == {scheme: [[n, summary["extrapolation_bpb"][n]] for n in (32, 64)]
+                      for scheme, summary in summaries.items()}  # fmt: skip
+    assert (Path(module.OUT_DIR) / "extrapolation.png").read_bytes().startswith(b"\x89PNG")
 
 
 @pytest.mark.parametrize("name", ["v0", V4])
 def test_pictures_that_cannot_be_drawn_cost_a_line(name, load, start, monkeypatch):
-    def fail(*arguments):
-        raise RuntimeError("no font\nmore lines")
+    def fail(*arguments, **options):
+        raise ValueError("no font\nmore lines")
 
     module = load(name, **SHORT)
-    for plot in ("plot_embeddings", "plot_schemes"):
-        monkeypatch.setattr(module, plot, fail, raising=False)
-    monkeypatch.setattr(harness, "plot_loss", fail)
+    monkeypatch.setattr(Figure, "savefig", fail)
     code, out, err = start(module)
     assert (code, err) == (0, "")
-    pictures = {"v0": {"loss.png"}, V4: {"loss.png", "embeddings.png", "extrapolation.png"}}[name]
+    pictures = {"v0": {"loss.png"}, V4: {"loss.png", "extrapolation.png"}}[name]
     assert all(f"{picture} was not drawn: no font\n" in out for picture in pictures)
-    assert "summary.json" in names(module.OUT_DIR) and not [*Path(module.OUT_DIR).rglob("*.png")]
+    assert "summary.json" in names(run_folder(module)) and not [*Path(module.OUT_DIR).rglob("*.png")]
 
 
 def test_without_matplotlib_a_run_has_all_but_its_pictures(load, start, monkeypatch):
@@ -494,36 +610,37 @@ def test_without_matplotlib_a_run_has_all_but_its_pictures(load, start, monkeypa
     module = load(V4, **SHORT)
     code, out, err = start(module)
     assert (code, err) == (0, "")
-    assert "loss.png was not drawn: " in out and "embeddings.png was not drawn: " in out
+    assert "loss.png was not drawn: " in out and "extrapolation.png was not drawn: " in out
     assert names(run_folder(module)) >= {"summary.json", "sample.txt", "model.pt", "log.jsonl"}
 
 
-VOCABULARIES = {  # texts that vocabularies without the English words of v4 are learned on
-    "tiny": "the cat sat on the mat and the rat saw the cat " * 30,
-    "Chinese": "天地玄黄宇宙洪荒日月盈昃辰宿列张寒来暑往秋收冬藏" * 40 + "天地玄黄" * 60,
-    "code": "$x = $y{'$a'}; $_ =~ s/$^A/$$/g; print $x->{'$b$'}, \"$x_{1}^2$\"; \\frac $\\alpha$ " * 40,
-}
+@pytest.mark.parametrize("name", ["v0", *LATE_RUNGS])
+def test_a_run_without_a_terminal_says_how_far_it_is(name, load, start, monkeypatch):
+    """Every 30 seconds, by a clock in which a step takes 8 seconds and an evaluation 6."""
+    module, now = load(name, MAX_STEPS=16, EVAL_INTERVAL=4), [0.0]
+    step, evaluate = harness.Run.step, module.evaluate
 
+    def after(seconds, function, *arguments, **options):
+        now[0] += seconds
+        return function(*arguments, **options)
 
-@pytest.mark.parametrize("kind", VOCABULARIES)
-def test_embeddings_are_drawn_with_any_vocabulary(kind, load, monkeypatch, tmp_path):
-    module = load(V4)
-    tokenizer = BPETokenizer.train(VOCABULARIES[kind], 300)
-    model = random_model(module, tokenizer.vocab_size)
-    figure = module.plot_embeddings(model, tokenizer)
-    figure.savefig(tmp_path / "a.png")
-    assert figure.axes[0].texts
-    found = module.nearest_neighbours(model, tokenizer)
-    assert found and all(len(neighbours) == 6 for neighbours in found.values())
-
-
-@pytest.mark.parametrize("vocabulary", [SMALL_VOCABULARY, "bpe_vocab.json"])
-def test_embeddings_are_drawn_with_the_vocabularies_of_the_project(vocabulary, load):
-    module = load(V4)
-    tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary))
-    figure = module.plot_embeddings(random_model(module, tokenizer.vocab_size), tokenizer)
-    assert len(figure.axes[0].texts) == len(module.single_tokens(
-        [" " + word for words in module.WORDS.values() for word in words.split()], tokenizer))  # fmt: skip
+    for file in (harness.run, harness.report):
+        monkeypatch.setattr(file, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    monkeypatch.setattr(harness.Run, "step", lambda *arguments: after(8, step, *arguments))
+    monkeypatch.setattr(module, "evaluate", functools.partial(after, 6, evaluate))
+    code, out, err = start(module)
+    assert (code, err) == (0, "")
+    progress = [line for line in out.splitlines() if re.match(r"step +\d+ of", line)]
+    # Seconds after each step, with a star where 30 have passed: 8 16 24 32* 46 54 62* 70 84 92* 100 108 122* 130 ...
+    seen = [int(re.match(r"step +(\d+) of 16  loss \d\.\d{3}  32 tokens/s  about ", line)[1]) for line in progress]
+    assert seen == [4, 7, 10, 13]
+    rest = [line.partition("about ")[2] for line in progress]
+    assert rest[1:] == [f"{8 * (16 - step) + 6 * math.ceil((16 - step) / 4)} s left" for step in seen[1:]]
+    estimate = 14 * 8 + 4 * len(data.load_tokens(SMALL_VOCABULARY)["val"]) / 32 / 3  # forward: a third
+    assert f"14 more steps will take about {estimate / 60:.0f} min\n" in out  # said after ten seconds
+    summary = json.loads((run_folder(module) / "summary.json").read_text())
+    assert summary["train_seconds"] == 16 * 8 and summary["tokens_per_second"] == 32
+    assert [line["seconds"] for line in read_log(run_folder(module))] == [32, 64, 96, 128]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -549,7 +666,7 @@ def test_a_finished_run_with_more_steps_goes_on(name, load, start):
     assert code == 0, err
     assert "going on with other constants: MAX_STEPS was 8 and is 12\n" in out and "going on from step 8\n" in out
     jump = re.search("^MAX_STEPS decides the schedule: the learning rate goes from (\\S+) to (\\S+) here", out, re.M)
-    assert bool(jump) == (name in LATE)
+    assert bool(jump) == (name in LATE_RUNGS)
     if name == "v3":  # warm-up of 4, then half a cosine to step 12
         assert float(jump[2]) == pytest.approx(module.LEARNING_RATE * module.lr_factor(8), rel=1e-2)
     assert [line["step"] for line in read_log(run_folder(module))] == [4, 8, 12]
@@ -598,7 +715,7 @@ def test_what_a_resumed_run_may_change(name, trained, load, start):
     assert read_log(run_folder(module))[-1]["step"] == 3
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_the_rates_of_a_resumed_run_are_those_of_the_constants(name, trained, load, monkeypatch, start):
     module, rates = trained(name, MAX_STEPS=4, EVAL_INTERVAL=2, WARMUP_STEPS=0), []
     step = harness.Run.step
@@ -608,7 +725,7 @@ def test_the_rates_of_a_resumed_run_are_those_of_the_constants(name, trained, lo
     assert rates[0][0] == pytest.approx(0.5 * module.lr_factor(4))
 
 
-@pytest.mark.parametrize("name", ["v1", *LATE])
+@pytest.mark.parametrize("name", ["v1", *LATE_RUNGS])
 def test_resuming_with_another_text_or_tokenizer_is_refused(name, trained, start):
     module = trained(name)
     path = run_folder(module) / "checkpoint.pt"
@@ -622,22 +739,22 @@ def test_resuming_with_another_text_or_tokenizer_is_refused(name, trained, start
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_type_that_auto_chose_is_kept(dtype, trained, load, start, monkeypatch):
     """On another machine, or at another load, auto would choose anew."""
-    monkeypatch.setattr(harness, "_dtypes", {"cpu": dtype})
+    monkeypatch.setattr(harness.distributed, "auto_dtypes", {"cpu": dtype})
     module = trained("v3", DTYPE="auto")
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
-    monkeypatch.setattr(harness, "_dtypes", {"cpu": other})
+    monkeypatch.setattr(harness.distributed, "auto_dtypes", {"cpu": other})
     code, out, err = start(module, "RESUME=True", "MAX_STEPS=4")
     assert code == 0, err
     assert "matrix products" not in out
     assert json.loads((Path(module.OUT_DIR) / "summary.json").read_text())["dtype"] == dtype
-    monkeypatch.setattr(harness, "_dtypes", {"cpu": dtype})
+    monkeypatch.setattr(harness.distributed, "auto_dtypes", {"cpu": dtype})
     load("v3", **SHORT)
     code, out, err = start(module, "RESUME=True", "MAX_STEPS=6", f"DTYPE={other}")
     assert code == 0, err
     assert f"matrix products were {dtype} and are {other} from here on\n" in out
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_a_model_that_is_not_compiled_any_more_is_named(name, trained, load, start, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda model: model)
     module = trained(name, COMPILE=True)
@@ -764,14 +881,14 @@ def test_a_prompt_finds_the_run_of_the_repository(trained, start, monkeypatch, t
     module = trained("v3")
     (tmp_path / "elsewhere").mkdir()
     monkeypatch.chdir(tmp_path / "elsewhere")
-    monkeypatch.setattr(harness, "__file__", str(tmp_path / "harness.py"))
+    monkeypatch.setattr(harness.models, "__file__", str(tmp_path / "harness" / "models.py"))
     code, out, err = start(module, "PROMPT=a", "OUT_DIR=v3")
     assert code == 0 and out.startswith("a"), err
     assert_refused(start(module, "PROMPT=a", "OUT_DIR=none"), f"no trained model in {tmp_path}/elsewhere/none or "
                    f"{tmp_path}/none", "train one first")  # fmt: skip
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_prompts_that_cannot_be_continued_are_refused(name, trained, load, start):
     module = trained(name)
     assert_refused(start(module, "PROMPT=\udc80"), "surrogate")
@@ -859,18 +976,18 @@ def test_several_runs_are_loaded_at_once(trained):
 def test_a_run_of_a_rung_that_is_gone_is_refused_in_one_line(trained):
     path = run_folder(trained("v0")) / "model.pt"
     torch.save({**torch.load(path, weights_only=True), "rung": "v99"}, path)
-    with pytest.raises(ValueError, match="is of v99.py, which cannot be imported from here"):
+    with pytest.raises(ValueError, match="is of v99.py, which cannot be imported here"):
         harness.load(path.parent)
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_a_run_starts_from_the_weights_of_another(name, trained, load, start):
     """Its first evaluation is the last one of the other run; moved aside or not, it is named by its folder."""
     module = trained(name)
     kept, folder = kept_weights(module, *(["alibi"] if name == V4 else [])), module.OUT_DIR
     best = json.loads((run_folder(module) / "summary.json").read_text())["val_loss"]
     for out in (folder + " tuned", folder):  # beside the other run, or in its place
-        still = {"LEARNING_RATE": 0.0} | ({"LEARNING_RATE_ADAMW": 0.0} if name == V4 else {})
+        still = {"LEARNING_RATE": 0.0} | ({"LEARNING_RATE_ADAMW": 0.0} if name in MODERN else {})
         load(name, **SHORT, **still, INIT_FROM=folder, OUT_DIR=out)
         code, text, err = start(module)
         assert code == 0, err
@@ -881,7 +998,7 @@ def test_a_run_starts_from_the_weights_of_another(name, trained, load, start):
     assert start(module, "RESUME=True")[0] == 0  # the checkpoint has the weights
 
 
-@pytest.mark.parametrize("name", LATE)
+@pytest.mark.parametrize("name", LATE_RUNGS)
 def test_weights_of_another_shape_or_vocabulary_are_refused_in_one_line(name, trained, load, start):
     module = trained(name)
     folder = module.OUT_DIR
@@ -891,10 +1008,10 @@ def test_weights_of_another_shape_or_vocabulary_are_refused_in_one_line(name, tr
     load(name, **new, VOCABULARY="bpe_vocab.json")
     assert_refused(start(module), "another vocabulary", "--vocabulary", "vocabulary.json")
     load(name, **new, BLOCK_SIZE=16)
-    if name == "v3":  # its table of positions has a row for each token of a window
-        assert_refused(start(module), "set BLOCK_SIZE=32")
-    else:
+    if name == V4:
         assert start(module)[0] == 0
+    else:  # the table of positions has a row for each token of a window
+        assert_refused(start(module), "set BLOCK_SIZE=32")
     load(name, **{**new, "INIT_FROM": str(run_folder(trained("v2")))})
     assert_refused(start(module), "of v2.py", name)
 
