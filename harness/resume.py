@@ -53,14 +53,15 @@ def load_checkpoint(run):
     is none, ValueError if it is of another run."""
     keys = ("model", "optimizers", "step", "best", "bad_evals", "log", "losses", "seconds", "rates", "dataset",
             "fingerprint", "hyperparameters", "dtype", "made_by")  # fmt: skip
-    path, before = run.out_dir / "checkpoint.pt", run.out_dir / "checkpoint_before.pt"
+    new, before = run.out_dir / "checkpoint_new.pt", run.out_dir / "checkpoint_before.pt"
+    path = new if new.exists() else run.out_dir / "checkpoint.pt"  # new: a kill came before it took its place
     try:
         saved = read_file(path, keys)
     except (OSError, ValueError) as error:
         if not before.exists():
             raise
         say(f"{error}; going on from the checkpoint before it")
-        path, saved = before, read_file(before, keys)
+        path, saved, run.damaged = before, read_file(before, keys), path
     run.before = {key: saved[key] for key in ("hyperparameters", "rates", "made_by")}
     check_same_run(run, saved)
     set_weights(run.model, saved["model"], path)

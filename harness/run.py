@@ -38,6 +38,7 @@ class Run:
         self.state = SimpleNamespace(step=0, best=math.inf, bad_evals=0)
         self.records, self.losses, self.seconds = [], [], 0.0  # evaluations, losses since the last, of training
         self.before = self.progress = None  # before: what a checkpoint says of the run until then
+        self.damaged = None  # a checkpoint that could not be read
         self.compiled, self.signals, self.handlers, self.stack = False, [], {}, contextlib.ExitStack()
 
     def __enter__(self):
@@ -208,9 +209,10 @@ class Run:
             "fingerprint": self.tokens["train"].fingerprint, "hyperparameters": self.constants,
             "made_by": self._made_by(),
         })  # fmt: skip
-        if newest.exists():
+        if newest.exists() and newest != self.damaged:
             newest.replace(self.out_dir / "checkpoint_before.pt")
         new.replace(newest)
+        self.damaged = None
 
     def rates(self):
         """The learning rates of all groups of parameters, as they are now."""
