@@ -2,6 +2,7 @@
 why not."""
 
 import json
+import os
 import pickle
 import re
 import runpy
@@ -189,6 +190,8 @@ def test_v4_with_rope_becomes_an_arcee_and_comes_back(std, shape, load, tmp_path
         x = random_ids(3, 128, vocab_size=500)
         with torch.no_grad():
             assert (back(x) - ours(x)).abs().max() < 1e-5
+        with harness.override(vars(module), OUT_DIR=str(tmp_path / f"run of {folder}"), PROMPT=" The castle was"):
+            assert module.main().startswith(" The castle was")  # as the conversion says
         assert back.position == "rope" and back.rope_base == module.ROPE_BASE and back.block_size == 128
         assert vocabulary.fingerprint == BPETokenizer.load(VOCABULARY).fingerprint
 
@@ -264,9 +267,11 @@ def test_a_vocabulary_without_an_end_has_no_end(load, tmp_path, text):
 
 
 def test_what_transformers_does_not_compute_is_refused(load, tmp_path):
-    for name, why in {"v0": "bigrams", "v1": "MLP", "v1_1": "MLP", "v2": "LayerNorm stands after"}.items():
+    for name, why in {"v0": "bigrams", "v1": "MLP", "v1_1": "MLP", "v2": "LayerNorm stands after",
+                      "v3_1": "ReLU squared and without a gate learns a vector for each position"}.items():  # fmt: skip
         write_run(load(name), tmp_path / name)
-        assert why in refusal(tmp_path / name, tmp_path / "hf")
+        message = refusal(tmp_path / name, tmp_path / "hf")
+        assert message.startswith(f"{tmp_path / name} holds {name}, which") and why in message
     for scheme in SCHEMES:
         if scheme != "rope":
             write_run(load(V4), tmp_path / "schemes" / scheme, scheme)
@@ -308,7 +313,7 @@ def test_a_full_disk_leaves_what_was_there(name, load, tmp_path, monkeypatch):
     write_run(load("v3", N_LAYER=1), tmp_path / "other")
     convert(tmp_path / "run", tmp_path / "hf")
     before = {p.name: p.read_bytes() for p in (tmp_path / "hf").iterdir()}
-    fsync, calls = convert_hf.os.fsync, []
+    fsync, calls = os.fsync, []
 
     def full(file):
         calls.append(file)
@@ -316,7 +321,7 @@ def test_a_full_disk_leaves_what_was_there(name, load, tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
         fsync(file)
 
-    monkeypatch.setattr(convert_hf.os, "fsync", full)
+    monkeypatch.setattr(os, "fsync", full)
     for folder in ("hf", "new"):
         calls.clear()
         assert "No space left" in refusal(tmp_path / "other", tmp_path / folder)
@@ -566,5 +571,6 @@ def test_a_file_that_cannot_grow_ends_in_one_line(load, tmp_path):
     done = subprocess.run([sys.executable, "-c", code, str(ROOT / "convert_hf.py"), tmp_path / "run", tmp_path / "hf"],
                           cwd=ROOT, capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 1 and done.stdout == ""
-    assert done.stderr.startswith("convert_hf.py: cannot write to") and len(done.stderr.splitlines()) == 1
+    assert done.stderr.startswith(f"convert_hf.py: cannot write {tmp_path / 'hf'}")
+    assert len(done.stderr.splitlines()) == 1
     assert not any((tmp_path / "hf").iterdir())
