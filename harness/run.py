@@ -239,10 +239,10 @@ class Run:
         self._stop_if(stop)
 
     def _catch_signals(self):
-        """From now on Ctrl-C and SIGTERM let the step be finished; a second one ends the program at once."""
+        """From now on Ctrl-C and SIGTERM let the step be finished; a Ctrl-C after that ends the program at once."""
 
         def receive(number, frame):
-            if self.signals:
+            if self.signals and number == signal.SIGINT:  # a second SIGTERM may have been sent along with the first
                 raise KeyboardInterrupt
             self.signals.append(number)
 
