@@ -20,9 +20,9 @@ def read_file(path, keys):
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
-    except MemoryError:
-        raise
-    except Exception:  # torch and pickle raise many kinds for a damaged file
+    except Exception as error:  # torch and pickle raise many kinds for a damaged file
+        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+            raise
         raise ValueError(f"{path} is damaged or no file of this program; delete it and train again") from None
 
 
