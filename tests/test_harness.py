@@ -3,6 +3,7 @@
 import ast
 import contextlib
 import csv
+import dataclasses
 import errno
 import functools
 import importlib.util
@@ -45,6 +46,23 @@ def quick_pictures(request, monkeypatch):
     if "picture" not in request.node.name:
         for file in (harness.run, harness.report):
             monkeypatch.setattr(file, "draw_curves", lambda path, *_, **__: path.write_text("a picture"))
+
+
+def short_splits(*arguments):
+    tokens = data.load_tokens(*arguments)
+    return {k: v if k == "train" else dataclasses.replace(v, ids=v.ids[:600]) for k, v in tokens.items()}
+
+
+@pytest.fixture
+def load(load, monkeypatch):
+    """The same, with little to evaluate, which would take most of the time of a short run."""
+
+    def load_with_short_splits(name, **constants):
+        module = load(name, **constants)
+        monkeypatch.setattr(module, "load_tokens", short_splits)
+        return module
+
+    return load_with_short_splits
 
 
 @pytest.fixture
@@ -288,6 +306,23 @@ def test_a_rung_can_be_started_in_another_folder(tmp_path):
                           text=True, timeout=300)  # fmt: skip
     assert (done.returncode, done.stdout) == (1, "")
     assert done.stderr == "v0.py: MAX_STEPS=0 must be a whole number from 1 to 2147483647\n"
+
+
+def test_a_notebook_has_streams_of_another_kind(load, monkeypatch):
+    """%run starts a rung there; they cannot be reconfigured."""
+    module, out = load("v0", **SHORT), io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    monkeypatch.setattr(sys, "argv", ["v0.py"])
+    harness.start(vars(module))
+    assert "--- sample ---" in out.getvalue()
+
+
+def test_the_names_of_the_package_are_those_of_its_files():
+    for file, names in harness.NAMES.items():
+        for name in names:
+            assert getattr(harness, name) is getattr(importlib.import_module(f"harness.{file}"), name)
+    with pytest.raises(AttributeError, match="module 'harness' has no attribute 'Walk'"):
+        harness.Walk
 
 
 def test_a_mistake_of_the_program_keeps_its_traceback(load, monkeypatch, start):
@@ -636,7 +671,7 @@ def test_a_run_without_a_terminal_says_how_far_it_is(name, load, start, monkeypa
     assert seen == [4, 7, 10, 13]
     rest = [line.partition("about ")[2] for line in progress]
     assert rest[1:] == [f"{8 * (16 - step) + 6 * math.ceil((16 - step) / 4)} s left" for step in seen[1:]]
-    estimate = 14 * 8 + 4 * len(data.load_tokens(SMALL_VOCABULARY)["val"]) / 32 / 3  # forward: a third
+    estimate = 14 * 8 + 4 * 600 / 32 / 3  # of four evaluations: forward, a third of the work
     assert f"14 more steps will take about {estimate / 60:.0f} min\n" in out  # said after ten seconds
     summary = json.loads((run_folder(module) / "summary.json").read_text())
     assert summary["train_seconds"] == 16 * 8 and summary["tokens_per_second"] == 32
@@ -955,7 +990,7 @@ def test_a_run_is_loaded_ready_to_evaluate(name, trained, load):
     before = harness.constants(vars(module))
     model, tokenizer = harness.load(folder)
     assert harness.constants(vars(module)) == before and not model.training
-    tokens = data.load_tokens(SMALL_VOCABULARY)
+    tokens = module.load_tokens(SMALL_VOCABULARY)
     assert tokenizer.fingerprint == tokens["val"].fingerprint
     assert module.evaluate(model, tokens["val"])["loss"] == pytest.approx(summary["val_loss"], rel=1e-6)
     assert model(torch.tensor([[1, 2, 3]])).shape == (1, 3, tokenizer.vocab_size)

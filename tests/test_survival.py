@@ -401,8 +401,22 @@ def test_ctrl_c_in_the_evaluations_after_training_loses_nothing(name, run, strai
     assert all(torch.equal(p, straight(name)[2]["checkpoint.pt"][key]) for key, p in weights.items())
 
 
+def test_a_second_sigterm_does_not_cost_the_checkpoint(begin, tmp_path):
+    """torchrun passes on what a scheduler also sends to each process by itself."""
+    child = begin("v3", tmp_path, at={"batch 13": "hold"})
+    child.wait_for("holds at batch 13\n")
+    child.send(signal.SIGTERM)
+    child.wait_for("a signal came\n")
+    child.send(signal.SIGTERM)
+    child.let_go()
+    code, _, err = child.finish()
+    assert code == 143
+    assert "stopped after 14 steps; RESUME=True" in err and len(err.splitlines()) == 1
+    assert checkpoint(tmp_path, "v3")["step"] == 14
+
+
 @pytest.mark.parametrize("name", RUNGS)
-def test_a_second_signal_stops_at_once(name, begin, tmp_path):
+def test_a_second_ctrl_c_stops_at_once(name, begin, tmp_path):
     """In the middle of a step that never ends."""
     child = begin(name, tmp_path, at={"batch 0": "hold"})
     child.wait_for("holds at batch 0\n")
@@ -464,6 +478,13 @@ import data, harness
 data.DATA_DIR = Path({folder!r})
 harness.start(vars(importlib.import_module("v0")))
 """
+
+def environment_of_users():
+    """With PYTHONUNBUFFERED, which few users set, it would not show whether lines are there at once and whether the
+    last ones are lost."""
+    return {name: value for name, value in os.environ.items() if name != "PYTHONUNBUFFERED"}
+
+
 RESULTS = {"summary.json", "sample.txt", "loss.png", "model.pt", "log.jsonl", "checkpoint.pt"}
 
 
@@ -482,7 +503,7 @@ def test_a_pipe_whose_reader_has_gone_costs_no_results(folder, tmp_path):
     """A process of its own: the interpreter itself writes when it ends."""
     (tmp_path / "child.py").write_text(REAL.format(root=str(ROOT), folder=str(folder)), encoding="utf-8")
     shell = f'set -o pipefail; "$@" 2>&1 | head -n 1 > {tmp_path / "head"}'
-    environment = {**os.environ, "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
+    environment = {**environment_of_users(), "PYTHONIOENCODING": "cp1252", "OMP_NUM_THREADS": "1"}
     done = subprocess.run(["bash", "-c", shell, "bash", sys.executable, str(tmp_path / "child.py"),
                            *command_line("v0", tmp_path / "out", {})], capture_output=True, text=True, env=environment,
                           timeout=300)  # fmt: skip
@@ -495,7 +516,8 @@ def test_a_pipe_whose_reader_has_gone_costs_no_results(folder, tmp_path):
 def test_a_reader_that_has_seen_enough_is_no_error(command):
     """The rest of it is lost before it is written, at the latest when the interpreter ends."""
     shell = f'set -o pipefail; "$0" {command} | true'
-    done = subprocess.run(["bash", "-c", shell, sys.executable], cwd=ROOT, capture_output=True, text=True, timeout=300)
+    done = subprocess.run(["bash", "-c", shell, sys.executable], cwd=ROOT, capture_output=True, text=True,
+                          env=environment_of_users(), timeout=300)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -598,6 +620,19 @@ def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(name, siz
     assert code == 0, err
     assert f"going on from step {step}" in printed or step == 0
     assert run(name, tmp_path / "other", MAX_STEPS=1)[0] == 0
+
+
+LARGE = {"N_EMBD": 512, "MAX_STEPS": 1, "EVAL_INTERVAL": 1}  # a model of 15 MB, a checkpoint of 44 MB
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory is limited by what /proc says")
+def test_too_little_memory_to_load_a_checkpoint_is_not_called_damage(run, tmp_path):
+    code, _, err = run("v3", tmp_path, **LARGE)
+    assert code == 0, err
+    code, _, err = run("v3", tmp_path, limit=30_000_000, RESUME=True, **LARGE)
+    assert_one_line(code, err, "v3.py: out of memory; lower ")
+    code, out, err = run("v3", tmp_path, RESUME=True, **LARGE)
+    assert (code, err) == (0, "") and "going on from step 1\n" in out
 
 
 BIG = {"MICRO_BATCH_SIZE": 2048, "BATCH_SIZE": 2048, "BLOCK_SIZE": 8, "CHUNK_SIZE": 100_000, "N_HIDDEN": 8}
@@ -712,7 +747,7 @@ def test_sigterm_to_torchrun_saves(folder, tmp_path):
     (tmp_path / "child.py").write_text(code.format(root=str(ROOT), folder=str(folder)), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
     arguments = command_line(V4, tmp_path / "out", {**ALONE, "MAX_STEPS": 100_000, "EVAL_INTERVAL": 100_000})
-    environment, pipe = {**os.environ, "OMP_NUM_THREADS": "1"}, subprocess.PIPE
+    environment, pipe = {**environment_of_users(), "OMP_NUM_THREADS": "1"}, subprocess.PIPE
     run = subprocess.Popen([*torchrun, str(tmp_path / "child.py"), V4, *arguments], text=True, env=environment,
                            stdout=pipe, stderr=pipe)  # fmt: skip
     for line in run.stdout:
