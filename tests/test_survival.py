@@ -29,7 +29,6 @@ from common import COMPILED, LATE_RUNGS, MODERN, ROOT, RUNGS, V4
 
 import data
 import harness.report
-import harness.run
 from data import prepare
 
 STEPS = 60
@@ -64,8 +63,7 @@ def run_rung(name, arguments, folder, output, at=(), limit=0, threads=1, environ
     os.environ.update(environ or {})
     torch.set_num_threads(threads)
     data.DATA_DIR, at = folder, dict(at)
-    for file in (harness.run, harness.report):  # pictures take most of the time of a short run
-        file.draw_curves = lambda path, *_, **__: path.write_text("a picture")
+    harness.report.draw_curves = lambda path, *_, **__: path.write_text("a picture")  # else most of the time goes there
     rung = importlib.import_module(name)
     get_batch, evaluate, load_tokens, replace = rung.get_batch, rung.evaluate, rung.load_tokens, Path.replace
     evaluation_due, forward = harness.Run.evaluation_due, rung.LanguageModel.forward
@@ -582,7 +580,7 @@ def test_every_advice_for_a_loss_that_is_not_finite_trains_on(name, advice, run,
     code, out, err = run(name, tmp_path, RESUME=True, **{"DTYPE": "bfloat16", **advice})
     assert code == 0, err
     assert "going on from step 10\n" in out and "going on with other constants: " + [*advice][0] in out
-    assert ("matrix products were bfloat16 and are float32 from here on" in out) == ("DTYPE" in advice)
+    assert ("begun on" in out) == ("DTYPE" in advice)
     assert assert_finite(tmp_path, name) == STEPS
 
 
