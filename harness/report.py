@@ -1,6 +1,7 @@
 """What a run tells: progress while it trains, its summary, and pictures."""
 
 import contextlib
+import io
 import math
 import sys
 import time
@@ -31,7 +32,7 @@ class Progress:
         self.seconds = self.evaluation_seconds = 0.0  # of the steps so far, of the last evaluation
         self.estimated, self.last_line = False, time.perf_counter()
         terminal = sys.stderr.isatty() and not rank()
-        self.lines = not (sys.stdout.isatty() and sys.stderr.isatty())
+        self.print_lines = not (sys.stdout.isatty() and sys.stderr.isatty())
         self.bar = tqdm(total=self.max_steps, initial=self.step, desc="training", unit="step", disable=not terminal)
 
     def say(self, text):
@@ -53,7 +54,7 @@ class Progress:
         self.bar.update()
         if done % 10 == 1:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
-        if self.lines and now - self.last_line >= PROGRESS_SECONDS:
+        if self.print_lines and now - self.last_line >= PROGRESS_SECONDS:
             self.last_line = now
             say(f"step {self.step:5} of {self.max_steps:,}  loss {loss:.3f}  {rate:,.0f} tokens/s"
                 f"  about {duration(seconds_left)} left")  # fmt: skip
@@ -155,6 +156,8 @@ def draw_curves(path, curves, xlabel, ylabel, title, log_x=False, mark=None):
         axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
         axes.grid(alpha=0.3)
         axes.legend()
-        atomic_write(path, lambda file: figure.savefig(file, dpi=120, format="png"))
+        png = io.BytesIO()
+        figure.savefig(png, dpi=120, format="png")
+        atomic_write(path, lambda file: file.write(png.getvalue()))
     except Exception as error:  # matplotlib is missing, or cannot draw what it was given
         say(f"{path.name} was not drawn: {first_line(error)}")
