@@ -581,11 +581,11 @@ def test_v4_compares_the_schemes_that_were_trained_with_the_same_constants(load,
 
 @pytest.fixture
 def figures(monkeypatch):
-    """{file name: the figure that was saved in it}."""
+    """{title: the figure that was saved}."""
     found, savefig = {}, Figure.savefig
 
     def save(figure, file, **options):
-        found[Path(file.name).name.removeprefix("writing-")] = figure
+        found[figure.axes[0].get_title()] = figure
         savefig(figure, file, **options)
 
     monkeypatch.setattr(Figure, "savefig", save)
@@ -605,7 +605,7 @@ def test_the_picture_of_the_loss_has_every_evaluation(load, figures, start):
         assert code == 0, err
         log = [{**line, "millions": line["tokens_seen"] / 1e6} for line in read_log(run_folder(module))]
         assert [line["step"] for line in log] == ([0, 2, 4] if constants else [2, 4])
-        assert points(figures["loss.png"]) == {
+        assert points(figures["v3"]) == {
             "training (mean since the last point)": [[x["millions"], x["train_loss"]] for x in log[-2:]],
             "validation": [[x["millions"], x["val_loss"]] for x in log],
         }
@@ -615,7 +615,7 @@ def test_the_picture_of_the_loss_has_every_evaluation(load, figures, start):
 def test_the_picture_of_the_extrapolation_has_every_scheme(load, figures):
     module = load(V4, **SHORT, POSITION="alibi,rope", EXTRAPOLATION=(1, 2, 1_000_000 // 32))
     summaries = module.main()
-    curves = points(figures["extrapolation.png"])
+    curves = points(figures["v4: length extrapolation"])
     marked = curves.pop("training length")
     assert marked[0][0] == marked[1][0] == 32
     assert curves == {scheme: [[n, summary["extrapolation_bpb"][n]] for n in (32, 64)]
