@@ -275,7 +275,7 @@ def test_runs_of_different_texts_are_not_compared(folders, monkeypatch, data_dir
     with pytest.raises(ValueError, match="experiments/tiny_gpu are of 'wikitext-103-v1'"):
         texts.check_texts(todo, {}, gpu=True)
     store.write_text(path, json.dumps({"summary": {"dataset": "sample"}}))
-    with pytest.raises(FileNotFoundError, match="there is no text in novel"):
+    with pytest.raises(FileNotFoundError, match="there is no dataset folder novel"):
         texts.check_texts(todo, {"DATA": "novel"})
 
 

