@@ -105,6 +105,20 @@ print(shown)
 LIBRARIES = ("torch", "torch._dynamo", "matplotlib.pyplot", "matplotlib_inline.backend_inline", "pandas", "tqdm",
              "sklearn.decomposition", "sklearn.manifold", "adjustText", "IPython.core.interactiveshell")  # fmt: skip
 WITH_KERNEL = "04_training"  # one is run by nbconvert, as readers run it
+CHECKS = {  # a last cell, which computes by other means what a notebook shows
+    "05_what_it_learned": """
+table = model.embedding.weight.detach().double().numpy()
+table /= np.sqrt((table**2).sum(1, keepdims=True))
+assert len(neighbours) >= 4
+for word, found in neighbours.items():
+    (own,) = tokenizer.encode(word)
+    order = [i for i in np.argsort(-(table @ table[own])).tolist() if i != own]
+    assert found == [tokenizer.decode([i]) for i in order[:6]]
+drawn = table[[tokenizer.encode(" " + word)[0] for word in chosen.word]]
+drawn -= drawn.mean(0)
+_, axes_of_spread = np.linalg.eigh(drawn.T @ drawn)  # the largest last
+np.testing.assert_allclose(np.abs(flat["PCA"]), np.abs(drawn @ axes_of_spread[:, [-1, -2]]), atol=1e-3)
+"""}
 
 
 def quick(cell):
@@ -115,6 +129,7 @@ def quick(cell):
 def test_a_notebook_runs_on_the_sample(path, copy):
     """From a clean start and in order, in quick form; its asserts hold there as well."""
     cells = [quick(cell) for cell in read(copy / "notebooks" / path.name).cells if cell["cell_type"] == "code"]
+    cells += [CHECKS[path.stem]] if path.stem in CHECKS else []
     sources = copy / "notebooks" / f"{path.stem}.json"
     sources.write_text(json.dumps(cells), encoding="utf-8")
     env = os.environ | {"HF_HUB_OFFLINE": "1", "IPYTHONDIR": str(copy / "ipython")}
