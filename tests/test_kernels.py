@@ -103,15 +103,13 @@ def test_the_gradient_of_the_fast_alibi_is_that_of_the_bias(T):
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
-@pytest.mark.parametrize(("dtype", "n_head", "T"), [
-    (torch.bfloat16, 12, 200), (torch.float32, 3, 512),
-])  # fmt: skip
 @torch.no_grad()
-def test_the_fast_alibi_is_the_bias_when_compiled(dtype, n_head, T):
-    q, k, v = (x.to(dtype) for x in inputs(3, 1, n_head, T, 64))
+def test_the_fast_alibi_is_the_bias_when_compiled():
+    """In bfloat16, where positions and slopes take two numbers each; in blocks of queries, the last of them short."""
+    q, k, v = (x.bfloat16() for x in inputs(3, 1, 12, 200, 64))
     expected, _ = alibi_in_double(q, k, v)
-    compiled = torch.compile(kernels.ALiBiAttention(published_slopes(n_head), 256, "cpu"), dynamic=False)
-    assert distance_from(expected, compiled(q, k, v)) < 1.5 * TOLERANCE[dtype]
+    compiled = torch.compile(kernels.ALiBiAttention(published_slopes(12), 256, "cpu"), dynamic=False)
+    assert distance_from(expected, compiled(q, k, v)) < 1.5 * TOLERANCE[torch.bfloat16]
 
 
 @pytest.mark.skipif(not COMPILER, reason="needs a C++ compiler")
