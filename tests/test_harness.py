@@ -361,7 +361,7 @@ def test_v4_moves_the_scheme_aside_that_it_trains_again(load, start):
     start(module)
     assert names(out) == {"alibi", "rope", "extrapolation.png"}
     alibi = {path: path.read_bytes() for path in (out / "alibi").iterdir()}
-    assert start(module, "POSITION=rope")[1].count("is now in") == 1
+    assert start(module, "POSITION=rope,rope")[1].count("is now in") == 1
     assert names(out) == {"alibi", "rope", "rope.1", "extrapolation.png"}
     assert {path: path.read_bytes() for path in (out / "alibi").iterdir()} == alibi
     assert names(out / "rope.1") == names(out / "alibi") - {"lock"}
@@ -381,13 +381,14 @@ def test_a_run_that_is_refused_moves_nothing(load, start):
 def test_folders_of_the_users_own_keep_their_files(load, start, tmp_path):
     """They look like earlier runs by their names alone. They are not counted as runs either."""
     module, drafts = load("v1", **SHORT, OUT_DIR=str(tmp_path / "paper")), {}
-    for number in range(1, 11):
+    for number in (1, *range(3, 11)):
         drafts[tmp_path / f"paper.{number}" / "draft.txt"] = f"draft {number}" * 100_000
-        (tmp_path / f"paper.{number}").mkdir()
+    drafts[tmp_path / "notes.20" / "model.pt"] = "a model of paper"
     for path, text in drafts.items():
+        path.parent.mkdir()
         path.write_text(text)
     lines = [start(module)[1] for _ in range(3)]
-    assert names(tmp_path) == {"paper", *(f"paper.{number}" for number in range(1, 13))}
+    assert names(tmp_path) == {"paper", "notes.20", "paper.1", *(f"paper.{number}" for number in range(3, 13))}
     assert {path: path.read_text() for path in drafts} == drafts and all(len(names(p.parent)) == 1 for p in drafts)
     aside = [tmp_path / "paper.11", tmp_path / "paper.12"]
     size = [sum(path.stat().st_size for path in run.iterdir()) / 1e6 for run in aside]
@@ -533,6 +534,13 @@ def test_an_output_in_another_encoding_costs_no_results(encoding, load, monkeypa
     assert "summary.json" in names(run_folder(module))
 
 
+def test_a_line_on_a_stream_as_the_user_made_it(monkeypatch):
+    out = io.TextIOWrapper(io.BytesIO(), encoding="ascii")
+    monkeypatch.setattr(sys, "stdout", out)
+    harness.say("天 \udc80")
+    assert out.buffer.getvalue() == b"\\u5929 \\udc80\n"
+
+
 METRICS = ("loss", "bpb", "word_ppl", "top_1", "top_5", "calibration_error")
 
 
@@ -673,6 +681,9 @@ def test_a_run_without_a_terminal_says_how_far_it_is(name, load, start, monkeypa
     summary = json.loads((run_folder(module) / "summary.json").read_text())
     assert summary["train_seconds"] == 16 * 8 and summary["tokens_per_second"] == 32
     assert [line["seconds"] for line in read_log(run_folder(module))] == [32, 64, 96, 128]
+    out = start(module, "RESUME=True", "MAX_STEPS=32")[1]  # the steps before are not counted as steps of this run
+    progress = [line for line in out.splitlines() if re.match(r"step +\d+ of", line)]
+    assert len(progress) == 4 and all("  32 tokens/s  " in line for line in progress)
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -145,12 +145,13 @@ def test_flex_attention_serves_what_is_compiled_on_a_gpu(monkeypatch):
     """In windows of the length that it was prepared for; everything else takes the other forms."""
     calls, slopes = [], published_slopes(2)
     monkeypatch.setattr(kernels, "flex_parts", lambda *arguments: calls.append(arguments) or ("parts",))
-    monkeypatch.setattr(kernels, "alibi_by_flex_attention", lambda q, k, v, *parts: parts)
+    monkeypatch.setattr(kernels, "alibi_by_flex_attention", lambda q, k, v, *parts: (q, *parts))
     alibi, x = kernels.ALiBiAttention(slopes, 32, "cuda:0"), inputs(1, 2, 32, 8)
     assert calls == [(slopes, 32, "cuda:0")]
     assert alibi(x, x, x).shape == x.shape
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
-    assert alibi(x, x, x) == ("parts",)
+    q, *parts = alibi(x, x, x)
+    assert torch.equal(q, x * 8**-0.5) and parts == ["parts"]
     assert alibi(x[:, :, -1:], x, x).shape == (1, 2, 1, 8)
 
 
