@@ -587,6 +587,13 @@ def test_v4_compares_the_schemes_that_were_trained_with_the_same_constants(load,
         assert f"{Path(module.OUT_DIR) / scheme} is of other constants: it is not compared\n" in out
 
 
+def test_a_validation_loss_that_is_not_finite_ends_the_run(load, start, monkeypatch):
+    """The losses of the steps before may all be finite."""
+    module = load("v3", **SHORT)
+    monkeypatch.setattr(module, "evaluate", lambda *_: {"loss": math.nan, "bpb": math.nan})
+    assert_refused(start(module), "v3.py: the validation loss is nan at step 1 (LEARNING_RATE=")
+
+
 @pytest.fixture
 def figures(monkeypatch):
     """{title: the figure that was saved}."""
@@ -913,11 +920,18 @@ def test_a_prompt_is_continued_by_the_model_as_trained(name, prompt, trained, lo
     assert tokenizer.decode([*ids, *module.generate(model, ids, 40)]) + "\n" == out
 
 
-def test_a_prompt_finds_the_scheme_that_was_trained(trained, load, start):
-    module = trained(V4, POSITION="rope")
-    load(V4, PROMPT=" The", POSITION="alibi,rope")
-    code, out, err = start(module)
-    assert code == 0 and out.startswith(" The"), err
+def test_a_prompt_finds_the_scheme_that_was_trained(trained, load, start, monkeypatch):
+    """The first of those that POSITION names, or else any other."""
+    module, read, found = trained(V4, POSITION="rope"), harness.models.read_model, []
+    folder = run_folder(module)
+    monkeypatch.setattr(harness.models, "read_model", lambda folder: found.append(folder.name) or read(folder))
+    load(V4, PROMPT=" The")
+    for position in ("alibi,rope", "alibi"):
+        code, out, err = start(module, f"POSITION={position}")
+        assert code == 0 and out.startswith(" The"), err
+    shutil.copytree(folder, folder.with_name("alibi"))
+    assert start(module, "POSITION=rope,alibi")[0] == start(module, "POSITION=none")[0] == 0
+    assert found == ["rope", "rope", "rope", "alibi"]
 
 
 def test_a_prompt_finds_the_run_of_the_repository(trained, start, monkeypatch, tmp_path):
@@ -1102,13 +1116,14 @@ def test_the_norm_is_that_before_clipping(load, start):
 
 @pytest.mark.parametrize("damaged", [False, True])
 def test_a_resumed_run_goes_on_with_its_rows(damaged, load, start):
-    """Rows of steps after the checkpoint are those of a run that was killed: they are made again."""
+    """Rows of steps after the checkpoint are those of a run that was killed: they are made again. The last of them may
+    have been cut, here after the first digit of its step."""
     module = load("v1", MAX_STEPS=4, EVAL_INTERVAL=2)
     assert start(module)[0] == 0
     path = run_folder(module) / "steps.csv"
     before = read_steps(path.parent)
     with open(path, "a") as file:
-        file.write("5,1280,1.0,1.0,1.0,1\n6,15")
+        file.write("5,1280,1.0,1.0,1.0,1\n1")
     if damaged:
         path.write_bytes(b"\xff\0")
     assert start(module, "RESUME=True", "MAX_STEPS=6")[0] == 0
