@@ -29,7 +29,7 @@ def attention(q, k, v, scale=None):
     T, K = q.size(2), k.size(2)
     if 1 < T < K:  # is_causal would let the queries start at the first key
         return F.scaled_dot_product_attention(q, k, v, attn_mask=_past(T, K, q.device), scale=scale)
-    if T > 512 or q.device.type != "cpu" or not torch.compiler.is_compiling():
+    if T == 1 or T > 512 or q.device.type != "cpu" or not torch.compiler.is_compiling():
         return F.scaled_dot_product_attention(q, k, v, is_causal=T > 1, scale=scale)
     # On a CPU the backward pass of that function is slow in short windows. Compiled matrix products are faster: 128
     # queries at a time, with the keys up to the last of them.

@@ -35,9 +35,11 @@ def test_attention_in_blocks_of_queries_is_that_of_torch(T, scale, monkeypatch):
         close(our, their, 1e-12)
 
 
+@pytest.mark.parametrize("compiling", [False, True])
 @pytest.mark.parametrize(("T", "K"), [(1, 1), (1, 9), (4, 9), (8, 9), (9, 9)])
-def test_queries_are_those_of_the_last_tokens(T, K):
+def test_queries_are_those_of_the_last_tokens(T, K, compiling, monkeypatch):
     """With and without ALiBi, the result for the last tokens is the end of that for all."""
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: compiling)
     q, k, v = inputs(3, 2, 4, K, 8, dtype=torch.double).unbind()
     alibi = kernels.ALiBiAttention(published_slopes(4), 16, "cpu")
     for attention in (kernels.attention, alibi):
