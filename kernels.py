@@ -57,21 +57,31 @@ class ALiBiAttention:
     """
 
     def __init__(self, slopes, block_size, device):
-        self.slopes, self.flex = slopes, None
+        self.slopes, self.block_size, self.flex, self.row = slopes, block_size, None, None
         if torch.device(device).type == "cuda":
             self.flex = flex_parts(slopes, block_size, device)
 
     def __call__(self, q, k, v):
         """`k`, `v` (B, H, K, D); `q` (B, H, T, D) are the queries of the last T of the K tokens."""
         T, K, D = q.size(2), k.size(2), q.size(3)
-        if T < K:  # new tokens after those in a cache
+        if T == 1 < K:  # a new token after those in a cache
+            return F.scaled_dot_product_attention(q, k, v, attn_mask=self.last_row(q, K))
+        if T < K:
             distance = torch.arange(K, device=q.device) - torch.arange(K - T, K, device=q.device)[:, None]  # (T, K)
             bias = torch.tensor(self.slopes, device=q.device)[:, None, None] * distance  # (H, T, K)
-            bias = bias.masked_fill(distance > 0, -math.inf) if T > 1 else bias
+            bias = bias.masked_fill(distance > 0, -math.inf)
             return F.scaled_dot_product_attention(q, k, v, attn_mask=bias.to(q.dtype)[None])
         if self.flex and torch.compiler.is_compiling():
             return alibi_by_flex_attention(q * D**-0.5, k, v, *self.flex)
         return attention(*alibi_in_the_dot_product(q * D**-0.5, k, v, self.slopes), scale=1.0)[..., :D]
+
+    def last_row(self, q, K):
+        """The bias of the last of K tokens, (1, H, 1, K): the end of a longer row, which is kept for later tokens."""
+        if self.row is None or self.row.size(-1) < K or (self.row.dtype, self.row.device) != (q.dtype, q.device):
+            with torch.inference_mode(False):  # it may be used later where gradients are computed
+                distance = torch.arange(1 - max(self.block_size, K), 1, device=q.device)
+                self.row = (torch.tensor(self.slopes, device=q.device)[:, None, None] * distance).to(q.dtype)[None]
+        return self.row[..., self.row.size(-1) - K :]
 
 
 def alibi_in_the_dot_product(q, k, v, slopes):

@@ -46,6 +46,22 @@ def test_queries_are_those_of_the_last_tokens(T, K, compiling, monkeypatch):
         close(attention(q[:, :, K - T :], k, v), attention(q, k, v)[:, :, K - T :], 1e-5)
 
 
+def test_the_bias_of_the_last_token_is_kept_and_right_for_every_length():
+    """Also beyond the window that it was made for, in another type, and with gradients after a use without them."""
+    alibi = kernels.ALiBiAttention(published_slopes(4), 16, "cpu")
+    with torch.inference_mode():
+        q, k, v = inputs(3, 1, 4, 40, 8).unbind()
+        expected = alibi(q, k, v)
+        rows = set()
+        for K in (2, 5, 16, 17, 40, 3):
+            close(alibi(q[:, :, K - 1 : K], k[:, :, :K], v[:, :, :K]), expected[:, :, K - 1 : K], 1e-5)
+            rows.add(alibi.row.size(-1))
+    assert rows == {16, 17, 40}
+    x = inputs(1, 4, 9, 8).bfloat16().requires_grad_()
+    alibi(x[:, :, -1:], x, x).sum().backward()
+    assert alibi.row.dtype == torch.bfloat16 and x.grad.isfinite().all()
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("n_head", [3, 4, 12])
 def test_the_dot_product_holds_the_bias_exactly(dtype, n_head):
