@@ -330,8 +330,6 @@ FAULTS = [
     ("kernels.py", "values stay wide", "scale=1.0)[..., :D]", "scale=1.0)"),
     ("kernels.py", "new tokens with ALiBi have no mask",
      "            bias = bias.masked_fill(distance > 0, -math.inf)\n", ""),
-    ("kernels.py", "the kept row of ALiBi is cut at its other end", "self.row[..., self.row.size(-1) - K :]",
-     "self.row[..., :K]"),
     ("kernels.py", "the kept row of ALiBi never grows", " or self.row.size(-1) < K or", " or"),
     ("kernels.py", "new tokens with ALiBi are the first", "torch.arange(K - T, K, device=q.device)[:, None]",
      "torch.arange(T, device=q.device)[:, None]"),
