@@ -46,6 +46,7 @@ import bpe.pretokens
 import bpe.unicode
 from bpe import shown
 from bpe.pretokens import utf8
+from harness.errors import FileError, MissingFileError, UserError
 from harness.files import atomic_write
 
 # ----------------------------------------------------------------------------------------------------------
@@ -223,8 +224,8 @@ class BPETokenizer:
             raise TypeError(f"progress must be a function, not {shown(progress)}")
         n_merges = index(vocab_size) - 256 - len(special_tokens)
         if n_merges < 0:
-            raise ValueError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
-                             "tokens must fit")
+            raise UserError(f"vocab_size={vocab_size} is too small: 256 bytes and {len(special_tokens)} special "
+                            "tokens must fit")
         counts = bpe.pretokens.count_pretokens(texts, _bulk_pattern(pattern))
         return cls(bpe.learn.learn_merges(counts, n_merges, progress), special_tokens, pattern)
 
@@ -391,10 +392,14 @@ class BPETokenizer:
             for key, value in tokenizer._contents().items():
                 if json.dumps(stored.get(key)) != json.dumps(value):  # as text, since to Python true and 1 are equal
                     raise ValueError(f"its {key} does not match the rest of it")
+        except FileNotFoundError:
+            raise MissingFileError(f"there is no vocabulary {path}") from None
+        except OSError as error:
+            raise FileError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:  # json and UTF-8 errors are ValueErrors too
             reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-            raise ValueError(f"cannot use the vocabulary {path}: {reason}; make it again or take the committed one "
-                             "(git checkout)") from None
+            raise UserError(f"cannot use the vocabulary {path}: {reason}; make it again or take the committed one "
+                            "(git checkout)") from None
         return tokenizer
 
     @classmethod

@@ -33,6 +33,7 @@ import v3
 import v4_alibi_rope as v4
 from bpe_tokenizer import BPETokenizer
 from harness.cli import first_line, robust_streams
+from harness.errors import FileError, MissingFileError, UserError
 
 try:
     import safetensors.torch
@@ -108,7 +109,7 @@ def from_gpt2(config, tensors):
     })  # fmt: skip
     dropout = config.get("resid_pdrop", 0.1)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise ValueError(f"config.json: resid_pdrop is {dropout!r}; it must be a number from 0 to below 1")
+        raise UserError(f"config.json: resid_pdrop is {dropout!r}; it must be a number from 0 to below 1")
     bare, tensors = tensors, {}
     for name, tensor in bare.items():
         whole = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
@@ -120,7 +121,7 @@ def from_gpt2(config, tensors):
     table = gpt2_tensors(V, T, C, n_layer)
     _check_tensors(tensors, dict(table.values()), "v3")
     if tied and not torch.equal(tensors["lm_head.weight"].float(), wte.float()):
-        raise ValueError("lm_head.weight is not wte.weight, and config.json ties them (tie_word_embeddings)")
+        raise UserError("lm_head.weight is not wte.weight, and config.json ties them (tie_word_embeddings)")
     shape = {"BLOCK_SIZE": T, "N_LAYER": n_layer, "N_HEAD": n_head, "N_EMBD": C, "DROPOUT": float(dropout)}
     return shape, {ours: turned(theirs, tensors[theirs]) for ours, (theirs, _) in table.items()}
 
@@ -179,16 +180,16 @@ def from_arcee(config, tensors):
     base = rope.get("rope_theta") if isinstance(rope, dict) else None
     plain = rope == {"rope_type": "default", "rope_theta": base} and config.get("rope_theta", base) == base
     if not plain or type(base) not in (int, float) or not 1 < base <= 1e38:
-        raise ValueError(f"config.json: rope_parameters is {rope!r}, and v4 computes plain RoPE of a rope_theta > 1")
+        raise UserError(f"config.json: rope_parameters is {rope!r}, and v4 computes plain RoPE of a rope_theta > 1")
     _check_tensors(tensors, arcee_tensors(V, C, n_layer), "v4")
     for name, tensor in tensors.items():
         if tensor.dim() == 1 and not (tensor == 1).all():
-            raise ValueError(f"the weights of {name} are not all 1, and the RMSNorm of v4 has none")
+            raise UserError(f"the weights of {name} are not all 1, and the RMSNorm of v4 has none")
     # Undo the norm: a row of mean square s became one of m = s / (s + eps), so s = eps m / (1 - m).
     table = tensors["model.embed_tokens.weight"].double()
     m = table.square().mean(1, keepdim=True)
     if m.max() > 1 + 1e-6:
-        raise ValueError("rows of model.embed_tokens.weight are longer than the RMSNorm that v4 has there leaves them")
+        raise UserError("rows of model.embed_tokens.weight are longer than the RMSNorm that v4 has there leaves them")
     state = {"embedding.weight": (table * (RMS_EPS / (1 - m).clamp(min=1e-9)).sqrt()).float(),
              "head.weight": tensors["lm_head.weight"]}  # fmt: skip
     for i in range(n_layer):
@@ -211,7 +212,7 @@ def _count(config, field):
     """A field of config.json that must be a positive integer. Raises ValueError."""
     value = config.get(field)
     if type(value) is not int or not 1 <= value < 2**31:
-        raise ValueError(f"config.json: {field} is {value!r}; it must be a whole number from 1 on")
+        raise UserError(f"config.json: {field} is {value!r}; it must be a whole number from 1 on")
     return value
 
 
@@ -220,22 +221,22 @@ def _same(config, rung, allowed, must=()):
     may leave out those that are not in `must`."""
     for field, values in allowed.items():
         if (field in config or field in must) and config.get(field) not in values:
-            raise ValueError(f"config.json: {field} is {config.get(field)!r}, and {rung} computes "
-                             f"{' or '.join(map(repr, values))}")  # fmt: skip
+            raise UserError(f"config.json: {field} is {config.get(field)!r}, and {rung} computes "
+                            f"{' or '.join(map(repr, values))}")  # fmt: skip
 
 
 def _check_tensors(tensors, shapes, rung):
     """Raises ValueError, naming the tensor, if `tensors` are not those of `shapes`, {name: shape}."""
     for name, shape in shapes.items():
         if name not in tensors:
-            raise ValueError(f"the tensor {name} is missing")
+            raise UserError(f"the tensor {name} is missing")
         found, dtype = tuple(tensors[name].shape), tensors[name].dtype
         if found != shape:
-            raise ValueError(f"the tensor {name} has the shape {found}, and by config.json it would be {shape}")
+            raise UserError(f"the tensor {name} has the shape {found}, and by config.json it would be {shape}")
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise ValueError(f"the tensor {name} is of {dtype}; float32, float16 and bfloat16 are read")
+            raise UserError(f"the tensor {name} is of {dtype}; float32, float16 and bfloat16 are read")
     if extra := sorted(tensors.keys() - shapes):
-        raise ValueError(f"there is no place in {rung} for the tensor {extra[0]}")
+        raise UserError(f"there is no place in {rung} for the tensor {extra[0]}")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -248,11 +249,13 @@ def _read_json(path):
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
-        raise FileNotFoundError(f"there is no {path.name} in {path.parent}") from None
+        raise MissingFileError(f"there is no {path.name} in {path.parent}") from None
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror})") from None
     except (ValueError, RecursionError):
         content = None
     if not isinstance(content, dict):
-        raise ValueError(f"{path} is damaged")
+        raise UserError(f"{path} is damaged")
     return content
 
 
@@ -262,23 +265,23 @@ def read_weights(folder):
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         place = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(place, dict) or not all(isinstance(x, str) and Path(x).name == x for x in place.values()):
-            raise ValueError(f"{folder / INDEX} is damaged")
+            raise UserError(f"{folder / INDEX} is damaged")
     elif not (folder / WEIGHTS).exists():
         if any(folder.glob("*.bin")):
-            raise ValueError(f"the weights in {folder} are a pickle, which can run a program, and only safetensors are "
-                             f"read; write them with AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
-                             " of transformers, if you trust them")  # fmt: skip
-        raise FileNotFoundError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}")
+            raise UserError(f"the weights in {folder} are a pickle, which can run a program, and only safetensors are "
+                            f"read; write them with AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
+                            " of transformers, if you trust them")  # fmt: skip
+        raise MissingFileError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}")
     tensors = {}
     for file in sorted({*place.values()} or {WEIGHTS}):
         if not (folder / file).exists():
-            raise FileNotFoundError(f"there is no {file} in {folder}, and {INDEX} names it")
+            raise MissingFileError(f"there is no {file} in {folder}, and {INDEX} names it")
         try:
             tensors |= safetensors.torch.load_file(folder / file)
-        except OSError:
-            raise
+        except OSError as error:
+            raise FileError(f"{folder / file} cannot be read ({error.strerror or error})") from None
         except Exception as error:  # of many kinds, for what is damaged or newer than the library
-            raise ValueError(f"{folder / file} is damaged: {first_line(error)}") from None
+            raise UserError(f"{folder / file} is damaged: {first_line(error)}") from None
     return tensors
 
 
@@ -288,7 +291,7 @@ def write_files(folder, files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"cannot write to {folder}: {error.strerror}") from None
+        raise FileError(f"cannot write to {folder}: {error.strerror}") from None
     with harness.atomic_writes() as write_one:
         for name, write in files.items():
             write_one(folder / name, write)
@@ -328,13 +331,13 @@ def export(run, folder):
     there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     there -= {f"writing-{name}" for name in HF_FILES}
     if there and not (there <= {*HF_FILES} and _made_here(folder / WEIGHTS)):
-        raise ValueError(f"{folder} holds {min(there)}, and no model that this program wrote; name a new folder")
+        raise UserError(f"{folder} holds {min(there)}, and no model that this program wrote; name a new folder")
     model, tokenizer = load_run(run)
     rung = type(model).__module__
     kind = getattr(model, "position", rung)
     if kind not in ("v3", "rope"):
         name, why = rung if kind == rung else f"v4 with POSITION={kind}", NO_COUNTERPART.get(kind, "it is unknown here")
-        raise ValueError(f"{run} holds {name}, which no model of transformers computes: {why}")
+        raise UserError(f"{run} holds {name}, which no model of transformers computes: {why}")
     config, tensors = (to_gpt2 if kind == "v3" else to_arcee)(model.cpu())
     has_end = END in tokenizer.special_tokens
     ids = {f"{x}_token_id": tokenizer.encode(END, [END])[0] if has_end else None for x in ("bos", "eos")}
@@ -358,17 +361,17 @@ def import_model(source, run):
     config = _read_json(source / "config.json")
     kinds = {"gpt2": (v3, from_gpt2, folder), "arcee": (v4, from_arcee, folder / "rope")}
     if (kind := config.get("model_type")) not in [*kinds]:
-        raise ValueError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
+        raise UserError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
     rung, convert, folder = kinds[kind]
     if there := [name for name in harness.RUN_FILES if (folder / name).exists()]:
-        raise ValueError(f"there is a run in {folder} already ({there[0]}); name a new folder")
+        raise UserError(f"there is a run in {folder} already ({there[0]}); name a new folder")
     shape, state = convert(config, read_weights(source))
     tokenizer = BPETokenizer.from_gpt2(source)
     if tokenizer.vocab_size != config["vocab_size"]:
-        raise ValueError(f"config.json: vocab_size is {config['vocab_size']}, and the tokenizer has "
-                         f"{tokenizer.vocab_size} tokens; a run has a row for each token and no more")  # fmt: skip
+        raise UserError(f"config.json: vocab_size is {config['vocab_size']}, and the tokenizer has "
+                        f"{tokenizer.vocab_size} tokens; a run has a row for each token and no more")  # fmt: skip
     if shape["N_EMBD"] % shape["N_HEAD"]:
-        raise ValueError(f"config.json: the width {shape['N_EMBD']} is no multiple of the {shape['N_HEAD']} heads")
+        raise UserError(f"config.json: the width {shape['N_EMBD']} is no multiple of the {shape['N_HEAD']} heads")
     start = tokenizer.encode(END, [END]) if END in tokenizer.special_tokens else [0]
     content = {
         "rung": rung.__name__, "fingerprint": tokenizer.fingerprint, "start": start,
@@ -393,7 +396,7 @@ def main(argv=None):
     if len(args.folders) != (2 if args.source is None else 1):
         parser.error("name a run and a folder for the model, or with --from the model and a folder for the run")
     if safetensors is None:
-        raise ImportError("the files of Hugging Face need a library: pip install safetensors")
+        raise UserError("the files of Hugging Face need a library: pip install safetensors")
     if args.source is None:
         export(*args.folders)
     else:
@@ -404,7 +407,7 @@ if __name__ == "__main__":
     robust_streams()
     try:
         main()
-    except (OSError, ValueError, MemoryError, ImportError, RuntimeError) as error:
+    except (UserError, MemoryError, RuntimeError) as error:
         if isinstance(error, RuntimeError) and "memory" not in str(error):
             raise
         sys.exit(f"convert_hf.py: {first_line(error)}")

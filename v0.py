@@ -55,8 +55,8 @@ PROMPT = None  # continue this text with the trained model, instead of training
 def get_batch(ids, step):
     """Windows at random places: inputs (B, T) and targets (B, T), which are the inputs shifted by one token."""
     if len(ids) <= BLOCK_SIZE:
-        raise ValueError(f"the training text has {len(ids)} tokens, too few for a window of {BLOCK_SIZE}; lower "
-                         "BLOCK_SIZE")
+        raise harness.UserError(f"the training text has {len(ids)} tokens, too few for a window of {BLOCK_SIZE}; lower "
+                                f"BLOCK_SIZE to {len(ids) - 1}")
     starts = np.random.default_rng((SEED, step)).integers(len(ids) - BLOCK_SIZE, size=BATCH_SIZE)
     x = torch.stack([ids[i : i + BLOCK_SIZE].long() for i in starts])
     y = torch.stack([ids[i + 1 : i + BLOCK_SIZE + 1].long() for i in starts])

@@ -67,8 +67,7 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
     """Start indices of the windows of an epoch, (batches, B): the text cut from a random offset, then shuffled."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
-        raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
-                         f"{block_size}; lower BATCH_SIZE or BLOCK_SIZE, or train on a longer text")
+        raise harness.too_few_tokens(n_tokens, batch_size, block_size)
     random = np.random.default_rng((seed, epoch))  # independent of every other seed and epoch
     starts = random.integers(block_size) + block_size * random.permutation(n_batches * batch_size)
     return torch.from_numpy(starts).view(n_batches, batch_size)
@@ -129,7 +128,7 @@ class LanguageModel(nn.Module):
     def __init__(self, vocab_size):
         super().__init__()
         if N_EMBD % N_HEAD:
-            raise ValueError(f"N_EMBD={N_EMBD} must be a multiple of N_HEAD={N_HEAD}, since the heads share the width")
+            raise harness.UserError(f"N_EMBD={N_EMBD} must be a multiple of N_HEAD={N_HEAD}: the heads share the width")
         self.block_size = BLOCK_SIZE
         self.embedding = nn.Embedding(vocab_size, N_EMBD)
         self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)

@@ -87,8 +87,7 @@ def window_starts(n_tokens, batch_size, block_size, seed, epoch):
     """Start indices of the windows of an epoch, (batches, B): the text cut from a random offset, then shuffled."""
     n_batches = (n_tokens - block_size) // (batch_size * block_size)
     if n_batches < 1:
-        raise ValueError(f"the training text has {n_tokens} tokens, too few for a batch of {batch_size} windows of "
-                         f"{block_size}; lower BATCH_SIZE or BLOCK_SIZE, or train on a longer text")
+        raise harness.too_few_tokens(n_tokens, batch_size, block_size)
     random = np.random.default_rng((seed, epoch))  # independent of every other seed and epoch
     starts = random.integers(block_size) + block_size * random.permutation(n_batches * batch_size)
     return torch.from_numpy(starts).view(n_batches, batch_size)
@@ -226,13 +225,13 @@ class LanguageModel(nn.Module):
     def __init__(self, vocab_size):
         super().__init__()
         if N_EMBD % N_HEAD:
-            raise ValueError(f"N_EMBD={N_EMBD} must be a multiple of N_HEAD={N_HEAD}, since the heads share the width")
+            raise harness.UserError(f"N_EMBD={N_EMBD} must be a multiple of N_HEAD={N_HEAD}: the heads share the width")
         if POSITION not in SCHEMES:
-            raise ValueError(f"POSITION={POSITION}: a model has one scheme, one of {', '.join(SCHEMES)}")
+            raise harness.UserError(f"POSITION={POSITION}: a model has one scheme, one of {', '.join(SCHEMES)}")
         if POSITION == "rope" and N_EMBD // N_HEAD % 2:
-            raise ValueError(f"N_EMBD / N_HEAD = {N_EMBD // N_HEAD} must be even, since RoPE turns pairs of numbers")
+            raise harness.UserError(f"N_EMBD / N_HEAD = {N_EMBD // N_HEAD} must be even: RoPE turns pairs of numbers")
         if POSITION == "sinusoidal" and N_EMBD % 2:
-            raise ValueError(f"N_EMBD={N_EMBD} must be even, since half of the numbers of a position are sines")
+            raise harness.UserError(f"N_EMBD={N_EMBD} must be even, since half of the numbers of a position are sines")
         self.block_size = BLOCK_SIZE
         self.position, self.head_size, self.rope_base = POSITION, N_EMBD // N_HEAD, ROPE_BASE
         self.embedding = nn.Embedding(vocab_size, N_EMBD)
@@ -547,7 +546,7 @@ def main():
     harness.check_constants(globals())
     positions = list(dict.fromkeys(POSITION.split(",")))
     if unknown := [position for position in positions if position not in SCHEMES]:
-        raise ValueError(f"POSITION={POSITION}: there is no scheme {unknown[0]!r}; known are {', '.join(SCHEMES)}")
+        raise harness.UserError(f"POSITION={POSITION}: there is no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
     if PROMPT is not None:
         folders = [f"{OUT_DIR}/{position}" for position in dict.fromkeys((*positions, *SCHEMES))]
         return harness.continue_prompt(globals(), OUT_DIR, *folders)  # of the first that is there

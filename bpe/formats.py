@@ -10,6 +10,7 @@ from pathlib import Path
 
 from bpe import shown
 from bpe.unicode import greedy
+from harness.errors import MissingFileError, UserError
 
 # These files write the bytes of a token as letters: printable Latin-1 characters as themselves, the other bytes, in
 # order, as U+0100 and up. GPT-2 numbers the bytes in the order of these letters.
@@ -46,7 +47,7 @@ def read_gpt2(path, patterns, make):
         return make(*read())
     except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as error:
         reason = str(error) if isinstance(error, ValueError) else "it is another kind of file"
-        raise ValueError(f"cannot use the vocabulary {files}: {reason}") from None
+        raise UserError(f"cannot use the vocabulary {files}: {reason}") from None
 
 
 def _find_gpt2(path, patterns):
@@ -58,8 +59,8 @@ def _find_gpt2(path, patterns):
     pair = [path if path.name in names else next(filter(Path.is_file, map(folder.joinpath, names)), None)
             for names in (_MERGES_FILES, _IDS_FILES)]
     if None in pair or not path.exists():
-        raise FileNotFoundError(f"no vocabulary at {path}: neither a tokenizer.json nor {' or '.join(_MERGES_FILES)} "
-                                f"with {' or '.join(_IDS_FILES)} beside it")
+        raise MissingFileError(f"no vocabulary at {path}: neither a tokenizer.json nor {' or '.join(_MERGES_FILES)} "
+                               f"with {' or '.join(_IDS_FILES)} beside it")
     return " and ".join(map(str, pair)), lambda: _read_merges_and_ids(*pair)
 
 

@@ -25,6 +25,7 @@ import numpy as np
 
 from bpe import shown
 from bpe.unicode import LETTERS, NUMBERS, SPACES
+from harness.errors import UserError
 
 BLOCK_BYTES = 1 << 18  # bytes of text to process together: they fit in the processor's cache
 SHORT_BYTES = 15  # longest chunk, in bytes, that fits with its length in two 64-bit numbers
@@ -50,8 +51,8 @@ def utf8(text):
         return text.encode("utf-8")
     except UnicodeEncodeError as error:
         code = ord(text[error.start])
-        raise ValueError(f"the text has a lone surrogate (U+{code:04X}) at character {error.start}, which UTF-8 "
-                         "cannot hold; replace it, e.g. text.encode('utf-8', 'replace').decode()") from None
+        raise UserError(f"the text has a lone surrogate (U+{code:04X}) at character {error.start}, which UTF-8 "
+                        "cannot hold; replace it, e.g. text.encode('utf-8', 'replace').decode()") from None
 
 
 def _each_utf8(texts):
@@ -113,7 +114,7 @@ def _no_file_names(documents):
         only_names = only_names and len(name) < 4096 and os.path.isfile(name)
         yield document
     if name and only_names:
-        raise ValueError(f"the text is nothing but the name of a file, {name.decode()!r}: {_HOW_TO_READ}")
+        raise UserError(f"the text is nothing but the name of a file, {name.decode()!r}: {_HOW_TO_READ}")
 
 
 # ----------------------------------------------------------------------------------------------------------

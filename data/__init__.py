@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 
 from bpe_tokenizer import BPETokenizer
+from harness.errors import FileError, MissingFileError, UserError
 
 DATA_DIR = Path(__file__).absolute().parent  # not resolved: data/ may be a symbolic link to a folder elsewhere
 SPLITS = ("train", "val", "test")
@@ -46,15 +47,15 @@ def vocabulary_file(name, folder="data"):
     """Path of the vocabulary `name` in a dataset folder. Raises FileNotFoundError, which lists those that are there."""
     directory = dataset_dir(folder)
     if not directory.is_dir():
-        raise FileNotFoundError(f"there is no dataset folder {folder}; make it with python data/prepare.py --from TEXT "
-                                f"--to {shlex.quote(str(folder))}")  # fmt: skip
+        raise MissingFileError(f"there is no dataset folder {folder}; make it with python data/prepare.py --from TEXT "
+                               f"--to {shlex.quote(str(folder))}")  # fmt: skip
     if not (directory / name).is_file():
         known = ", ".join(sorted(path.name for path in directory.glob("bpe_vocab*.json") if path.is_file()))
         size = re.fullmatch(r"bpe_vocab_(\d+)\.json", name)
         text = "" if directory == DATA_DIR else f"--from TEXT --to {shlex.quote(str(folder))} "
         more = " (and with --from or --dataset, if you gave them)" if directory == DATA_DIR else ""
         learn = f"; to learn it: python data/prepare.py {text}--vocab-size {size[1]}{more}" if size else ""
-        raise FileNotFoundError(f"there is no vocabulary {folder}/{name}; known are {known or 'none'}{learn}")
+        raise MissingFileError(f"there is no vocabulary {folder}/{name}; known are {known or 'none'}{learn}")
     return directory / name
 
 
@@ -132,31 +133,31 @@ def load_tokens(vocabulary, folder="data"):
     missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary, folder)).exists()]
     if len(missing) == len(SPLITS):
         if dataset_dir(folder) != DATA_DIR or any(DATA_DIR.glob("train_ids*.pt")):
-            raise FileNotFoundError(f"there are no token files in {folder} for {vocabulary}; {again}")
+            raise MissingFileError(f"there are no token files in {folder} for {vocabulary}; {again}")
         from data.prepare import prepare  # only here: no run needs it whose token files are there
 
         print("There are no token files yet: preparing them.", file=sys.stderr)
         together = tuple(VOCABULARIES) if vocabulary in VOCABULARIES else (vocabulary,)
         prepare(vocabularies=together, only_missing=True)
     elif missing:
-        raise FileNotFoundError(f"{folder}/{missing[0]} is missing beside the other splits; {again}")
+        raise MissingFileError(f"{folder}/{missing[0]} is missing beside the other splits; {again}")
     contents = {}
     for split in SPLITS:
         path = token_file(split, vocabulary, folder)
         if not path.is_file():
-            raise OSError(f"{folder}/{path.name} is no file; remove it, then {again}")
+            raise FileError(f"{folder}/{path.name} is no file; remove it, then {again}")
         try:
             contents[split] = _load_file(path)
         except OSError as error:
-            raise OSError(f"{folder}/{path.name} cannot be read ({error.strerror or error}); {again}") from None
+            raise FileError(f"{folder}/{path.name} cannot be read ({error.strerror or error}); {again}") from None
         if flaw := _flaw(contents[split], split, vocabulary, tokenizer, folder):
-            raise ValueError(f"{folder}/{path.name} {flaw}; {again}")
+            raise UserError(f"{folder}/{path.name} {flaw}; {again}")
     files = ", ".join(token_file(split, vocabulary, folder).name for split in SPLITS)
     names = {split: content["dataset"] for split, content in contents.items()}
     if len(set(names.values())) > 1:
-        raise ValueError(f"the token files {files} come from different data sets ({names}); {again}")
+        raise UserError(f"the token files {files} come from different data sets ({names}); {again}")
     if len({content["preparation"] for content in contents.values()}) > 1:
-        raise ValueError(f"the token files {files} were not made together, so their texts may differ; {again}")
+        raise UserError(f"the token files {files} were not made together, so their texts may differ; {again}")
     if names["train"] == "sample" and "--sample" not in command:  # it was not asked for
         print(f"The text is the small bundled sample, data/input.txt. For WikiText-2: {command}")
     n_bytes, n_words = (sum(content[key] for content in contents.values()) for key in ("n_bytes", "n_words"))

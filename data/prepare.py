@@ -65,6 +65,7 @@ from bpe_tokenizer import PATTERNS, BPETokenizer
 from harness.files import Locked, atomic_writes, file_lock
 from data.texts import ReadOptions, read_parquet, read_texts
 from harness.cli import first_line, say
+from harness.errors import FileError, MissingFileError, UserError
 
 SAMPLE = "input.txt"
 LOCK = "prepare.lock"
@@ -83,6 +84,10 @@ PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
 # ----------------------------------------------------------------------------------------------------------
 
 
+class HubError(FileError, ConnectionError):
+    """The dataset hub is out of reach, and its files are not in the cache."""
+
+
 class Source(dict):
     """{split: (size in bytes or None, function that opens a stream of strings)}. `documents`: whether each string is a
     document, else they are pieces of one text. `own`: whether it is a text of the user's."""
@@ -99,8 +104,8 @@ def _read_text(path):
             while lines := file.readlines(BLOCK):
                 yield "".join(lines)
         except UnicodeDecodeError as error:
-            raise ValueError(f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as "
-                             "published") from None
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as "
+                            "published") from None
 
 
 def _join_rows(batches):
@@ -125,7 +130,7 @@ def _unchanged(paths, read):
         yield from read()
         for path, then, now in zip(paths, before, state()):
             if then != now:
-                raise ValueError(f"{path} changed while it was read; try again once it is complete")
+                raise UserError(f"{path} changed while it was read; try again once it is complete")
 
     before = state()
     return stream
@@ -159,7 +164,7 @@ def folder_source(folder, dataset):
                 for split, paths in zip(data.SPLITS, shards)
             })
     if dataset or any(folder.glob("wiki.*.tokens")) or any(folder.glob("wiki.*.raw")):
-        raise FileNotFoundError(
+        raise MissingFileError(
             f"{folder} does not hold WikiText: expected wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or "
             ".raw), or train-*.parquet, validation-*.parquet and test-*.parquet"
         )
@@ -220,8 +225,8 @@ def hub_source(dataset):
     try:
         splits = datasets.load_dataset(HUB_DATASET, dataset)
     except Exception as error:  # the package has no common base class for "could not be had"
-        raise ConnectionError(f"{HUB_DATASET} could not be loaded ({first_line(error)}); connect, or give local "
-                              "files with --from DIR") from error
+        raise HubError(f"{HUB_DATASET} could not be loaded ({first_line(error)}); connect, or give local "
+                       "files with --from DIR") from error
     return Source({
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
         for split, rows in zip(data.SPLITS, (splits["train"], splits["validation"], splits["test"]))
@@ -259,12 +264,12 @@ def open_source(paths=None, dataset=None, sample=False, options=None):
         paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
         source = folder_source(paths[0], dataset) if len(paths) == 1 and os.path.isdir(paths[0]) else None
         if dataset and source is None:
-            raise FileNotFoundError(f"{str(paths[0])!r} is no folder that holds WikiText, which --dataset asks for")
+            raise MissingFileError(f"{str(paths[0])!r} is no folder that holds WikiText, which --dataset asks for")
         return source or own_source(paths, options or ReadOptions()), dataset or _name_of(paths)
     if not sample:
         try:
             return hub_source(dataset or DATASETS[0]), dataset or DATASETS[0]
-        except (ConnectionError, ImportError) as error:
+        except (HubError, ImportError) as error:
             if dataset:
                 raise
             say(
@@ -363,8 +368,8 @@ def _tokenize_source(source, name, tokenizers, write_one, folder):
                 words[split] = n_words
                 if len(ids) < 2 or n_words < 1:
                     advice = "give a longer text" if source.own else "give the files as published"
-                    raise ValueError(f"the {split} split of this source is too short: it needs two tokens and a word, "
-                                     f"and has {len(ids)} and {n_words}; {advice}")
+                    raise UserError(f"the {split} split of this source is too short: it needs two tokens and a word, "
+                                    f"and has {len(ids)} and {n_words}; {advice}")
                 if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
                     words_removed = any("<unk>" in text for text in source[split][1]())
                     name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
@@ -398,10 +403,10 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise OSError(f"{folder} cannot be a folder for the text ({error.strerror}); name another with --to") from None
+        raise FileError(f"{folder} cannot be a folder for texts ({error.strerror}); name another with --to") from None
     if not os.access(directory, os.W_OK):
-        raise PermissionError(f"{directory} cannot be written, and the token files must go there; make it writable, or "
-                              "name another with --to")  # fmt: skip
+        raise FileError(f"{directory} cannot be written, and the token files must go there; make it writable, or "
+                        "name another with --to")  # fmt: skip
     with alone_in(directory) as locked:
         if only_missing:  # another process may have made them while this one waited
             vocabularies = [name for name in vocabularies
@@ -425,8 +430,8 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
                 else:
                     tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary, folder))
                 if tokenizer.vocab_size > 1 << 16:
-                    raise ValueError(f"{folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits "
-                                     "name 65,536; take a smaller vocabulary")  # fmt: skip
+                    raise UserError(f"{folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits "
+                                    "name 65,536; take a smaller vocabulary")  # fmt: skip
                 tokenizers[vocabulary] = tokenizer
             lines += _tokenize_source(source, name, tokenizers, write_one, folder)
             for vocabulary in vocabularies if command else ():
@@ -454,7 +459,7 @@ def _choose_vocabularies(parser, args):
             name = f"bpe_vocab_{path.resolve().parent.name}.json" if in_data else "bpe_vocab.json"
             return [name], {}, {name: BPETokenizer.load(path)}
         if not path.is_file() and not directory.is_dir():
-            raise FileNotFoundError(f"there is no vocabulary file {args.vocabulary!r}")
+            raise MissingFileError(f"there is no vocabulary file {args.vocabulary!r}")
         return [data.vocabulary_file(path.name if path.is_file() else args.vocabulary, args.folder).name], {}, {}
     if args.vocab_size is not None:
         if not 257 <= args.vocab_size <= 1 << 16:
@@ -518,7 +523,7 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         main()
-    except (OSError, ValueError, ImportError, MemoryError) as error:
+    except (UserError, ImportError, MemoryError) as error:
         sys.exit(f"prepare.py: {' '.join(str(error).splitlines()) or type(error).__name__}")
     finally:
         try:

@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from harness.cli import first_line
+from harness.errors import FileError, MissingFileError, UserError
 
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -50,9 +51,9 @@ def _read_bytes(path):
         with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
             return file.read()
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise OSError(f"{path} is no whole gzip file ({error}); unpack it, or fetch it again") from None
+        raise FileError(f"{path} is no whole gzip file ({error}); unpack it, or fetch it again") from None
     except OSError as error:
-        raise OSError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise FileError(f"{path} cannot be read ({error.strerror or error})") from None
 
 
 def _utf8(data, path, options):
@@ -70,16 +71,16 @@ def _utf8(data, path, options):
         line = data.count(b"\n", 0, error.start) + 1
         mark = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
         advice = f"--encoding {mark}, whose mark it begins with," if mark else "--encoding NAME (such as cp1252)"
-        raise ValueError(f"{path}, line {line}: byte 0x{data[error.start]:02X} at offset {error.start} is not "
-                         f"{options.encoding} text; {advice} or --errors replace reads on") from None  # fmt: skip
+        raise UserError(f"{path}, line {line}: byte 0x{data[error.start]:02X} at offset {error.start} is not "
+                        f"{options.encoding} text; {advice} or --errors replace reads on") from None  # fmt: skip
     except UnicodeError as error:  # a lone surrogate in UTF-16, or an encoding that knows no places
-        raise ValueError(f"{path} is not {options.encoding} text ({error}); --errors replace reads on") from None
+        raise UserError(f"{path} is not {options.encoding} text ({error}); --errors replace reads on") from None
 
 
 def _check_row(value, place, column):
     """Raise ValueError if the value of a row is no text. A missing one is none, and allowed."""
     if value is not None and not isinstance(value, str):
-        raise ValueError(f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")
+        raise UserError(f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")
 
 
 def _encode_row(value, place, options):
@@ -87,13 +88,13 @@ def _encode_row(value, place, options):
     try:
         return (value or "").encode("utf-8", options.errors)
     except UnicodeEncodeError:
-        raise ValueError(f"{place}: the text holds half of a surrogate pair, which UTF-8 has not; --errors replace "
-                         "reads on") from None  # fmt: skip
+        raise UserError(f"{place}: the text holds half of a surrogate pair, which UTF-8 has not; --errors replace "
+                        "reads on") from None  # fmt: skip
 
 
 def _no_column(place, names, column):
     known = ", ".join(map(str, names)) or "none"
-    return ValueError(f"{place} has no column {column}; it has {known}; --column NAME takes another")
+    return UserError(f"{place} has no column {column}; it has {known}; --column NAME takes another")
 
 
 def _read_jsonl(content, path, options):
@@ -104,7 +105,7 @@ def _read_jsonl(content, path, options):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise ValueError(f"{place} is no JSON; a .jsonl file has an object in each line") from None
+            raise UserError(f"{place} is no JSON; a .jsonl file has an object in each line") from None
         if not isinstance(row, dict) or options.column not in row:
             raise _no_column(place, row if isinstance(row, dict) else (), options.column)
         _check_row(row[options.column], place, options.column)
@@ -128,7 +129,7 @@ def read_parquet(path, column="text", content=None):
                 _check_row(row, path, column)
             yield rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path} is no whole parquet file ({first_line(error)}); fetch it again") from None
+        raise UserError(f"{path} is no whole parquet file ({first_line(error)}); fetch it again") from None
 
 
 def _ending(path):
@@ -158,7 +159,7 @@ def _is_binary(path):
     except (EOFError, zlib.error, gzip.BadGzipFile):
         return True
     except OSError as error:
-        raise OSError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise FileError(f"{path} cannot be read ({error.strerror or error})") from None
     return _ending(path) != ".parquet" and b"\0" in start and not start.startswith(tuple(BYTE_ORDER_MARKS))
 
 
@@ -170,10 +171,10 @@ def find_files(paths, say):
     """
     files, left_out = [], []
     if "" in map(str, paths):
-        raise FileNotFoundError("'' is no name; give --from text files or folders of them")
+        raise MissingFileError("'' is no name; give --from text files or folders of them")
     for path in map(Path, paths):
         if not path.exists():
-            raise FileNotFoundError(f"there is no {str(path)!r}; give --from text files or folders of them")
+            raise MissingFileError(f"there is no {str(path)!r}; give --from text files or folders of them")
         if not path.is_dir():
             files.append((path, Path(path.name)))
             continue
@@ -188,8 +189,8 @@ def find_files(paths, say):
         others = f" and {len(left_out) - 1} more" * (len(left_out) > 1)
         say(f"Left out, since it is no text: {left_out[0]}{others}")
     if not files:
-        raise FileNotFoundError(f"there is no text in {', '.join(map(str, paths))}; give --from text files or folders "
-                                "of them")  # fmt: skip
+        raise MissingFileError(f"there is no text in {', '.join(map(str, paths))}; give --from text files or folders "
+                               "of them")  # fmt: skip
     return files
 
 
@@ -276,8 +277,8 @@ def read_texts(paths, options, say):
         splits_of = [_split_of(place) for _, place in files]
     named = {split: [file for (file, _), name in zip(files, splits_of) if name == split] for split in SPLITS}
     if named["val"] and named["test"] and not named["train"]:
-        raise FileNotFoundError(f"there are {named['val'][0].name} and {named['test'][0].name}, and no file is named "
-                                "train; add it, or give the others another name")  # fmt: skip
+        raise MissingFileError(f"there are {named['val'][0].name} and {named['test'][0].name}, and no file is named "
+                               "train; add it, or give the others another name")  # fmt: skip
     if named["train"] and (named["val"] or named["test"]):
         used = [file for some in named.values() for file in some]
         if other := [str(file) for (file, _), name in zip(files, splits_of) if name is None]:
@@ -289,6 +290,6 @@ def read_texts(paths, options, say):
     else:
         documents = [document for file, _ in files for document in read_documents(file, options)]
         if not documents:
-            raise ValueError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
+            raise UserError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
         splits = split_documents(documents, SPLITS)
     return splits, any(len(documents) > 1 for documents in splits.values())

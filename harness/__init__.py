@@ -29,6 +29,7 @@ NAMES = {  # what rungs, notebooks and tools use, by file; each file is loaded w
     "cli": ("check_constants", "constants", "override", "say", "set_constants", "start"),
     "distributed": ("all_reduce", "autocast", "barrier", "peak_memory_mb", "rank", "resolve_dtype",
                     "seed", "sync_gradients", "world_size"),
+    "errors": ("FileError", "MissingFileError", "UserError", "too_few_tokens"),
     "files": ("atomic_write", "atomic_writes", "file_lock"),
     "models": ("continue_prompt", "load"),
     "report": ("draw_curves",),

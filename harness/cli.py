@@ -3,13 +3,17 @@
 import ast
 import contextlib
 import difflib
+import errno
 import functools
 import itertools
 import os
 import re
 import sys
 import time
+import traceback
 from pathlib import Path
+
+from harness.errors import UserError
 
 def read_source(path):
     """({constant: its comment}, {constant: its value as written}, every name that is assigned or imported) of the file
@@ -118,7 +122,7 @@ def set_constants(rung, arguments):
     for argument in arguments:
         name, _, text = argument.partition("=")
         if name not in known:
-            raise ValueError(f"there is no constant {name!r}; known are {', '.join(known)}")
+            raise UserError(f"there is no constant {name!r}; known are {', '.join(known)}")
         kind, must, _ = RULES.get(name, (type(known[name]), f"of type {type(known[name]).__name__}", None))
         value = None if (name, text) == ("INIT_FROM", "None") else text
         if kind not in (str, type(None)):
@@ -129,7 +133,7 @@ def set_constants(rung, arguments):
             except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
                 value = None
             if type(value) is not kind:
-                raise ValueError(f"{name}={text}: {name} must be {must}")
+                raise UserError(f"{name}={text}: {name} must be {must}")
         rung[name] = value
 
 
@@ -142,19 +146,19 @@ def check_constants(rung):
     for name in rung.keys() - names:
         if name.isupper() and type(rung[name]) in (bool, int, float, str, tuple):
             near = difflib.get_close_matches(name, known, 1)
-            raise ValueError(f"there is no constant {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
+            raise UserError(f"there is no constant {name!r}" + (f"; did you mean {near[0]}?" if near else ""))
     for name, value in known.items():
         if name in RULES:
             kind, must, possible = RULES[name]
             kinds = {float: (int, float), type(None): (str, type(None))}.get(kind, (kind,))
             if type(value) not in kinds or not possible(value):
-                raise ValueError(f"{name}={value} must be {must}")
+                raise UserError(f"{name}={value} must be {must}")
     try:
         torch.zeros(1, device=known["DEVICE"]).item()
     except Exception as error:  # of many kinds
-        raise ValueError(f"DEVICE={known['DEVICE']} cannot be used here: {first_line(error).split('. ')[0]}") from None
+        raise UserError(f"DEVICE={known['DEVICE']} cannot be used here: {first_line(error).split('. ')[0]}") from None
     if known["DEVICE"].startswith("cpu:"):  # torch would not load what it has saved from there
-        raise ValueError(f"DEVICE={known['DEVICE']} must be cpu: there is one")
+        raise UserError(f"DEVICE={known['DEVICE']} must be cpu: there is one")
 
 
 @contextlib.contextmanager
@@ -168,25 +172,45 @@ def override(rung, **values):
         rung.update(before)
 
 
-def in_one_line(error, rung):
-    """What to say of an error that the user can mend. Any other one, a mistake of the program, is raised again."""
-    from torch.distributed import DistError
+OUT_OF_MEMORY = re.compile("out of memory|can't allocate memory|not enough memory|_ALLOC_FAILED|size calculation over")
+PROCESS_ENDED = re.compile(
+    "connection closed by peer|connection reset|broken pipe|remote process exited|timed out|timeout", re.IGNORECASE
+)
 
+
+def in_one_line(error, rung):
+    """What to say of an error that the user can mend; None of any other, which may be a mistake in the rung."""
     text = first_line(error)
-    if isinstance(error, MemoryError) or isinstance(error, RuntimeError) and re.search("memory|size calculation", text):
-        batch = "MICRO_BATCH_SIZE" if "MICRO_BATCH_SIZE" in rung else "BATCH_SIZE"
-        lower = [name for name in (batch, "CHUNK_SIZE", "BLOCK_SIZE", "N_EMBD", "N_HIDDEN", "N_LAYER") if name in rung]
-        return f"out of memory; lower {', '.join(lower[:-1])} or {lower[-1]} ({text})"
-    if isinstance(error, DistError) or isinstance(error, RuntimeError) and "gloo" in text:
-        return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"
-    if isinstance(error, RuntimeError):
-        raise error
-    return text
+    if isinstance(error, UserError):
+        return text
+    if isinstance(error, (MemoryError, RuntimeError, OSError)) and (
+        isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or OUT_OF_MEMORY.search(text)
+    ):
+        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
+                 if frame.filename == rung["__file__"]]  # fmt: skip
+        place = f" in line {lines[-1]} of {Path(rung['__file__']).name}" if lines else ""
+        return f"out of memory{place}; {_less_memory(rung)} ({text})"
+    if type(error).__name__.startswith("Dist") or isinstance(error, RuntimeError) and "gloo" in text:
+        if PROCESS_ENDED.search(text):
+            return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"
+    return None
+
+
+def _less_memory(rung):
+    """Which constants need less memory if they are lower: of those that this run may change."""
+    if rung.get("PROMPT") is not None:
+        return "close other programs" + ("" if rung["DEVICE"] == "cpu" else ", or set DEVICE=cpu")
+    batch = "MICRO_BATCH_SIZE" if "MICRO_BATCH_SIZE" in rung else "BATCH_SIZE"
+    names = [batch, "CHUNK_SIZE", "BLOCK_SIZE", "N_EMBD", "N_HIDDEN", "N_LAYER"]
+    if rung["RESUME"] or rung.get("INIT_FROM") is not None:  # the model is what it is
+        names = ["MICRO_BATCH_SIZE", "CHUNK_SIZE"]
+    names = [name for name in names if name in rung]
+    return f"lower {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}" if names else "close other programs"
 
 
 def start(rung):
-    """What `python v3.py NAME=value ...` does: set constants, call the main() of the rung, and end with one line and
-    exit code 1 if something is wrong that the user can mend, with 130 after Ctrl-C."""
+    """What `python v3.py NAME=value ...` does: set constants, then call the main() of the rung. What is wrong that the
+    user can mend ends in one line and exit code 1, Ctrl-C in 130; any other error keeps its traceback."""
     from harness.distributed import processes
 
     robust_streams()
@@ -195,9 +219,10 @@ def start(rung):
         set_constants(rung, sys.argv[1:])
         with processes(rung):
             rung["main"]()
-    except (OSError, ValueError, MemoryError, RuntimeError, ImportError) as error:
-        message = in_one_line(error, rung)
-        if isinstance(error, ValueError) and int(os.environ.get("RANK", 0)):
+    except Exception as error:
+        if (message := in_one_line(error, rung)) is None:
+            raise
+        if isinstance(error, UserError) and int(os.environ.get("RANK", 0)):
             time.sleep(10)  # the first process says the same, and torchrun then ends the others
         sys.exit(f"{name}: {message}")
     except KeyboardInterrupt:

@@ -12,6 +12,8 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from harness.errors import UserError
+
 def rank():
     """Number of this process, from 0, among those that torchrun started."""
     return dist.get_rank() if dist.is_initialized() else 0
@@ -46,11 +48,11 @@ def processes(rung):
         return
     on_gpu, local_rank, n = rung["DEVICE"].startswith("cuda"), int(os.environ["LOCAL_RANK"]), os.environ["WORLD_SIZE"]
     if "rank" not in rung["get_batch"].__code__.co_names:  # every process would train on the same batches
-        raise ValueError(f"this rung trains in one process: python {Path(rung['__file__']).name}")
+        raise UserError(f"this rung trains in one process: python {Path(rung['__file__']).name}")
     if rung["BATCH_SIZE"] % int(n):
-        raise ValueError(f"BATCH_SIZE={rung['BATCH_SIZE']} must be a multiple of the {n} processes")
+        raise UserError(f"BATCH_SIZE={rung['BATCH_SIZE']} must be a multiple of the {n} processes")
     if on_gpu and local_rank >= torch.cuda.device_count():
-        raise ValueError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the number of GPUs here")
+        raise UserError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the number of GPUs here")
     if on_gpu:
         torch.cuda.set_device(local_rank)
     if local_rank == 0 and rung["PROMPT"] is None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import filelock
 
 from harness.cli import first_line, say
+from harness.errors import FileError
 
 
 @contextlib.contextmanager
@@ -31,7 +32,7 @@ def _cannot_write(path, error):
     while not getattr(error, "strerror", None) and error.__context__:
         error = error.__context__
     why = getattr(error, "strerror", None) or first_line(error)
-    return OSError(f"cannot write {path}: {why}; make room, or write to another folder")
+    return FileError(f"cannot write {path}: {why}; make room, or write to another folder")
 
 
 @contextlib.contextmanager
@@ -44,7 +45,7 @@ def atomic_writes():
     def write_one(path, write):
         path = Path(path)
         if path.is_dir():
-            raise IsADirectoryError(f"{path} is a folder, and a file must take its place; remove it")
+            raise FileError(f"{path} is a folder, and a file must take its place; remove it")
         aside = path.with_name(f"writing-{path.name}")
         waiting[aside] = path
         try:
@@ -82,7 +83,7 @@ def atomic_write(path, write):
         write_one(path, write)
 
 
-class Locked(OSError):
+class Locked(FileError):
     """Another process holds a lock. `holder`: its process id, or None if the lock file does not tell it."""
 
     def __init__(self, path, holder):
@@ -103,7 +104,7 @@ def file_lock(path):
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_BINARY", 0), 0o666)
     except OSError as error:
         why = f"cannot open the lock {path} ({error.strerror}); make it writable, or use another folder"
-        raise OSError(why) from None
+        raise FileError(why) from None
     try:
         try:
             held = filelock.lock_descriptor(descriptor, blocking=False)

@@ -8,6 +8,7 @@ import torch
 
 from bpe_tokenizer import BPETokenizer
 from harness.cli import check_constants, override, say
+from harness.errors import MissingFileError, UserError
 
 SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "POSITION", "ROPE_BASE")
 
@@ -16,14 +17,14 @@ def read_file(path, keys):
     """The contents of a file of a run, on the CPU. Raises FileNotFoundError if it is not there, ValueError if it is
     damaged or without one of `keys`."""
     if not path.exists():
-        raise FileNotFoundError(f"there is no {path}")
+        raise MissingFileError(f"there is no {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise
-        raise ValueError(f"{path} is damaged or no file of this program; delete it and train again") from None
+        raise UserError(f"{path} is damaged or no file of this program; delete it and train again") from None
 
 
 def set_weights(model, weights, path):
@@ -31,8 +32,8 @@ def set_weights(model, weights, path):
     try:
         model.load_state_dict(weights)
     except (RuntimeError, TypeError, AttributeError):
-        raise ValueError(f"the weights in {path} do not fit this model: they are of another rung, or the model has "
-                         "been changed since; choose another OUT_DIR, or train again") from None  # fmt: skip
+        raise UserError(f"the weights in {path} do not fit this model: they are of another rung, or the model has "
+                        "been changed since; choose another OUT_DIR, or train again") from None  # fmt: skip
 
 
 def find_model(folders):
@@ -47,7 +48,7 @@ def find_model(folders):
     advice = (f"it has models below it, name one: {', '.join(below)}" if below
               else "train one first, or name the folder of a run that has one")  # fmt: skip
     looked = dict.fromkeys(str(base / folders[0]) for base in bases)
-    raise FileNotFoundError(f"there is no trained model in {' or '.join(looked)}; {advice}")
+    raise MissingFileError(f"there is no trained model in {' or '.join(looked)}; {advice}")
 
 
 def read_model(folder):
@@ -55,15 +56,15 @@ def read_model(folder):
     saved = read_file(folder / "model.pt", ("rung", "model", "hyperparameters", "fingerprint", "start"))
     tokenizer = BPETokenizer.load(folder / "vocabulary.json")
     if saved["fingerprint"] != tokenizer.fingerprint:
-        raise ValueError(f"{folder / 'vocabulary.json'} is not the vocabulary that the model beside it was trained "
-                         "with; put that one back, or train again")  # fmt: skip
+        raise UserError(f"{folder / 'vocabulary.json'} is not the vocabulary that the model beside it was trained "
+                        "with; put that one back, or train again")  # fmt: skip
     return saved, tokenizer
 
 
 def build(rung, saved, tokenizer, folder):
     """The model of a rung (its globals) with the shape and the weights of `saved`, ready to evaluate."""
     if saved["rung"] != Path(rung["__file__"]).stem:
-        raise ValueError(f"the model in {folder} is of {saved['rung']}.py, not of {Path(rung['__file__']).name}")
+        raise UserError(f"the model in {folder} is of {saved['rung']}.py, not of {Path(rung['__file__']).name}")
     shape = {k: v for k, v in saved["hyperparameters"].items() if k in (*SHAPE, "DROPOUT") and k in rung}
     with override(rung, **shape):
         model = rung["LanguageModel"](tokenizer.vocab_size).to(rung["DEVICE"])
@@ -83,7 +84,7 @@ def load(folder):
     try:
         rung = vars(importlib.import_module(saved["rung"]))
     except ImportError:
-        raise ValueError(f"the model in {folder} is of {saved['rung']}.py, which cannot be imported here") from None
+        raise UserError(f"the model in {folder} is of {saved['rung']}.py, which cannot be imported here") from None
     return build(rung, saved, tokenizer, folder), tokenizer
 
 

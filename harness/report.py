@@ -10,6 +10,7 @@ from tqdm import tqdm
 
 from harness.cli import first_line, say
 from harness.distributed import rank, world_size
+from harness.errors import FileError
 from harness.files import atomic_write
 
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
@@ -74,8 +75,8 @@ def write_step(run, loss, grad_norm, seconds):
         run.steps.write(f"{run.state.step},{run.state.step * run.step_tokens},{loss:.6g},{run.rates()[0]:.6g},"
                         f"{grad_norm:.6g},{run.step_tokens / max(seconds, 1e-9):.0f}\n")  # fmt: skip
     except OSError as error:
-        raise OSError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True goes on "
-                      "from the last checkpoint") from None  # fmt: skip
+        raise FileError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True goes "
+                        "on from the last checkpoint") from None  # fmt: skip
 
 
 def not_finite(run, what, loss, step):

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 from harness import distributed
 from harness.cli import say
+from harness.errors import UserError
 from harness.models import read_file, set_weights
 
 RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.jsonl", "steps.csv", "summary.json",
@@ -85,10 +86,10 @@ def check_same_run(run, saved):
                              ("tokenizer", saved["fingerprint"], train.fingerprint)):  # fmt: skip
         differ += [f"the {what} was {then} and is {here}"] if then != here else []
     if differ:
-        raise ValueError(f"to resume the run in {run.out_dir}, set back what differs: {'; '.join(differ)}")
+        raise UserError(f"to resume the run in {run.out_dir}, set back what differs: {'; '.join(differ)}")
     if saved["step"] > now["MAX_STEPS"]:
-        raise ValueError(f"the run in {run.out_dir} has made {saved['step']} steps; MAX_STEPS={now['MAX_STEPS']} "
-                         "must not be less")  # fmt: skip
+        raise UserError(f"the run in {run.out_dir} has made {saved['step']} steps; MAX_STEPS={now['MAX_STEPS']} "
+                        "must not be less")  # fmt: skip
     if changed:
         say(f"going on with other constants: {'; '.join(changed.values())}")
     if now["DEVICE"] == before["DEVICE"] and now.get("DTYPE") == before.get("DTYPE") == "auto":

@@ -17,6 +17,7 @@ from data import vocabulary_file
 from harness import distributed, report
 from harness.cli import check_constants, constants, first_line, say
 from harness.distributed import all_reduce, barrier, peak_memory_mb, rank, world_size
+from harness.errors import UserError
 from harness.files import Locked, atomic_write, file_lock
 from harness.models import SHAPE, find_model, read_file, read_model, set_weights
 from harness.resume import load_checkpoint, move_aside
@@ -47,12 +48,12 @@ class Run:
             if rank() == 0:
                 self.stack.enter_context(file_lock(self.out_dir / "lock"))
         except FileExistsError:
-            raise ValueError(f"OUT_DIR={self.out_dir} is a file; name a folder") from None
+            raise UserError(f"OUT_DIR={self.out_dir} is a file; name a folder") from None
         except Locked as error:
-            raise ValueError(f"process {error.holder} is training in {self.out_dir}; wait for it, stop it, or choose "
-                             "another OUT_DIR") from None  # fmt: skip
+            raise UserError(f"process {error.holder} is training in {self.out_dir}; wait for it, stop it, or choose "
+                            "another OUT_DIR") from None  # fmt: skip
         except OSError as error:
-            raise ValueError(f"OUT_DIR={self.out_dir} cannot be used: {error.strerror or error}") from None
+            raise UserError(f"OUT_DIR={self.out_dir} cannot be used: {error.strerror or error}") from None
         self.stack.enter_context(distributed.deterministic(self.device))
         return self
 
@@ -97,15 +98,15 @@ class Run:
         folder = find_model(folders)
         saved, tokenizer = read_model(folder)
         if saved["rung"] != self.name:
-            raise ValueError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {self.name}.py")
+            raise UserError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {self.name}.py")
         may_differ = ("VOCABULARY",) if "position_embedding.weight" in saved["model"] else ("VOCABULARY", "BLOCK_SIZE")
         differ = [f"{k}={v}" for k, v in saved["hyperparameters"].items()
                   if k in SHAPE and k not in may_differ and v != self.constants[k]]  # fmt: skip
         if differ:
-            raise ValueError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
+            raise UserError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
         if tokenizer.fingerprint != self.tokens["train"].fingerprint:
-            raise ValueError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
-                             f"text with --vocabulary {folder / 'vocabulary.json'}")  # fmt: skip
+            raise UserError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
+                            f"text with --vocabulary {folder / 'vocabulary.json'}")  # fmt: skip
         set_weights(self.model, saved["model"], folder / "model.pt")
         say(f"starting from the weights in {folder}")
 
@@ -181,7 +182,7 @@ class Run:
     def log(self, step, metrics):
         """Note an evaluation of the validation split: on the screen, in log.jsonl, and in a checkpoint."""
         if not metrics["loss"] < DIVERGED:
-            raise ValueError(report.not_finite(self, "validation loss", metrics["loss"], step))
+            raise UserError(report.not_finite(self, "validation loss", metrics["loss"], step))
         train_loss = torch.tensor(self.losses).mean().item() if self.losses else None
         self.records.append({"step": step, "tokens_seen": step * self.step_tokens, "seconds": self.seconds,
                              "train_loss": train_loss, **{f"val_{k}": v for k, v in metrics.items()}})  # fmt: skip
@@ -231,7 +232,7 @@ class Run:
         if rank() == 0:
             report.write_step(self, loss, grad_norm, seconds)
         if not loss < DIVERGED:
-            raise ValueError(report.not_finite(self, "loss", loss, self.state.step - 1))
+            raise UserError(report.not_finite(self, "loss", loss, self.state.step - 1))
         self.losses.append(loss)
         if self.before and self.state.step == self.progress.first + 1:
             report.changes(self, self._made_by())

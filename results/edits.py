@@ -3,12 +3,14 @@
 Those of v3 lead to v3_1 and to v4's positions; those of v4 are tried in the experiment two_hours.
 """
 
+from harness.errors import UserError
+
 
 def edited(text, edits):
     """`text` with every edit made. Raises ValueError if an old passage is not in it exactly once."""
     for old, new in edits:
         if text.count(old) != 1:
-            raise ValueError(f"an edit finds its place {text.count(old)} times instead of once: {old.strip()!r}")
+            raise UserError(f"an edit finds its place {text.count(old)} times instead of once: {old.strip()!r}")
         text = text.replace(old, new)
     return text
 

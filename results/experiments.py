@@ -33,6 +33,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness  # noqa: E402
 from benchmarks.tables import machine, table  # noqa: E402
+from harness.errors import UserError  # noqa: E402
 from results import measures, runner, step_time, store, texts  # noqa: E402
 from results.plan import EXPERIMENTS, SEEDS, all_constants, owner  # noqa: E402
 
@@ -84,7 +85,7 @@ def make_run(run, seed, overrides, gpu=False, jobs=1):
         if jobs > 1:
             took = time.time() - began
             harness.say(f"{path.relative_to(store.RESULTS)}: val bpb {summary['val_bpb']:.4f}, {took:.0f} s")
-    except (OSError, ValueError) as error:
+    except UserError as error:
         return str(error)
 
 
@@ -93,7 +94,7 @@ def make_all(todo, overrides, gpu, jobs):
     if jobs == 1:
         for run, seed in todo:
             if problem := make_run(run, seed, overrides, gpu):
-                raise ValueError(problem)
+                raise UserError(problem)
         return
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn"), runner.init_worker) as pool:
         try:
@@ -106,7 +107,7 @@ def make_all(todo, overrides, gpu, jobs):
             pool.shutdown(cancel_futures=True)
             raise
     if problems:
-        raise ValueError("; ".join(problems))
+        raise UserError("; ".join(problems))
 
 
 def missing(names, gpu=False):
@@ -210,7 +211,7 @@ def main(argv=None):
         return list_all()
     for name in names:
         if name not in EXPERIMENTS:
-            raise ValueError(f"there is no experiment {name!r}; known are {', '.join(EXPERIMENTS)}")
+            raise UserError(f"there is no experiment {name!r}; known are {', '.join(EXPERIMENTS)}")
     if args.step_time:
         runs = [run for name in names for run in EXPERIMENTS[name].runs]
         texts.prepare(runs)
@@ -222,7 +223,7 @@ def main(argv=None):
     for name in names:
         text = report(name, args.gpu)
         if text is None:
-            raise ValueError(f"no run of {name} is done; without --table they are made")
+            raise UserError(f"no run of {name} is done; without --table they are made")
         harness.say(text, end="")
         store.write_text(store.RESULTS / (name + "_gpu" * args.gpu) / "table.md", text)
 
@@ -236,7 +237,7 @@ def program(argv=None):
     except KeyboardInterrupt as reason:
         harness.say("experiments.py: stopped; the same command goes on from the last checkpoint", error=True)
         sys.exit(143 if isinstance(reason, runner.Stopped) else 130)
-    except (OSError, ValueError) as error:
+    except UserError as error:
         sys.exit(f"experiments.py: {error}")
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from harness.errors import MissingFileError, UserError  # noqa: E402
 from results import pictures  # noqa: E402
 from results.plan import V4  # noqa: E402
 from results.store import write_text  # noqa: E402
@@ -45,12 +46,12 @@ def read_summaries(folder):
     on different texts."""
     for run in RUNS:
         if not (folder / run / "summary.json").exists():
-            raise FileNotFoundError(f"{folder.relative_to(ROOT)}/{run} has no finished run; "
-                                    f"python {run.partition('/')[0]}.py makes it")  # fmt: skip
+            raise MissingFileError(f"{folder.relative_to(ROOT)}/{run} has no finished run; "
+                                   f"python {run.partition('/')[0]}.py makes it")  # fmt: skip
     summaries = {run: json.loads((folder / run / "summary.json").read_text(encoding="utf-8")) for run in RUNS}
     datasets = {summary["dataset"] for summary in summaries.values()}
     if len(datasets) > 1:
-        raise ValueError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}")
+        raise UserError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}")
     return summaries
 
 
@@ -62,7 +63,7 @@ def write_tables(check):
         text = new = (ROOT / page).read_text(encoding="utf-8")
         for name in re.findall(r"<!-- (\w+) -->\n", text):
             if name not in TABLES:
-                raise ValueError(f"{page} asks for a table that nothing makes: {name}")
+                raise UserError(f"{page} asks for a table that nothing makes: {name}")
             place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
             content = f"{TABLES[name]().strip()}\n"
             new = place.sub(lambda _, content=content: content, new)
@@ -72,7 +73,7 @@ def write_tables(check):
             if not check:
                 write_text(ROOT / page, new)
     if unused := TABLES.keys() - used:
-        raise ValueError(f"no page has a place for {', '.join(sorted(unused))}: <!-- name --> ... <!-- /name -->")
+        raise UserError(f"no page has a place for {', '.join(sorted(unused))}: <!-- name --> ... <!-- /name -->")
     return current
 
 
@@ -93,5 +94,5 @@ def main(argv=None):
 if __name__ == "__main__":
     try:
         sys.exit(main())
-    except (OSError, ValueError, KeyError) as error:
+    except UserError as error:
         sys.exit(f"pages.py: {error}")

@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 
+from harness.errors import UserError
 from results.edits import edited
 from results.plan import ROOT
 
@@ -74,4 +75,4 @@ def train(run, folder, constants, jobs=1):
             raise
     if process.returncode:
         place = f"in {folder / 'screen.txt'}" if screen else "above"
-        raise ValueError(f"the run in {folder} has ended with exit code {process.returncode}; its message is {place}")
+        raise UserError(f"the run in {folder} has ended with exit code {process.returncode}; its message is {place}")

@@ -16,6 +16,7 @@ from statistics import median
 
 import harness
 from benchmarks.tables import machine
+from harness.errors import UserError
 from results import runner, store
 from results.plan import ROOT, SEEDS, all_constants, owner
 
@@ -46,8 +47,8 @@ def steps_within(seconds, run):
     """How many steps `run` makes in so many seconds. Raises ValueError if its step time was not measured."""
     step = seconds_of(run)
     if step is None:
-        raise ValueError(f"how long a step of {run.name} takes was not measured yet; python results/experiments.py "
-                         f"{owner(run)[0]} --step-time measures it")  # fmt: skip
+        raise UserError(f"how long a step of {run.name} takes was not measured yet; python results/experiments.py "
+                        f"{owner(run)[0]} --step-time measures it")  # fmt: skip
     return max(2, round(seconds / step))
 
 
@@ -67,7 +68,7 @@ def trial(run):
                     rows = [list(map(float, row.split(","))) for row in rows[WARM_UP:TRIAL_STEPS]]
                     peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]
                     return median(tokens / step / rate for step, tokens, *_, rate in rows), int(peak) * 1024 / 1e6
-        raise ValueError(f"the trial of {run.name} has ended with exit code {process.returncode}")
+        raise UserError(f"the trial of {run.name} has ended with exit code {process.returncode}")
     finally:
         process.kill()
         process.wait()
@@ -85,7 +86,7 @@ def measure(runs, again=True):
     kept = read()
     if kept.get("machine", machine()) != machine():
         if not again:
-            raise ValueError("step_time.json was measured on another machine; measure all of it with --step-time")
+            raise UserError("step_time.json was measured on another machine; measure all of it with --step-time")
         kept = {"seconds": {}, "peak_mb": {}}
     for key, run in {model_key(run): run for run in runs}.items():
         if again or key not in kept["seconds"]:

@@ -10,6 +10,7 @@ import torch
 
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, token_file
+from harness.errors import UserError
 from results import store
 from results.plan import EXPERIMENTS, ROOT, all_constants, owner
 
@@ -46,7 +47,7 @@ def prepare(runs):
     if "runs/experiments/sample" in folders and not sample.exists():
         words = ["data/prepare.py", "--sample", "--to", str(sample), "--vocabulary", "data/bpe_vocab.json"]
         if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-            raise ValueError(f"python {' '.join(words)} has failed; its message is above")
+            raise UserError(f"python {' '.join(words)} has failed; its message is above")
     load_tokens("bpe_vocab.json")
     if "runs/experiments/tenth" in folders and not (tenth / "bpe_vocab.json").exists():
         make_tenth(tenth)
@@ -69,5 +70,5 @@ def check_texts(todo, overrides, gpu=False):
             remedy = ("prepare that text with python data/prepare.py --from DIR" if here == "data"
                       else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
                       else "leave DATA out")  # fmt: skip
-            raise ValueError(f"{here} holds {text!r}, and the runs in {folder} are of {', '.join(map(repr, done))}: "
-                             f"{remedy}; or move {folder} aside to begin anew")  # fmt: skip
+            raise UserError(f"{here} holds {text!r}, and the runs in {folder} are of {', '.join(map(repr, done))}: "
+                            f"{remedy}; or move {folder} aside to begin anew")  # fmt: skip

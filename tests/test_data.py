@@ -30,6 +30,7 @@ import data
 import forks
 from bpe_tokenizer import BPETokenizer
 from data import prepare
+from harness.errors import FileError
 from harness.files import file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -633,7 +634,7 @@ def test_a_data_folder_that_cannot_be_written(files, tmp_path, monkeypatch):
     monkeypatch.setattr(os, "access", lambda path, mode: mode != os.W_OK)
     monkeypatch.setattr(prepare, "tokenize", None)
     before = snapshot(files)
-    with pytest.raises(PermissionError, match="cannot be written"):
+    with pytest.raises(FileError, match="cannot be written"):
         make(write_text(tmp_path / "other"), vocabularies=(SMALL,))
     assert snapshot(files) == before
 

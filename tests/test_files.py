@@ -13,6 +13,7 @@ import torch
 
 import forks
 from harness import files
+from harness.errors import FileError
 from harness.files import Locked, atomic_write, atomic_writes, file_lock
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -152,7 +153,7 @@ def test_a_folder_that_takes_no_files(tmp_path, monkeypatch, place):
 
 def test_a_folder_where_the_file_must_go(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(IsADirectoryError, match="x is a folder, and a file must take its place; remove it"):
+    with pytest.raises(FileError, match="x is a folder, and a file must take its place; remove it"):
         atomic_write(tmp_path / "x", lambda file: file.write(b"new"))
     assert names(tmp_path) == ["x"]
 

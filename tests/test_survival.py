@@ -628,7 +628,7 @@ def test_too_little_memory_to_load_a_checkpoint_is_not_called_damage(run, tmp_pa
     code, _, err = run("v3", tmp_path, **LARGE)
     assert code == 0, err
     code, _, err = run("v3", tmp_path, limit=30_000_000, RESUME=True, **LARGE)
-    assert_one_line(code, err, "v3.py: out of memory; lower ")
+    assert_one_line(code, err, "v3.py: out of memory in line ", "; lower MICRO_BATCH_SIZE (")
     code, out, err = run("v3", tmp_path, RESUME=True, **LARGE)
     assert (code, err) == (0, "") and "going on from step 1\n" in out
 
@@ -642,7 +642,7 @@ def test_out_of_memory_says_what_to_lower_and_that_works(name, run, tmp_path):
     limit = 40_000_000 if name == "v1_1" else 90_000_000
     constants = {**BIG, "MAX_STEPS": 4, "EVAL_INTERVAL": 2}
     code, _, err = run(name, tmp_path, limit=limit, **constants)
-    assert_one_line(code, err, f"{name}.py: out of memory; lower ")
+    assert_one_line(code, err, f"{name}.py: out of memory in line ", "; lower ")
     lower = re.search(r"lower (\w+)", err)[1]
     assert lower == ("BATCH_SIZE" if name in ("v0", "v1") else "MICRO_BATCH_SIZE")
     resume = {"RESUME": True} if lower == "MICRO_BATCH_SIZE" else {}  # the batches of a run must stay

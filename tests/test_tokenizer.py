@@ -30,6 +30,7 @@ import bpe.pretokens
 import bpe.unicode
 import bpe_tokenizer
 from bpe_tokenizer import PATTERNS, PRETOKEN, PRETOKENS, BPETokenizer, encode_pretoken, learn_merges
+from harness.errors import UserError
 
 ROOT = Path(bpe_tokenizer.__file__).resolve().parent
 DATA = ROOT / "data"
@@ -795,7 +796,7 @@ def test_lone_surrogate_is_a_value_error_that_names_it(vocab, text):
     for use in uses:
         with pytest.raises(ValueError) as caught:
             use(text)
-        assert type(caught.value) is ValueError and name in str(caught.value)
+        assert type(caught.value) is UserError and name in str(caught.value)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -1088,7 +1089,7 @@ def test_names_of_files_are_no_training_text(tmp_path, monkeypatch, saved):
     (tmp_path / "a").write_text("text")
     monkeypatch.chdir(tmp_path)
     for texts in (str(path), [str(path)], (str(path), "a"), iter(["a", "vocab.json"]), "a"):
-        assert_refuses(lambda: BPETokenizer.train(texts, 300), ValueError, "name of a file", "read_text")
+        assert_refuses(lambda: BPETokenizer.train(texts, 300), UserError, "name of a file", "read_text")
     for texts in (["a", "b"], ["b", "a"], "vocab", [str(tmp_path)], ["a", "a "], "a\0", "a/" * 3000, ["a", ""]):
         BPETokenizer.train(texts, 300)
     assert tokenizer.encode("a") == tokenizer.encode_array("a").tolist() == [97]  # a text to encode may be anything
@@ -1373,7 +1374,7 @@ def assert_gpt2_refused(path, word=""):
     with pytest.raises(ValueError) as caught:
         BPETokenizer.from_gpt2(path)
     message = str(caught.value)
-    assert type(caught.value) is ValueError and len(message.splitlines()) == 1 and len(message) < 400
+    assert type(caught.value) is UserError and len(message.splitlines()) == 1 and len(message) < 400
     assert str(path) in message and word in message
 
 
@@ -1453,7 +1454,7 @@ def assert_refused(path):
     with pytest.raises(ValueError) as caught:
         BPETokenizer.load(path)
     message = str(caught.value)
-    assert type(caught.value) is ValueError
+    assert type(caught.value) is UserError
     assert str(path) in message
     assert len(message.splitlines()) == 1
 
@@ -1585,7 +1586,7 @@ def test_mutated_files_are_refused_or_read_right(saved):
             loaded = BPETokenizer.load(path)
         except ValueError as error:
             refused += 1
-            assert type(error) is ValueError
+            assert type(error) is UserError
             assert str(path) in str(error) and len(str(error).splitlines()) == 1
         else:
             assert loaded.fingerprint == tokenizer.fingerprint
