@@ -8,6 +8,7 @@ are the same, which tests/test_kernels.py checks. A rung calls it where that exp
 
 import contextlib
 import ctypes
+import functools
 import math
 
 import torch
@@ -149,6 +150,42 @@ class GELU(nn.Module):
 
     def forward(self, x):
         return x * torch.sigmoid(math.sqrt(8 / math.pi) * (x + 0.044715 * x * x * x))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Products of matrices on a GPU
+# ----------------------------------------------------------------------------------------------------------
+
+
+def linear(x, weight):
+    """F.linear(x, weight), (..., V) for `x` (..., C) and `weight` (V, C), except that a GPU computes it with rows of
+    zeros up to a multiple of 64: its fast kernels need that, and vocabularies have any size."""
+    return F.linear(x, weight) if x.device.type == "cpu" else padded_linear(x, weight)
+
+
+def padded_linear(x, weight):
+    """F.linear(x, weight) by a product with rows of zeros up to a multiple of 64."""
+    V = weight.size(0)
+    return F.linear(x, F.pad(weight, (0, 0, 0, -V % 64)))[..., :V]
+
+
+@functools.lru_cache(maxsize=None)
+def compiled_on_gpu(function):
+    """`function` of a tensor, compiled for a GPU: many small operations become few. On a CPU, or where it cannot be
+    compiled, it is as it was."""
+    compiled = None
+
+    def call(x, *arguments):
+        nonlocal compiled
+        if x.device.type != "cpu" and compiled is not function:
+            try:
+                compiled = compiled or torch.compile(function, dynamic=False)
+                return compiled(x, *arguments)
+            except Exception:  # a missing compiler shows in many ways; a mistake in the function shows again
+                compiled = function
+        return function(x, *arguments)
+
+    return call
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -85,7 +85,7 @@ def get_batch(ids, step):
     n_batches = (len(ids) - BLOCK_SIZE) // (BATCH_SIZE * BLOCK_SIZE)
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
-    windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
+    windows = harness.to_device(ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long(), DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 

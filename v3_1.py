@@ -60,6 +60,7 @@ SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 DTYPE = "auto"  # of matrix products: "float32", "bfloat16", or the faster of them
 COMPILE = True  # use torch.compile, if it works here
+SHARD = False  # divide model and optimizer among the processes, for models larger than one device (FSDP)
 OUT_DIR = "runs/v3_1"  # where the results go
 RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
 INIT_FROM = None  # fine-tuning: folder of the run whose weights to start from
@@ -91,7 +92,7 @@ def get_batch(ids, step):
     epoch, k = divmod(step, max(n_batches, 1))
     starts = window_starts(len(ids), BATCH_SIZE, BLOCK_SIZE, SEED, epoch)[k]
     starts = starts.view(harness.world_size(), -1)[harness.rank()]  # each of several processes takes its part
-    windows = ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long().to(DEVICE)  # (B, T + 1)
+    windows = harness.to_device(ids[starts[:, None] + torch.arange(BLOCK_SIZE + 1)].long(), DEVICE)  # (B, T + 1)
     return windows[:, :-1], windows[:, 1:]
 
 
@@ -170,7 +171,7 @@ class LanguageModel(nn.Module):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
         x = norm(self.embedding(idx)) + self.position_embedding.weight[: idx.size(1)]  # (B, T, C)
         x = norm(self.blocks(self.dropout(x)))
-        logits = self.head(x).float()  # (B, T, V)
+        logits = kernels.linear(x, self.head.weight).float()  # self.head(x): (B, T, V)
         if targets is None:
             return logits
         return F.cross_entropy(logits.flatten(0, 1), targets.flatten())
@@ -193,7 +194,7 @@ def predictions(model, tokens, size, stride):
     starts = torch.arange(0, max(0, n - size) + stride, stride)  # the last window may be shorter: a batch of its own
     at_once = max(1, MICRO_BATCH_SIZE * model.block_size // size)
     batches = [batch for batch in (*starts[:-1].split(at_once), starts[-1:]) if len(batch)]
-    for batch in batches[harness.rank() :: harness.world_size()]:  # each process has its own
+    for batch, counts in harness.share_batches(batches):  # each process has its own
         T = min(size, n - int(batch[-1]))
         windows = tokens.ids[batch[:, None] + torch.arange(T + 1)].long().to(DEVICE)  # (b, T + 1)
         with harness.autocast(DEVICE, DTYPE):
@@ -202,7 +203,7 @@ def predictions(model, tokens, size, stride):
         log_total = logits.logsumexp(-1)  # (b, T)
         likeliest, ids = logits.topk(5)  # (b, T, 5)
         loss, confidence = log_total - logits.gather(-1, target).squeeze(-1), (likeliest[..., 0] - log_total).exp()
-        new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]  # (b, T): in no earlier window
+        new = counts & (torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None])  # (b, T): not seen before
         yield [x[new.to(DEVICE)].cpu() for x in (loss, confidence, ids == target)]
 
 
@@ -216,24 +217,22 @@ def evaluate(model, tokens, stride=None, size=None):
     """
     model.eval()
     size = size or model.block_size
-    n, nats, top_1, top_5 = len(tokens) - 1, 0.0, 0, 0
+    n, nats, top_5 = len(tokens) - 1, 0.0, 0
     bins = torch.zeros(3, 15, dtype=torch.double)  # of each: tokens, sum of their confidence, how many were right
     for loss, confidence, right in predictions(model, tokens, size, min(stride or size, size)):
         nats += loss.double().sum().item()
-        top_1 += right[:, 0].sum().item()
         top_5 += right.sum().item()
-        confidence = confidence.double()
-        rows = torch.ones_like(confidence), confidence, right[:, 0].double()
-        place = (15 * confidence).long().clamp(0, 14)
-        bins += torch.stack([torch.bincount(place, row, minlength=15) for row in rows])
-    nats, top_1, top_5 = harness.all_reduce(torch.tensor([nats, top_1, top_5], dtype=torch.double)).tolist()
+        rows = torch.ones_like(confidence), confidence, right[:, 0]
+        place = (15 * confidence.double()).long().clamp(0, 14)
+        bins += torch.stack([torch.bincount(place, row.double(), minlength=15) for row in rows])
+    nats, top_5 = harness.all_reduce(torch.tensor([nats, top_5], dtype=torch.double)).tolist()
     bins = harness.all_reduce(bins)
     model.train()
     return {
         "loss": nats / n,
         "bpb": nats / (math.log(2) * tokens.n_bytes),
         "word_ppl": math.exp(min(nats / tokens.n_words, 700)) if tokens.n_words else None,
-        "top_1": top_1 / n,
+        "top_1": bins[2].sum().item() / n,
         "top_5": top_5 / n,
         "calibration_error": (bins[1] - bins[2]).abs().sum().item() / n,
     }
@@ -282,17 +281,21 @@ class Muon(torch.optim.Optimizer):
     @torch.no_grad()
     def step(self):
         dtype = getattr(torch, harness.resolve_dtype(DEVICE, DTYPE))
+        nearest = kernels.compiled_on_gpu(orthogonalize) if COMPILE else orthogonalize
         for group in self.param_groups:
-            grad = torch.stack([p.grad for p in group["params"]])  # (n, rows, columns)
-            state = self.state[group["params"][0]]
-            if not state:
-                state["momentum"] = torch.zeros_like(grad)
-            state["momentum"].lerp_(grad, 1 - group["momentum"])
-            update = grad.lerp(state["momentum"], group["momentum"])  # Nesterov's look ahead
-            rows, columns = update.size(1) // group["split"], update.size(2)
-            update = orthogonalize(update.reshape(-1, rows, columns), dtype).reshape(update.shape)
+            params, updates, momentum = group["params"], [], group["momentum"]
+            for p in params:
+                state = self.state[p]
+                if not state:
+                    state["momentum"] = torch.zeros_like(p)
+                state["momentum"].lerp_(p.grad, 1 - momentum)
+                updates.append(p.grad.lerp(state["momentum"], momentum))  # Nesterov's look ahead
+            rows, columns = params[0].size(0) // group["split"], params[0].size(1)
+            updates = harness.divide_work(  # each of several processes takes a part of the (n, split * rows, columns)
+                lambda some: nearest(some.view(-1, rows, columns), dtype).view_as(some), updates
+            )
             scale = max(1, rows / columns) ** 0.5  # a tall matrix makes longer outputs of the same input
-            for p, u in zip(group["params"], update):
+            for p, u in zip(params, updates):
                 p.sub_(u, alpha=group["lr"] * scale)
 
 
@@ -401,7 +404,7 @@ def main():
         tokenizer = BPETokenizer.load(vocabulary_file(VOCABULARY, DATA))
         tokens = load_tokens(VOCABULARY, DATA)
         torch.manual_seed(SEED)
-        model = LanguageModel(tokenizer.vocab_size).to(DEVICE)
+        model = LanguageModel(tokenizer.vocab_size).to("cpu" if SHARD else DEVICE)
         run.begin(model, tokens)
         if INIT_FROM is not None:
             run.init_from(INIT_FROM)

@@ -27,8 +27,8 @@ cli.answer_help()  # before anything loads torch, which takes seconds
 
 NAMES = {  # what rungs, notebooks and tools use, by file; each file is loaded when a name of it is first used
     "cli": ("check_constants", "constants", "override", "say", "set_constants", "start"),
-    "distributed": ("all_reduce", "autocast", "barrier", "peak_memory_mb", "rank", "resolve_dtype",
-                    "seed", "sync_gradients", "world_size"),
+    "distributed": ("all_reduce", "autocast", "barrier", "divide_work", "peak_memory_mb", "rank", "resolve_dtype",
+                    "seed", "share_batches", "sync_gradients", "to_device", "world_size"),
     "errors": ("FileError", "MissingFileError", "UserError", "too_few_tokens"),
     "files": ("atomic_write", "atomic_writes", "file_lock"),
     "models": ("continue_prompt", "load"),

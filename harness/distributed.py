@@ -5,6 +5,7 @@ import os
 import re
 import sys
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,11 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
+from harness.cli import constants
 from harness.errors import UserError
+
+FIRST_TIMEOUT, TIMEOUT = timedelta(hours=24), timedelta(minutes=10)  # of processes that wait for others
+
 
 def rank():
     """Number of this process, from 0, among those that torchrun started."""
@@ -38,16 +43,38 @@ def all_reduce(x):
     return x.cpu()
 
 
+def to_device(x, device):
+    """`x`, a tensor on the CPU, on the device. A GPU copies it from pinned memory, while the program goes on."""
+    return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
+
+
+def all_agree(yes):
+    """Whether `yes` is true in every process."""
+    return all_reduce(torch.tensor([int(not yes)])).item() == 0
+
+
+def share_batches(batches):
+    """(batch, whether it counts) for this process: of all `batches` each process has its own part, and if they do not
+    divide evenly, the last one again, which does not count. All make as many passes: a pass of a model that is divided
+    among processes needs all of them."""
+    for i in range(rank(), -(-len(batches) // world_size()) * world_size(), world_size()):
+        yield batches[min(i, len(batches) - 1)], i < len(batches)
+
+
 @contextlib.contextmanager
 def processes(rung):
-    """Within, the processes that torchrun started know each other, and the first of them talks. The first process of
-    each machine makes the token files, if there are none, before it joins the others. Raises ValueError if they cannot
-    work together."""
+    """Within, the processes that torchrun started know each other, and the first of them talks. Raises UserError if
+    they cannot work together.
+
+    The first process of each machine makes the token files, if there are none, before it joins the others, which wait
+    for it as long as that takes. So they do before the first step, which may be compiled; afterwards a process that
+    does not come is missed after `TIMEOUT`.
+    """
     if "LOCAL_RANK" not in os.environ:
         yield
         return
     on_gpu, local_rank, n = rung["DEVICE"].startswith("cuda"), int(os.environ["LOCAL_RANK"]), os.environ["WORLD_SIZE"]
-    if "rank" not in rung["get_batch"].__code__.co_names:  # every process would train on the same batches
+    if "SHARD" not in rung:  # every process would train on the same batches
         raise UserError(f"this rung trains in one process: python {Path(rung['__file__']).name}")
     if rung["BATCH_SIZE"] % int(n):
         raise UserError(f"BATCH_SIZE={rung['BATCH_SIZE']} must be a multiple of the {n} processes")
@@ -57,22 +84,145 @@ def processes(rung):
         torch.cuda.set_device(local_rank)
     if local_rank == 0 and rung["PROMPT"] is None:
         rung["load_tokens"](rung["VOCABULARY"], rung["DATA"])
-    dist.init_process_group("nccl" if on_gpu else "gloo")
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=FIRST_TIMEOUT)
+    _decide_for_all(rung)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
         yield
     dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
 
 
+def _decide_for_all(rung):
+    """Let the first process decide what DTYPE="auto" means, which each would measure for itself. Raises UserError if
+    the processes were not given the same constants."""
+    given, device = [None] * world_size(), rung["DEVICE"]
+    faster = resolve_dtype(device, "auto") if rank() == 0 else None
+    dist.all_gather_object(given, ({name: rung[name] for name in constants(rung)}, faster))
+    (first, faster), others = given[0], [constants for constants, _ in given[1:]]
+    for other in others:
+        if differ := [name for name in first if first[name] != other.get(name)]:
+            name = differ[0]
+            raise UserError(f"{name} is {first[name]!r} in one process and {other.get(name)!r} in another; start all "
+                            "of them with the same constants")  # fmt: skip
+    auto_dtypes[device] = faster
+
+
+def expect_soon():
+    """The first step is done: from now on processes wait for others no longer than `TIMEOUT`."""
+    if world_size() > 1:
+        dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
+
+
 def share(model):
     """The model as several processes train it: each holds all of it and sees its own part of every batch, and
-    DistributedDataParallel averages the gradients (Li et al. 2020, arXiv:2006.15704)."""
-    return nn.parallel.DistributedDataParallel(model) if world_size() > 1 else model
+    DistributedDataParallel averages the gradients (Li et al. 2020, arXiv:2006.15704). One that `shard` has divided
+    averages them itself."""
+    whole = world_size() > 1 and not is_sharded(model)
+    return nn.parallel.DistributedDataParallel(model) if whole else model
 
 
 def sync_gradients(model, now):
     """Context of a forward and backward pass: `now` says whether the processes average their gradients in it, as they
     do in the last of several micro-batches."""
+    if is_sharded(model):
+        model.set_requires_gradient_sync(now)
+        return contextlib.nullcontext()
     return model.no_sync() if world_size() > 1 and not now else contextlib.nullcontext()
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Models that are divided among processes
+# ----------------------------------------------------------------------------------------------------------
+
+
+def shard(model):
+    """Divide the parameters of a transformer among the processes, in place, and with them its gradients and the state
+    of its optimizer. A process collects those of a block when it computes it, and forgets them again (fully sharded
+    data parallel, Zhao et al. 2023, arXiv:2304.11277)."""
+    from torch.distributed.fsdp import fully_shard  # loaded only where it is used
+
+    for block in model.blocks:
+        fully_shard(block)
+    fully_shard(model)
+
+
+def is_sharded(model):
+    """Whether `shard` has divided the model."""
+    return hasattr(model, "set_requires_gradient_sync")
+
+
+def _full(x):
+    """The tensor `x`, put together if it is divided (a DTensor). All processes must call it."""
+    return x.full_tensor() if hasattr(x, "full_tensor") else x
+
+
+def whole(x):
+    """`x`, a tensor or dicts and lists of them, with every tensor that is divided put together, on the CPU. All
+    processes must call it."""
+    if isinstance(x, dict):
+        return {key: whole(value) for key, value in x.items()}
+    if isinstance(x, (list, tuple)):
+        return type(x)(whole(value) for value in x)
+    return _full(x).cpu() if hasattr(x, "full_tensor") else x
+
+
+def like(x, other):
+    """The whole tensor `x` divided as the tensor `other` is."""
+    if not hasattr(other, "full_tensor"):
+        return x
+    from torch.distributed.tensor import distribute_tensor
+
+    device = other.device_mesh.device_type
+    return distribute_tensor(x.to(device), other.device_mesh, other.placements, src_data_rank=None)
+
+
+def like_param(x, param):
+    """`x`, a value of the state that an optimizer keeps of the parameter, divided as that is if it has its shape."""
+    return like(x, param) if torch.is_tensor(x) and x.shape == param.shape else x
+
+
+def divide_work(function, matrices):
+    """function(stack) of the `matrices` (rows, columns), stacked to (n, rows, columns): a list of the results, divided
+    as the matrices are. Each process computes a part of them; they exchange the results."""
+    stack = torch.stack([_full(x) for x in matrices])
+    if world_size() == 1:
+        return function(stack).unbind()
+    n = -(-len(stack) // world_size())  # of each process; the last ones may have fewer, or none
+    mine, part = stack[rank() * n :][:n], stack.new_zeros(n, *stack.shape[1:])
+    if len(mine):
+        part[: len(mine)] = function(mine)
+    results = [torch.empty_like(part) for _ in range(world_size())]
+    dist.all_gather(results, part)
+    return [like(result, matrix) for result, matrix in zip(torch.cat(results), matrices)]
+
+
+class Numbers:
+    """The loss of a step, the norm of its gradient, means over all processes, and how many signals to stop they have
+    got: on their way from the device. `read` waits for them."""
+
+    def __init__(self, device, loss, grad_norm, signals):
+        where = loss.device if torch.is_tensor(loss) else "cpu"
+        loss, grad_norm = (_full(torch.as_tensor(x)) for x in (loss, grad_norm))
+        dtype = torch.float32 if device.startswith("mps") else torch.double
+        signals = torch.tensor([signals], dtype=dtype, device=where)
+        self.numbers, self.arrived = torch.cat([torch.stack([loss, grad_norm]).to(where, dtype), signals]), None
+        if world_size() > 1:
+            dist.all_reduce(self.numbers)
+        if self.numbers.is_cuda:
+            self.numbers = torch.empty(3, dtype=dtype, pin_memory=True).copy_(self.numbers, non_blocking=True)
+            self.arrived = torch.cuda.Event()
+            self.arrived.record()
+
+    def read(self):
+        """(loss, grad_norm, signals)"""
+        if self.arrived:
+            self.arrived.synchronize()
+        loss, grad_norm, signals = self.numbers.tolist()
+        return loss / world_size(), grad_norm / world_size(), signals
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Precision, random numbers, memory
+# ----------------------------------------------------------------------------------------------------------
 
 
 auto_dtypes = {}  # device: what DTYPE="auto" means there, decided once

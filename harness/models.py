@@ -8,6 +8,7 @@ import torch
 
 from bpe_tokenizer import BPETokenizer
 from harness.cli import check_constants, override, say
+from harness.distributed import like
 from harness.errors import MissingFileError, UserError
 
 SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "POSITION", "ROPE_BASE")
@@ -30,7 +31,8 @@ def read_file(path, keys):
 def set_weights(model, weights, path):
     """Give `model` the weights that were read from `path`. Raises ValueError if they are those of another model."""
     try:
-        model.load_state_dict(weights)
+        parts = model.state_dict()
+        model.load_state_dict({name: like(x, parts.get(name)) for name, x in weights.items()})
     except (RuntimeError, TypeError, AttributeError):
         raise UserError(f"the weights in {path} do not fit this model: they are of another rung, or the model has "
                         "been changed since; choose another OUT_DIR, or train again") from None  # fmt: skip

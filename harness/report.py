@@ -69,10 +69,10 @@ def read_steps(path, step):
     return []
 
 
-def write_step(run, loss, grad_norm, seconds):
+def write_step(run, step, loss, grad_norm, seconds):
     """Add the row of a step to steps.csv."""
     try:
-        run.steps.write(f"{run.state.step},{run.state.step * run.step_tokens},{loss:.6g},{run.rates()[0]:.6g},"
+        run.steps.write(f"{step.step},{step.step * run.step_tokens},{loss:.6g},{step.rate:.6g},"
                         f"{grad_norm:.6g},{run.step_tokens / max(seconds, 1e-9):.0f}\n")  # fmt: skip
     except OSError as error:
         raise FileError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True goes "
@@ -91,9 +91,9 @@ def not_finite(run, what, loss, step):
     return f"the {what} is {loss} at step {step} ({values}); {', or '.join(advice)}{kept}"
 
 
-def changes(run, made_by):
+def changes(run, made_by, rate):
     """Say what differs since the checkpoint, though the run is the same: rounding, and the schedule."""
-    before, rate, max_steps = run.before, run.rates()[0], run.constants["MAX_STEPS"]
+    before, max_steps = run.before, run.constants["MAX_STEPS"]
     if before["made_by"] != made_by:
         say(f"begun on {before['made_by']}; goes on with {made_by}: losses may differ by rounding")
     if before["hyperparameters"]["MAX_STEPS"] != max_steps and before["rates"][0] != rate:

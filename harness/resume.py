@@ -12,7 +12,7 @@ RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.
 # What a resumed run may change. In silence: what only says how to run. With a line: what the next steps depend on. The
 # rest, shape and order of the data, must stay.
 MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STRIDE", "EXTRAPOLATION",
-              "DEVICE", "DATA", "OUT_DIR", "RESUME", "INIT_FROM", "PROMPT")  # fmt: skip
+              "DEVICE", "SHARD", "DATA", "OUT_DIR", "RESUME", "INIT_FROM", "PROMPT")  # fmt: skip
 MAY_CHANGE_WITH_A_LINE = ("MAX_STEPS", "LEARNING_RATE", "LEARNING_RATE_ADAMW", "WARMUP_STEPS", "COOLDOWN", "MOMENTUM",
                           "WEIGHT_DECAY", "GRAD_CLIP", "DROPOUT", "DTYPE", "COMPILE", "MICRO_BATCH_SIZE",
                           "CHUNK_SIZE")  # fmt: skip
@@ -68,6 +68,9 @@ def load_checkpoint(run):
     set_weights(run.model, saved["model"], path)
     for optimizer, state in zip(run.optimizers, saved["optimizers"]):
         now = [{k: v for k, v in group.items() if k != "params"} for group in optimizer.param_groups]
+        params = [p for group in optimizer.param_groups for p in group["params"]]
+        state["state"] = {i: {key: distributed.like_param(x, params[i]) for key, x in values.items()}
+                          for i, values in state["state"].items()}  # fmt: skip
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, now):
             group.update(values)  # rates and decay are those of the constants

@@ -16,7 +16,7 @@ import kernels
 from data import vocabulary_file
 from harness import distributed, report
 from harness.cli import check_constants, constants, first_line, say
-from harness.distributed import all_reduce, barrier, peak_memory_mb, rank, world_size
+from harness.distributed import barrier, peak_memory_mb, rank, world_size
 from harness.errors import UserError
 from harness.files import Locked, atomic_write, file_lock
 from harness.models import SHAPE, find_model, read_file, read_model, set_weights
@@ -40,6 +40,7 @@ class Run:
         self.records, self.losses, self.seconds = [], [], 0.0  # evaluations, losses since the last, of training
         self.before = self.progress = None  # before: what a checkpoint says of the run until then
         self.damaged = None  # a checkpoint that could not be read
+        self.waiting = None  # the last step, while a GPU still computes it
         self.compiled, self.signals, self.handlers, self.stack = False, [], {}, contextlib.ExitStack()
 
     def __enter__(self):
@@ -84,6 +85,13 @@ class Run:
         self.step_tokens = h["BATCH_SIZE"] * h["BLOCK_SIZE"]
         self.eval_interval = max(1, min(h["EVAL_INTERVAL"], len(train) // self.step_tokens))
         self.label = f"{self.name}, {h['POSITION']}" if "POSITION" in h else self.name
+        model.fingerprint = train.fingerprint  # of the tokenizer whose ids it knows
+        if h.get("SHARD") and not self.sharded:
+            say("SHARD=True has no effect in one process: start several with torchrun")
+        if self.sharded:
+            distributed.shard(model)
+        else:
+            model.to(self.device)
         say(f"{self.label} on {train.dataset}: {self.n_params:,} parameters, {len(train):,} training tokens, "
             f"{h['MAX_STEPS']:,} steps, {self.device}, results in {self.out_dir}")  # fmt: skip
         if self.device != "cpu":
@@ -133,32 +141,46 @@ class Run:
         return self.state
 
     @property
+    def sharded(self):
+        """Whether the model is divided among processes."""
+        return bool(self.constants.get("SHARD")) and world_size() > 1
+
+    @property
     def dtype(self):
         """Name of the type that matrix products use."""
         return distributed.resolve_dtype(self.device, self.constants.get("DTYPE", "float32"))
 
     def _made_by(self):
         """What decides how sums are rounded."""
-        compiled = ", compiled" if self.compiled else ""
+        how = (", sharded" if self.sharded else "") + (", compiled" if self.compiled else "")
         return (f"torch {torch.__version__}, {self.device}, {torch.get_num_threads()} threads, {world_size()} "
-                f"processes, {self.dtype}{compiled}")  # fmt: skip
+                f"processes, {self.dtype}{how}")  # fmt: skip
 
     def compile(self, model, batch):
-        """The model as it is trained: compiled if COMPILE says so and it works with `batch`, (x, y), else with a line
-        that says why not; shared by all processes."""
-        compiled = None
+        """The model as it is trained: compiled if COMPILE says so and it works with `batch`, (x, y), in all processes,
+        else with a line that says why not; shared by all processes."""
+        trained = model
         if self.constants["COMPILE"]:
             say("compiling the model, which takes up to a minute (COMPILE=False starts at once)")
-            try:
-                compiled = distributed.share(torch.compile(model))
-                with distributed.autocast(self.device, self.constants["DTYPE"]):
-                    compiled(*batch).backward()
-                model.zero_grad()
-                self.compiled = True
+            problem = ""
+            try:  # by itself: a process that fails must not leave others waiting for its gradients
+                if self.sharded:  # each pass needs all processes: only try whether there is a compiler
+                    torch.compile(lambda x: x.sin() + 1)(batch[0].float())
+                else:
+                    trained = torch.compile(model)
+                    with distributed.autocast(self.device, self.constants["DTYPE"]):
+                        trained(*batch).backward()
+                    model.zero_grad()
             except Exception as error:  # a missing compiler shows in many ways
-                say(f"training without torch.compile: {first_line(error)}")
+                problem = first_line(error)
+            self.compiled = distributed.all_agree(not problem)
+            if self.compiled and world_size() > 1 and self.device.startswith("cuda"):
+                torch._dynamo.reset()  # with gradients to exchange it is compiled in parts, to exchange them meanwhile
+            trained = torch.compile(model) if self.compiled else model
+            if not self.compiled:
+                say(f"training without torch.compile: {problem or 'it failed in another process'}")
         self.step_began = time.perf_counter()
-        return compiled if self.compiled else distributed.share(model)
+        return distributed.share(trained)
 
     # -- While it trains -----------------------------------------------------------------------------------
 
@@ -167,6 +189,8 @@ class Run:
         Before the first step only weights that were trained already are worth it."""
         due = step % self.eval_interval == 0 or step == self.constants["MAX_STEPS"]
         due = due and (step > 0 or self.constants.get("INIT_FROM") is not None)
+        if due:
+            self.read_waiting()
         self.evaluation_began = time.perf_counter()
         return due and not (self.records and self.records[-1]["step"] == step)
 
@@ -175,8 +199,8 @@ class Run:
         vocabulary beside them."""
         if not (self.out_dir / "vocabulary.json").exists():
             self.write("vocabulary.json", self.vocabulary)
-        train = self.tokens["train"]
-        self.write("model.pt", {"rung": self.name, "model": self.model.state_dict(), "hyperparameters": self.constants,
+        train, model = self.tokens["train"], distributed.whole(self.model.state_dict())
+        self.write("model.pt", {"rung": self.name, "model": model, "hyperparameters": self.constants,
                                 "fingerprint": train.fingerprint, "start": list(train.start)})  # fmt: skip
 
     def log(self, step, metrics):
@@ -200,12 +224,13 @@ class Run:
 
     def checkpoint(self):
         """Save all that it takes to go on as checkpoint.pt; the one that was there is kept as checkpoint_before.pt."""
+        model, optimizers = distributed.whole([self.model.state_dict(), [o.state_dict() for o in self.optimizers]])
         if rank():
             return
         new, newest = self.out_dir / "checkpoint_new.pt", self.out_dir / "checkpoint.pt"
         self.write(new.name, {
-            "model": self.model.state_dict(), "optimizers": [o.state_dict() for o in self.optimizers],
-            **vars(self.state), "log": self.records, "losses": torch.tensor(self.losses), "seconds": self.seconds,
+            "model": model, "optimizers": optimizers, **vars(self.state), "log": self.records,
+            "losses": torch.tensor(self.losses), "seconds": self.seconds,
             "rates": self.rates(), "dataset": self.tokens["train"].dataset, "dtype": self.dtype,
             "fingerprint": self.tokens["train"].fingerprint, "hyperparameters": self.constants,
             "made_by": self._made_by(),
@@ -220,24 +245,48 @@ class Run:
         return [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, loss, grad_norm):
-        """Count a step: its mean loss over the windows of this process, and the norm of its gradient. Raises ValueError
-        if the loss is not finite; after Ctrl-C or SIGTERM saves a checkpoint and ends the program with exit code 130 or
-        143."""
-        loss, grad_norm = (x.item() if torch.is_tensor(x) else x for x in (loss, grad_norm))
+        """Count a step: its mean loss over the windows of this process, and the norm of its gradient, as tensors or
+        numbers. Raises UserError if the loss is not finite; after Ctrl-C or SIGTERM saves a checkpoint and ends the
+        program with exit code 130 or 143.
+
+        To read a number from a GPU is to wait until it has computed it. So there a step is counted when the next one
+        has been queued behind it, and the GPU never waits for the program.
+        """
         self.state.step += 1
-        loss, stop = all_reduce(torch.tensor([loss, len(self.signals)], dtype=torch.double)).tolist()
-        loss, now = loss / world_size(), time.perf_counter()
+        before = self.waiting
+        numbers = distributed.Numbers(self.device, loss, grad_norm, len(self.signals))
+        self.waiting = SimpleNamespace(step=self.state.step, rate=self.rates()[0], numbers=numbers)
+        stop = self._count(before) if self.reads_late else self.read_waiting()
+        self._stop_if(stop)
+
+    @property
+    def reads_late(self):
+        """Whether a step is counted one step later."""
+        return self.device.startswith("cuda")
+
+    def read_waiting(self):
+        """Count the last step, if that was not done yet. Returns how many signals to stop there have been."""
+        waiting, self.waiting = self.waiting, None
+        return self._count(waiting)
+
+    def _count(self, step):
+        if step is None:
+            return 0
+        loss, grad_norm, stop = step.numbers.read()
+        now = time.perf_counter()
         seconds, self.step_began = now - self.step_began, now
         self.seconds += seconds
         if rank() == 0:
-            report.write_step(self, loss, grad_norm, seconds)
+            report.write_step(self, step, loss, grad_norm, seconds)
         if not loss < DIVERGED:
-            raise UserError(report.not_finite(self, "loss", loss, self.state.step - 1))
+            raise UserError(report.not_finite(self, "loss", loss, step.step - 1))
         self.losses.append(loss)
-        if self.before and self.state.step == self.progress.first + 1:
-            report.changes(self, self._made_by())
+        if step.step == self.progress.first + 1:
+            distributed.expect_soon()
+            if self.before:
+                report.changes(self, self._made_by(), step.rate)
         self.progress.update(loss, seconds)
-        self._stop_if(stop)
+        return stop
 
     def _catch_signals(self):
         """From now on Ctrl-C and SIGTERM let the step be finished; a Ctrl-C after that ends the program at once."""
@@ -258,6 +307,7 @@ class Run:
 
     def _stop_if(self, stop):
         if stop:
+            self.read_waiting()
             if not (self.records and self.records[-1]["step"] == self.state.step):  # else it has just been saved
                 self.checkpoint()
             self.progress.bar.close()
@@ -276,7 +326,7 @@ class Run:
             say(f"stopped early: no better validation loss in {self.constants['PATIENCE']} evaluations")
         self.peak_mb = peak_memory_mb(self.device)
         barrier()  # the first process has written the best weights
-        model.load_state_dict(read_file(self.out_dir / "model.pt", ("model",))["model"])
+        set_weights(model, read_file(self.out_dir / "model.pt", ("model",))["model"], self.out_dir / "model.pt")
 
     def finish(self, sample, **results):
         """Write summary.json, sample.txt and loss.png, then say how it ended. `results` are added to the summary.

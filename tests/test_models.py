@@ -591,11 +591,11 @@ def test_processes_share_an_evaluation(name, stride, size, load, monkeypatch):
     model = random_model(module, 40)
     arguments = model, tokens, stride, None if name != V4 else size
     alone, sums = module.evaluate(*arguments), []
-    monkeypatch.setattr(harness, "world_size", lambda: 3)
+    monkeypatch.setattr(harness.distributed, "world_size", lambda: 3)
     for rank in range(3):
         parts = iter(sums)
         sums = []
-        monkeypatch.setattr(harness, "rank", lambda rank=rank: rank)
+        monkeypatch.setattr(harness.distributed, "rank", lambda rank=rank: rank)
         monkeypatch.setattr(harness, "all_reduce", lambda x, parts=parts: sums.append(x + next(parts, 0)) or sums[-1])
         together = module.evaluate(*arguments)
     assert together == pytest.approx(alone, rel=1e-9)
