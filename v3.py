@@ -66,8 +66,8 @@ RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
 INIT_FROM = None  # fine-tuning: folder of the run whose weights to start from
 PROMPT = None  # continue this text with the trained model, instead of training
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
-# DROPOUT = 0.1, MAX_STEPS = 20_000, LEARNING_RATE = 6e-4, and WikiText-103 (python data/prepare.py --dataset
-# wikitext-103-v1).
+# DROPOUT = 0.1, MAX_STEPS = 20_000, EVAL_INTERVAL = 2000, LEARNING_RATE = 6e-4, and WikiText-103 (python
+# data/prepare.py --dataset wikitext-103-v1).
 
 
 # ----------------------------------------------------------------------------------------------------------
