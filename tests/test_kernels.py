@@ -240,3 +240,41 @@ def test_another_c_library_is_no_error(monkeypatch):
     monkeypatch.setattr(kernels, "_keeps_freed_memory", False)
     kernels.keep_freed_memory()
     assert kernels._keeps_freed_memory is False
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Products of matrices on a GPU
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("V", [1, 63, 64, 65, 500])
+def test_rows_of_zeros_change_no_product(V):
+    x, weight = inputs(2, 3, 8), inputs(V, 8, seed=6)
+    x.requires_grad_(), weight.requires_grad_()
+    results = []
+    for linear in (kernels.padded_linear, torch.nn.functional.linear):
+        y = linear(x, weight)
+        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
+    for ours, theirs in zip(*results):
+        close(ours, theirs)
+    assert kernels.linear(x, weight).shape == (2, 3, V)
+    product = kernels.linear(x.to("meta"), weight.to("meta"))  # of a device that is no CPU
+    assert product.stride(-2) % 64 == 0 and product.shape == (2, 3, V)
+
+
+def test_a_function_that_cannot_be_compiled_is_called_as_it_is(monkeypatch):
+    calls = []
+
+    def compile(function, **options):
+        def fail(*arguments):
+            calls.append(options)
+            raise RuntimeError("no compiler")
+
+        return fail
+
+    monkeypatch.setattr(torch, "compile", compile)
+    double = kernels.compiled_on_gpu(lambda x, factor: x * factor)
+    assert double(torch.ones(2), 2).tolist() == [2, 2] and not calls
+    for _ in range(2):
+        assert double(torch.ones(2, device="meta"), 2).shape == (2,)
+    assert calls == [{"dynamic": False}]  # tried once

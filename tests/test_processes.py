@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from common import LATE_RUNGS, close, inputs, same_weights, train, without_clock
+from common import LATE_RUNGS, same_weights, train, without_clock
 from test_survival import (  # noqa: F401 - fixtures
     ALONE,
     alone,
@@ -27,7 +27,6 @@ from test_survival import (  # noqa: F401 - fixtures
 )
 
 import harness
-import kernels
 from harness import distributed
 from harness.errors import UserError
 
@@ -222,36 +221,3 @@ def test_a_loss_that_is_not_finite_ends_the_run_though_it_is_read_later(step, la
         train(module)
     saved = torch.load(Path(module.OUT_DIR) / "checkpoint.pt", weights_only=True) if step > 3 else {"step": 4}
     assert saved["step"] == 4  # nothing that is not finite was saved
-
-
-@pytest.mark.parametrize("V", [1, 63, 64, 65, 500])
-def test_rows_of_zeros_change_no_product(V):
-    x, weight = inputs(2, 3, 8), inputs(V, 8, seed=6)
-    x.requires_grad_(), weight.requires_grad_()
-    results = []
-    for linear in (kernels.padded_linear, torch.nn.functional.linear):
-        y = linear(x, weight)
-        results.append([y, *torch.autograd.grad(y.square().sum(), (x, weight))])
-    for ours, theirs in zip(*results):
-        close(ours, theirs)
-    assert kernels.linear(x, weight).shape == (2, 3, V)
-    product = kernels.linear(x.to("meta"), weight.to("meta"))  # of a device that is no CPU
-    assert product.stride(-2) % 64 == 0 and product.shape == (2, 3, V)
-
-
-def test_a_function_that_cannot_be_compiled_is_called_as_it_is(monkeypatch):
-    calls = []
-
-    def compile(function, **options):
-        def fail(*arguments):
-            calls.append(options)
-            raise RuntimeError("no compiler")
-
-        return fail
-
-    monkeypatch.setattr(torch, "compile", compile)
-    double = kernels.compiled_on_gpu(lambda x, factor: x * factor)
-    assert double(torch.ones(2), 2).tolist() == [2, 2] and not calls
-    for _ in range(2):
-        assert double(torch.ones(2, device="meta"), 2).shape == (2,)
-    assert calls == [{"dynamic": False}]  # tried once
