@@ -16,7 +16,8 @@ from torch import nn
 from harness.cli import constants
 from harness.errors import UserError
 
-FIRST_TIMEOUT, TIMEOUT = timedelta(hours=24), timedelta(minutes=10)  # of processes that wait for others
+# How long a process waits for the others: while one prepares the text, until the first step is done, and from then on.
+PREPARATION, FIRST_STEP, TIMEOUT = timedelta(hours=24), timedelta(hours=1), timedelta(minutes=10)
 
 
 def rank():
@@ -67,8 +68,7 @@ def processes(rung):
     they cannot work together.
 
     The first process of each machine makes the token files, if there are none, before it joins the others, which wait
-    for it as long as that takes. So they do before the first step, which may be compiled; afterwards a process that
-    does not come is missed after `TIMEOUT`.
+    for it. Then they wait for each other: longer for the first step, which may be compiled, than for later ones.
     """
     if "LOCAL_RANK" not in os.environ:
         yield
@@ -84,7 +84,8 @@ def processes(rung):
         torch.cuda.set_device(local_rank)
     if local_rank == 0 and rung["PROMPT"] is None:
         rung["load_tokens"](rung["VOCABULARY"], rung["DATA"])
-    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=FIRST_TIMEOUT)
+    dist.init_process_group("nccl" if on_gpu else "gloo", timeout=PREPARATION)
+    _wait_no_longer_than(FIRST_STEP)
     _decide_for_all(rung)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
         yield
@@ -106,10 +107,14 @@ def _decide_for_all(rung):
     auto_dtypes[device] = faster
 
 
-def expect_soon():
-    """The first step is done: from now on processes wait for others no longer than `TIMEOUT`."""
+def first_step_is_done():
+    """From now on processes wait for others no longer than `TIMEOUT`."""
     if world_size() > 1:
-        dist.distributed_c10d._set_pg_timeout(TIMEOUT, dist.group.WORLD)
+        _wait_no_longer_than(TIMEOUT)
+
+
+def _wait_no_longer_than(time):
+    dist.distributed_c10d._set_pg_timeout(time, dist.group.WORLD)
 
 
 def share(model):

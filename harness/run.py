@@ -282,7 +282,7 @@ class Run:
             raise UserError(report.not_finite(self, "loss", loss, step.step - 1))
         self.losses.append(loss)
         if step.step == self.progress.first + 1:
-            distributed.expect_soon()
+            distributed.first_step_is_done()
             if self.before:
                 report.changes(self, self._made_by(), step.rate)
         self.progress.update(loss, seconds)

@@ -406,7 +406,7 @@ FAULTS = [
     (DISTRIBUTED, "constants may differ", "        if differ := [", "        if differ := [] and [", "other_constants"),
     (DISTRIBUTED, "some compile", "return all_reduce(torch.tensor([int(not yes)])).item() == 0", "return yes",
      "one_process_lacks"),
-    (DISTRIBUTED, "processes wait for each other for a day", "dist.distributed_c10d._set_pg_timeout(", "print(",
+    (DISTRIBUTED, "processes wait for each other for a day", "        _wait_no_longer_than(TIMEOUT)\n", "        pass\n",
      "first_process"),
     (DISTRIBUTED, "the last batch counts twice", "i < len(batches)", "True", "as_many_passes"),
     (DISTRIBUTED, "processes make as many passes as they have batches",
