@@ -5,6 +5,7 @@ import contextlib
 import difflib
 import errno
 import functools
+import hashlib
 import itertools
 import os
 import re
@@ -15,10 +16,15 @@ from pathlib import Path
 
 from harness.errors import UserError
 
+
 def read_source(path):
-    """({constant: its comment}, {constant: its value as written}, every name that is assigned or imported) of the file
+    """What `parse_source` finds in the file of a rung."""
+    return parse_source(Path(path).read_text(encoding="utf-8"))
+
+
+def parse_source(source):
+    """({constant: its comment}, {constant: its value as written}, every name that is assigned or imported) of the text
     of a rung. Constants are the UPPER_CASE names that are set before the first function."""
-    source = Path(path).read_text(encoding="utf-8")
     tree, lines, comments, values, names = ast.parse(source), source.split("\n"), {}, {}, set()
     for node in itertools.takewhile(lambda node: not isinstance(node, (ast.FunctionDef, ast.ClassDef)), tree.body):
         for target in node.targets if isinstance(node, ast.Assign) else ():
@@ -36,9 +42,15 @@ def read_source(path):
 
 @functools.lru_cache(maxsize=None)
 def _source_as_loaded(path, main):
-    """`read_source`, once for each time that the rung was loaded (then `main` is another function): somebody may edit
-    the file while it runs."""
-    return read_source(path)
+    """`read_source` and a hash of the text, once for each time that the rung was loaded (then `main` is another
+    function): somebody may edit the file while it runs."""
+    source = Path(path).read_text(encoding="utf-8")
+    return *parse_source(source), hashlib.sha256(source.encode()).hexdigest()[:16]
+
+
+def source_hash(rung):
+    """The first 16 hex digits of the SHA-256 of the text of a rung (its globals) as it was loaded."""
+    return _source_as_loaded(rung["__file__"], rung["main"])[3]
 
 
 def usage(path):

@@ -1,15 +1,17 @@
 """Trained models: read from the folder of a run, and used."""
 
-import importlib
+import ast
+import errno
+import importlib.util
 import itertools
 from pathlib import Path
 
 import torch
 
 from bpe_tokenizer import BPETokenizer
-from harness.cli import check_constants, override, say
+from harness.cli import check_constants, first_line, override, say
 from harness.distributed import like
-from harness.errors import MissingFileError, UserError
+from harness.errors import FileError, MissingFileError, UserError
 
 SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "POSITION", "ROPE_BASE")
 
@@ -17,11 +19,16 @@ SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMB
 def read_file(path, keys):
     """The contents of a file of a run, on the CPU. Raises FileNotFoundError if it is not there, ValueError if it is
     damaged or without one of `keys`."""
-    if not path.exists():
-        raise MissingFileError(f"there is no {path}")
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no {path}") from None
+    except OSError as error:
+        if error.errno == errno.ENOMEM:
+            raise
+        raise FileError(f"{path} cannot be read ({error.strerror or first_line(error)}); make it a file that this user "
+                        "can read") from None  # fmt: skip
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
         if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise
@@ -71,7 +78,36 @@ def build(rung, saved, tokenizer, folder):
     with override(rung, **shape):
         model = rung["LanguageModel"](tokenizer.vocab_size).to(rung["DEVICE"])
     set_weights(model, saved["model"], folder / "model.pt")
+    model.fingerprint = tokenizer.fingerprint  # tokens of another vocabulary would mean nothing to it
     return model.eval()
+
+
+def is_rung(source):
+    """Whether a text is that of a rung: a Python file that defines LanguageModel and, started as a program, calls
+    harness.start(globals()). It is not executed."""
+    try:
+        tree = ast.parse(source)
+    except (SyntaxError, ValueError, RecursionError, MemoryError):
+        return False
+    classes = {node.name for node in tree.body if isinstance(node, ast.ClassDef)}
+    calls = {ast.unparse(line) for node in tree.body if isinstance(node, ast.If) for line in node.body}
+    return "LanguageModel" in classes and "harness.start(globals())" in calls
+
+
+def import_rung(name, folder):
+    """The globals of the rung `name`, which the model in `folder` is of. Anything can stand in a file, so nothing is
+    imported that is no rung. Raises ValueError if there is none of that name where Python looks for modules."""
+    plain = isinstance(name, str) and name != "__main__" and not set(name) & set("./\\\0:")
+    try:
+        spec = importlib.util.find_spec(name) if plain and name else None  # finds a file, and runs nothing
+        path = Path(spec.origin)
+        source = path.read_text(encoding="utf-8") if path.suffix == ".py" else ""
+    except (AttributeError, TypeError, ValueError, OSError):  # no such module, or one without a file
+        source = ""
+    if not is_rung(source):
+        raise UserError(f"the model in {folder} is of {name!r}, and no rung of that name is here; put the .py file that "
+                        "trained it beside v0.py")  # fmt: skip
+    return vars(importlib.import_module(name))
 
 
 def load(folder):
@@ -83,11 +119,7 @@ def load(folder):
     """
     folder = find_model([folder])
     saved, tokenizer = read_model(folder)
-    try:
-        rung = vars(importlib.import_module(saved["rung"]))
-    except ImportError:
-        raise UserError(f"the model in {folder} is of {saved['rung']}.py, which cannot be imported here") from None
-    return build(rung, saved, tokenizer, folder), tokenizer
+    return build(import_rung(saved["rung"], folder), saved, tokenizer, folder), tokenizer
 
 
 def continue_prompt(rung, *folders):

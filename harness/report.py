@@ -106,7 +106,7 @@ def summarize(run, results):
     train, h, last = run.tokens["train"], run.constants, run.records[-1]
     best = min(run.records, key=lambda record: record["val_loss"])
     return {
-        "rung": run.name, "dataset": train.dataset, "tokenizer": h["VOCABULARY"], "seed": h["SEED"],
+        "rung": run.name, **run.identity, "dataset": train.dataset, "tokenizer": h["VOCABULARY"], "seed": h["SEED"],
         "device": run.device, "processes": world_size(), "dtype": run.dtype, "n_params": run.n_params,
         "steps": last["step"], "tokens_seen": last["tokens_seen"],
         "bytes_seen": round(last["tokens_seen"] * train.n_bytes / len(train)),

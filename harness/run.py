@@ -19,6 +19,7 @@ from harness.cli import check_constants, constants, first_line, say
 from harness.distributed import barrier, peak_memory_mb, rank, world_size
 from harness.errors import UserError
 from harness.files import Locked, atomic_write, file_lock
+from harness.identity import identity
 from harness.models import SHAPE, find_model, read_file, read_model, set_weights
 from harness.resume import load_checkpoint, move_aside
 
@@ -82,6 +83,7 @@ class Run:
         h, train = self.constants, tokens["train"]
         self.rung["get_batch"](train.ids, 0)  # what makes no batch is refused before a run is moved aside
         self.model, self.tokens, self.n_params = model, tokens, sum(p.numel() for p in model.parameters())
+        self.identity = identity(self)  # now: the files may change while it trains
         self.step_tokens = h["BATCH_SIZE"] * h["BLOCK_SIZE"]
         self.eval_interval = max(1, min(h["EVAL_INTERVAL"], len(train) // self.step_tokens))
         self.label = f"{self.name}, {h['POSITION']}" if "POSITION" in h else self.name
