@@ -9,8 +9,11 @@ Out: DIR is then a model like any other there, with its tokenizer:
     model = transformers.AutoModelForCausalLM.from_pretrained("DIR")
     tokenizer = transformers.AutoTokenizer.from_pretrained("DIR")
 
-In: DIR holds config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published. What can be done
-with a run that was trained here can be done with it:
+In: DIR holds config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published. Fetch it first:
+
+    hf download openai-community/gpt2 config.json model.safetensors tokenizer.json --local-dir gpt2
+
+What can be done with a run that was trained here can be done with it:
 
     python v3.py OUT_DIR=runs/gpt2 PROMPT=" The castle was"
     python v3.py INIT_FROM=runs/gpt2 ...         start from it, with its shape and vocabulary: fine-tuning
@@ -22,6 +25,8 @@ weights are read from safetensors, settings from JSON. It needs `pip install saf
 import argparse
 import contextlib
 import json
+import os
+import re
 import shlex
 import sys
 from pathlib import Path
@@ -244,18 +249,51 @@ def _check_tensors(tensors, shapes, rung):
 # ----------------------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def _reading(path):
+    """Within, an OSError of the system says that `path` cannot be read."""
+    try:
+        yield
+    except FileError:
+        raise
+    except OSError as error:
+        raise FileError(f"{path} cannot be read ({error.strerror or error}); make it readable, or name another "
+                        "folder") from None  # fmt: skip
+
+
+def _check_folder(given):
+    """Raises ValueError, with what to do, if the model to be converted is not a folder with config.json."""
+    source = Path(given)
+    if (source / "config.json").exists():
+        return
+    if source.is_dir():
+        if (source / "model.pt").exists() or any(source.glob("*/model.pt")):
+            raise UserError(f"{source} holds a run; without --from it becomes a model of Hugging Face")
+        raise MissingFileError(f"there is no config.json in {source}; name the folder that holds it, with the weights "
+                               "and the tokenizer")  # fmt: skip
+    if source.exists():
+        raise UserError(f"{source} is a file; name its folder, which holds config.json, the weights and the tokenizer")
+    hub = re.fullmatch(r"(https?://huggingface\.co/|hf://)?(\w[\w.-]*(?:/\w[\w.-]*)?)/?", given)
+    if hub and (hub[1] or "/" not in hub[2] or not source.parent.is_dir()):  # else a folder beside others
+        name, folder = hub[2], hub[2].rpartition("/")[2]
+    else:
+        name, folder = "NAME", "FOLDER"
+    then = "" if folder == given else f", then name the folder {folder}"
+    raise MissingFileError(f"there is no folder {given}; a model of the hub is fetched with hf download {name} "
+                           f"config.json model.safetensors tokenizer.json --local-dir {folder}{then}")  # fmt: skip
+
+
 def _read_json(path):
     """The dict in a JSON file. Raises FileNotFoundError, ValueError."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        raise MissingFileError(f"there is no {path.name} in {path.parent}") from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read ({error.strerror})") from None
-    except (ValueError, RecursionError):
+        with _reading(path):
+            content = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        if isinstance(error, UserError):
+            raise
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged")
+        raise UserError(f"{path} is damaged; fetch or write it again")
     return content
 
 
@@ -265,23 +303,26 @@ def read_weights(folder):
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         place = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(place, dict) or not all(isinstance(x, str) and Path(x).name == x for x in place.values()):
-            raise UserError(f"{folder / INDEX} is damaged")
+            raise UserError(f"{folder / INDEX} is damaged; fetch or write it again")
     elif not (folder / WEIGHTS).exists():
         if any(folder.glob("*.bin")):
             raise UserError(f"the weights in {folder} are a pickle, which can run a program, and only safetensors are "
-                            f"read; write them with AutoModel.from_pretrained({str(folder)!r}).save_pretrained(FOLDER)"
-                            " of transformers, if you trust them")  # fmt: skip
-        raise MissingFileError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}")
+                            f"read; if you trust them, transformers writes them beside it: "
+                            f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
+        raise MissingFileError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}; fetch one of them")
     tensors = {}
     for file in sorted({*place.values()} or {WEIGHTS}):
         if not (folder / file).exists():
-            raise MissingFileError(f"there is no {file} in {folder}, and {INDEX} names it")
+            raise MissingFileError(f"there is no {file} in {folder}, and {INDEX} names it; fetch it")
         try:
-            tensors |= safetensors.torch.load_file(folder / file)
-        except OSError as error:
-            raise FileError(f"{folder / file} cannot be read ({error.strerror or error})") from None
+            with _reading(folder / file):
+                tensors |= safetensors.torch.load_file(folder / file)
+        except (FileError, MemoryError):
+            raise
         except Exception as error:  # of many kinds, for what is damaged or newer than the library
-            raise UserError(f"{folder / file} is damaged: {first_line(error)}") from None
+            if "memory" in str(error):
+                raise
+            raise UserError(f"{folder / file} is damaged ({first_line(error)}); fetch or write it again") from None
     return tensors
 
 
@@ -291,7 +332,7 @@ def write_files(folder, files):
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot write to {folder}: {error.strerror}") from None
+        raise FileError(f"cannot write to {folder}: {error.strerror}; name another folder") from None
     with harness.atomic_writes() as write_one:
         for name, write in files.items():
             write_one(folder / name, write)
@@ -328,11 +369,13 @@ def load_run(folder):
 def export(run, folder):
     """Write the model of a run as one of Hugging Face in `folder`. Raises OSError, ValueError."""
     folder = Path(folder)
-    there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
+    with _reading(folder):
+        there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     there -= {f"writing-{name}" for name in HF_FILES}
     if there and not (there <= {*HF_FILES} and _made_here(folder / WEIGHTS)):
         raise UserError(f"{folder} holds {min(there)}, and no model that this program wrote; name a new folder")
-    model, tokenizer = load_run(run)
+    with _reading(run):
+        model, tokenizer = load_run(run)
     rung = type(model).__module__
     kind = getattr(model, "position", rung)
     if kind not in ("v3", "rope"):
@@ -357,16 +400,21 @@ def export(run, folder):
 def import_model(source, run):
     """Make a run in the folder `run` of the model of Hugging Face in `source`: of v3 in `run` itself, of v4 in the
     folder of its scheme. Raises OSError, ValueError."""
+    with _reading(source):
+        _check_folder(source)
     source, folder = Path(source), Path(run)
     config = _read_json(source / "config.json")
     kinds = {"gpt2": (v3, from_gpt2, folder), "arcee": (v4, from_arcee, folder / "rope")}
     if (kind := config.get("model_type")) not in [*kinds]:
         raise UserError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
     rung, convert, folder = kinds[kind]
-    if there := [name for name in harness.RUN_FILES if (folder / name).exists()]:
+    with _reading(folder):
+        there = [name for name in harness.RUN_FILES if (folder / name).exists()]
+    if there:
         raise UserError(f"there is a run in {folder} already ({there[0]}); name a new folder")
-    shape, state = convert(config, read_weights(source))
-    tokenizer = BPETokenizer.from_gpt2(source)
+    with _reading(source):
+        shape, state = convert(config, read_weights(source))
+        tokenizer = BPETokenizer.from_gpt2(source)
     if tokenizer.vocab_size != config["vocab_size"]:
         raise UserError(f"config.json: vocab_size is {config['vocab_size']}, and the tokenizer has "
                         f"{tokenizer.vocab_size} tokens; a run has a row for each token and no more")  # fmt: skip
@@ -393,6 +441,7 @@ def main(argv=None):
                         "with --from the folder that becomes a run")  # fmt: skip
     parser.error = lambda message: sys.exit(f"convert_hf.py: {message}; see --help")
     args = parser.parse_args(argv)
+    args.folders = list(map(os.path.expanduser, args.folders))
     if len(args.folders) != (2 if args.source is None else 1):
         parser.error("name a run and a folder for the model, or with --from the model and a folder for the run")
     if safetensors is None:
@@ -400,7 +449,7 @@ def main(argv=None):
     if args.source is None:
         export(*args.folders)
     else:
-        import_model(args.source, *args.folders)
+        import_model(os.path.expanduser(args.source), *args.folders)
 
 
 if __name__ == "__main__":

@@ -105,8 +105,8 @@ def import_rung(name, folder):
     except (AttributeError, TypeError, ValueError, OSError):  # no such module, or one without a file
         source = ""
     if not is_rung(source):
-        raise UserError(f"the model in {folder} is of {name!r}, and no rung of that name is here; put the .py file that "
-                        "trained it beside v0.py")  # fmt: skip
+        raise UserError(f"the model in {folder} is of {name!r}, and no rung of that name is here; put the .py file "
+                        "that trained it beside v0.py")  # fmt: skip
     return vars(importlib.import_module(name))
 
 

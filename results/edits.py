@@ -110,3 +110,20 @@ def weight_decay(rate):
         ("                p.sub_(u, alpha", '''                p.mul_(1 - group["lr"] * WEIGHT_DECAY)
                 p.sub_(u, alpha'''),
     )  # fmt: skip
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Earlier words
+# ----------------------------------------------------------------------------------------------------------
+
+# Some results keep their edits in the words that the rungs had then. They make the same models as the edits above,
+# which follow the text of today. Each is {hash of the words then: hash of the words now} (checks.words_of).
+OTHER_WORDS = {
+    "b54f95b08a69b37a": "e48b7c9afbd06a72",  # v3_to_v4: + no biases
+    "e38674e6eb26821a": "e0a8d267e7ec07bd",  # v3_to_v4: + zeros at the start
+    "d64d0303410438c1": "9ed0205c39dba445",  # v3_to_v4: + linear cool-down
+    "3fb5f9f62b4e68b7": "8537a4b5f14b3e16",  # v3_to_v4: + ReLU squared
+    "8253b3bb23f6d993": "5cf6d44e229032ed",  # v3_to_v4: v4 without Muon
+    "7d1028886621aa47": "738664958b1f131d",  # v3_to_v4: v3, only RoPE
+    "8d7ac03380b340c2": "633215ac8a98367d",  # two_hours: dropout in the MLP
+}

@@ -3,7 +3,8 @@
     python results/experiments.py --list                what there is, and how many runs are done
     python results/experiments.py ladder positions      make the runs of experiments that are missing, then their tables
     python results/experiments.py ladder --table        only the table, of the runs that are done
-    python results/experiments.py ladder DEVICE=cuda    with constants for all of its runs
+    python results/experiments.py ladder DEVICE=cuda    how to run: DEVICE, COMPILE and SAMPLE_TOKENS
+    python results/experiments.py ladder MAX_STEPS=20   try it out: other constants make no results (below)
     python results/experiments.py ladder --jobs 8       eight runs at a time: small models leave a GPU room
     python results/experiments.py ladder --gpu          with shapes for one GPU, on the text that data/ holds
     python results/experiments.py shape --step-time     measure how long a step of each model takes here
@@ -13,6 +14,10 @@ v3.py NAME=value ...` starts it, in a folder of its own below runs/experiments/.
 start goes on from its last checkpoint. A finished run leaves a file in results/experiments/NAME/ with its summary and
 its evaluations, and is not made again; what two experiments have in common is made once. A change of a model that no
 constant makes is an edit of the rung's text (results/edits.py) on a copy in the folder of the run: `diff` shows it.
+
+A result is shown only if it is that of the planned run: same rung, constants, seed, edits and number of steps; a line
+names each that is left out. Results of different texts, or of different code of a rung, never share a table. Runs with
+other constants, and their table, are kept in runs/experiments/tried/, in a folder named by these constants.
 
 Where runs are compared at equal seconds, the number of steps follows from results/experiments/step_time.json, which
 --step-time measures. Between machines losses differ by rounding only.
@@ -34,8 +39,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 import harness  # noqa: E402
 from benchmarks.tables import machine, table  # noqa: E402
 from harness.errors import UserError  # noqa: E402
-from results import measures, runner, step_time, store, texts  # noqa: E402
+from results import checks, measures, runner, step_time, store, texts  # noqa: E402
 from results.plan import EXPERIMENTS, SEEDS, all_constants, owner  # noqa: E402
+
+NOT_TO_SET = ("SEED", "OUT_DIR", "RESUME", "PROMPT")  # by the command: the plan and this program set them
 
 # ----------------------------------------------------------------------------------------------------------
 # Runs
@@ -52,7 +59,9 @@ def constants_of(run, seed, overrides, gpu=False):
     interval, and those of `overrides`, {name: text}, that the rung has. Raises ValueError if a step time is missing."""
     rung = importlib.import_module(run.rung)
     constants = all_constants(run, seed, gpu)
-    if run.seconds:
+    if "MAX_STEPS" in overrides:
+        pass  # neither the time of a step nor the text decides
+    elif run.seconds:
         constants["MAX_STEPS"] = step_time.steps_within(run.seconds, run)
     elif run.megabytes:
         constants["MAX_STEPS"] = texts.steps_for(run.megabytes, rung, constants)
@@ -63,28 +72,40 @@ def constants_of(run, seed, overrides, gpu=False):
 
 def make_run(run, seed, overrides, gpu=False, jobs=1):
     """Make one run of an experiment, unless it is done, and keep its results. Returns what went wrong, or None."""
-    path = store.result_file(run, seed, gpu)
+    path = store.result_file(run, seed, gpu, overrides)
     if path.exists() or runner.SIGNALS:
         return None
     try:
         run = owner(run)[1]
         constants = constants_of(run, seed, overrides, gpu)
-        folder = store.WORK / path.relative_to(store.RESULTS).with_suffix("")
+        folder = store.work_folder(path)
         output, began = output_folder(run, folder), time.time()
+        source, text = checks.sources(run)
+        made_of = {"rung": run.rung, "rung_sha256": checks.short_hash(text), "edits": [list(e) for e in run.edits],
+                   "constants": checks.values(run, constants), "text": texts.text_of(run, constants)}  # fmt: skip
+        runner.begin(folder, output, made_of)
         if not (output / "summary.json").exists():
             runner.train(run, folder, constants, jobs)
-        summary = json.loads((output / "summary.json").read_text(encoding="utf-8"))
-        log = (output / "log.jsonl").read_text(encoding="utf-8").splitlines()
+        summary = store.read_json(output / "summary.json")
         results = {
             "run": run.name, "machine": machine(summary["device"]), "date": time.strftime("%Y-%m-%d"),
             "command": f"python {run.rung}.py " + " ".join(f"{k}={v}" for k, v in constants.items()),
-            "edits": [list(edit) for edit in run.edits], "summary": summary, "log": list(map(json.loads, log)),
-            "sample": (output / "sample.txt").read_text(encoding="utf-8"), "measured": measures.measure(run, output),
+            "edits": [list(edit) for edit in run.edits], "source_sha256": checks.short_hash(source), "summary": summary,
+            "log": [json.loads(line) for line in store.read_text(output / "log.jsonl").splitlines()],
+            "sample": store.read_text(output / "sample.txt"), "measure": run.measure,
+            "measured": measures.measure(run, output),
         }  # fmt: skip
+        results = json.loads(json.dumps(results))
+        why = checks.flaw(results, run, seed, gpu, overrides)
+        if summary["rung_sha256"] != made_of["rung_sha256"]:
+            why = f"the text of {run.rung}.py was changed as it began"
+        if why:
+            raise UserError(f"the run in {store.shown(folder)} is not the one that was to be made: {why}; the same "
+                            "command begins it anew")  # fmt: skip
         store.write_text(path, json.dumps(results, indent=1) + "\n")
         if jobs > 1:
             took = time.time() - began
-            harness.say(f"{path.relative_to(store.RESULTS)}: val bpb {summary['val_bpb']:.4f}, {took:.0f} s")
+            harness.say(f"{store.shown(path)}: val bpb {summary['val_bpb']:.4f}, {took:.0f} s")
     except UserError as error:
         return str(error)
 
@@ -110,15 +131,31 @@ def make_all(todo, overrides, gpu, jobs):
         raise UserError("; ".join(problems))
 
 
-def missing(names, gpu=False):
+def missing(names, gpu=False, overrides=None):
     """[(run, seed)] of the experiments that are not done, each training once; all runs with their first seed first."""
     todo = {}
     for k in range(max(len(EXPERIMENTS[name].seeds) for name in names)):
         for name in names:
             for run in EXPERIMENTS[name].runs if k < len(EXPERIMENTS[name].seeds) else ():
                 seed = EXPERIMENTS[name].seeds[k]
-                todo.setdefault(store.result_file(run, seed, gpu), (run, seed))
+                todo.setdefault(store.result_file(run, seed, gpu, overrides), (run, seed))
     return [one for path, one in todo.items() if not path.exists()]
+
+
+def check_code(names, todo, gpu, overrides):
+    """Raises ValueError if runs of `todo`, [(run, seed)], would be of other code than results that they are compared
+    with: what is left of them would be hours of training for a table that cannot be made."""
+    now = {}
+    for run, seed in todo:
+        source, text = map(checks.short_hash, checks.sources(owner(run)[1]))
+        summary = {"rung": run.rung, "rung_sha256": text}
+        now[store.result_file(run, seed, gpu, overrides)] = {
+            "edits": owner(run)[1].edits, "source_sha256": source, "summary": summary}  # fmt: skip
+    for name in names:
+        paths = {store.result_file(run, seed, gpu, overrides) for run in EXPERIMENTS[name].runs
+                 for seed in EXPERIMENTS[name].seeds}  # fmt: skip
+        more = {f"{path.name} (to be made)": result for path, result in now.items() if path in paths}
+        store.check_together(name, gpu, overrides, more)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -148,11 +185,13 @@ def cell(column, run, results):
     return store.spread(values, COLUMNS[column][1])
 
 
-def report(name, gpu=False):
-    """The finished runs of an experiment as Markdown; None if there are none."""
+def report(name, gpu=False, overrides=None):
+    """The finished runs of an experiment as Markdown; None if there are none. Raises ValueError if they do not belong
+    together."""
     experiment, rows, seeds, machines = EXPERIMENTS[name], [], set(), set()
+    mixed = store.check_together(name, gpu, overrides)
     for run in experiment.runs:
-        if results := store.read_results(run, experiment.seeds, gpu):
+        if results := store.read_results(run, experiment.seeds, gpu, overrides):
             seeds |= {result["summary"]["seed"] for result in results}
             machines |= {result["machine"] for result in results}
             cells = [cell(column, run, results) for column in experiment.columns]
@@ -160,20 +199,25 @@ def report(name, gpu=False):
     if not rows:
         return None
     timed = step_time.read().get("machine") if "step_time" in experiment.columns else None
+    tried = [f"{key}={text}" for key, text in (overrides or {}).items()]
+    tried = f" Tried out with {' '.join(tried)}: no results of the experiment." if store.is_tried(overrides) else ""
+    mixed = f" Made with different code: {mixed}." if mixed else ""
     return (f"{table(['run', 'seeds', *(COLUMNS[column][0] for column in experiment.columns)], rows)}\n"
-            f"{experiment.asks} Mean (lowest to highest) over the seeds {', '.join(map(str, sorted(seeds)))}. "
-            f"Made on: {'; '.join(sorted(machines))}.{f' Seconds a step: {timed}.' if timed else ''}\n")  # fmt: skip
+            f"{experiment.asks}{tried} Mean (lowest to highest) over the seeds {', '.join(map(str, sorted(seeds)))}. "
+            f"Made on: {'; '.join(sorted(machines))}.{f' Seconds a step: {timed}.' if timed else ''}"
+            f"{mixed}\n")  # fmt: skip
 
 
-def list_all():
+def list_experiments(names):
     """Print what each experiment asks, how much of it is done, and how long all of it takes."""
-    for name, experiment in EXPERIMENTS.items():
-        files = [store.result_file(run, seed) for run in experiment.runs for seed in experiment.seeds]
-        done, hours = sum(path.exists() for path in files), list(map(training_hours, experiment.runs))
+    for name in names:
+        experiment = EXPERIMENTS[name]
+        results = [store.read_result(run, seed) for run in experiment.runs for seed in experiment.seeds]
+        done, hours = sum(map(bool, results)), list(map(training_hours, experiment.runs))
         known = [len(experiment.seeds) * time for time in hours if time is not None]
         least = "at least " if len(known) < len(hours) else ""
         need = f", {least}{sum(known):.1f} h of training on two cores like those of step_time.json" if known else ""
-        harness.say(f"{name:14} {done:2} of {len(files)} runs{need}\n{'':14} {experiment.asks}")
+        harness.say(f"{name:14} {done:2} of {len(results)} runs{need}\n{'':14} {experiment.asks}")
 
 
 def training_hours(run):
@@ -207,25 +251,55 @@ def main(argv=None):
     args = parser.parse_intermixed_args(argv)
     names = [name for name in args.names if "=" not in name]
     overrides = dict(text.partition("=")[::2] for text in args.names if "=" in text)
-    if args.list or not names:
-        return list_all()
+    store.LEFT_OUT.clear()
     for name in names:
         if name not in EXPERIMENTS:
             raise UserError(f"there is no experiment {name!r}; known are {', '.join(EXPERIMENTS)}")
+    check_options(args, names, overrides)
+    if args.list or not names:
+        return list_experiments(names or EXPERIMENTS)
     if args.step_time:
         runs = [run for name in names for run in EXPERIMENTS[name].runs]
         texts.prepare(runs)
         return step_time.measure(runs, again=not args.missing)
-    if not args.table and (todo := missing(names, args.gpu)):  # tables of what is done need no text
-        texts.prepare([run for run, _ in todo])
+    if not args.table and (todo := missing(names, args.gpu, overrides)):  # tables of what is done need no text
+        check_code(names, todo, args.gpu, overrides)
+        texts.prepare([run for run, _ in todo], overrides)
         texts.check_texts(todo, overrides, args.gpu)
         make_all(todo, overrides, args.gpu, max(1, args.jobs))
     for name in names:
-        text = report(name, args.gpu)
+        store.say_unknown(name, args.gpu, overrides)
+        text = report(name, args.gpu, overrides)
         if text is None:
-            raise UserError(f"no run of {name} is done; without --table they are made")
+            say_why = "what is there is left out" if store.LEFT_OUT else "without --table they are made"
+            raise UserError(f"no run of {name} is done; {say_why}")
         harness.say(text, end="")
-        store.write_text(store.RESULTS / (name + "_gpu" * args.gpu) / "table.md", text)
+        path = store.base_folder(overrides) / (name + "_gpu" * args.gpu) / "table.md"
+        store.write_text(path, text)
+        if store.is_tried(overrides):
+            harness.say(f"kept apart from the results: {store.shown(path)}")
+
+
+def check_options(args, names, overrides):
+    """Raises ValueError for what would be passed over: constants that no run has or that are not to be set, and options
+    that do not go together."""
+    if overrides and (args.list or args.step_time or not names):
+        raise UserError(f"{next(iter(overrides))} is a constant for runs; name an experiment, without --list and "
+                        "--step-time")  # fmt: skip
+    if args.gpu and args.step_time:
+        raise UserError("--step-time measures on two CPU cores; leave --gpu out")
+    if args.missing and not args.step_time:
+        raise UserError("--missing goes with --step-time; missing runs are made without it")
+    for name in overrides:
+        if name in NOT_TO_SET:
+            raise UserError(f"{name} is set by the program; leave it out")
+        known = {run.rung: (run, checks.parsed(checks.sources(run)[0])[0])
+                 for experiment in names for run in EXPERIMENTS[experiment].runs}  # fmt: skip
+        having = [run for run, constants in known.values() if name in constants]
+        if not having:
+            of_all = dict.fromkeys(constant for _, constants in known.values() for constant in constants)
+            raise UserError(f"no run of {' or '.join(names)} has a constant {name!r}; known are {', '.join(of_all)}")
+        checks.values(having[0], {name: overrides[name]})  # of the right type
 
 
 def program(argv=None):

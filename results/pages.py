@@ -10,7 +10,6 @@ single run from results/runs/, what is timed from results/benchmarks/. A page ma
 """
 
 import argparse
-import json
 import re
 import shutil
 import sys
@@ -19,10 +18,10 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from harness.errors import MissingFileError, UserError  # noqa: E402
-from results import pictures  # noqa: E402
-from results.plan import V4  # noqa: E402
-from results.store import write_text  # noqa: E402
+from harness.cli import say  # noqa: E402
+from harness.errors import FileError, MissingFileError, UserError  # noqa: E402
+from results import checks, pictures, store  # noqa: E402
+from results.plan import EXPERIMENTS, V4, Run  # noqa: E402
 from results.tables import TABLES  # noqa: E402
 
 PAGES = ("README.md", "results/README.md")
@@ -31,14 +30,36 @@ KEPT = ("summary.json", "log.jsonl", "steps.csv", "sample.txt", "*.png")  # of a
 
 
 def collect():
-    """Copy summaries, logs, samples and pictures of the runs in runs/ to results/runs/."""
-    read_summaries(ROOT / "runs")  # nothing is copied if they do not belong together
+    """Copy summaries, logs, samples and pictures of the runs in runs/ to results/runs/. Raises OSError and ValueError,
+    before anything is copied, if they do not belong together or are not what the rungs make without constants."""
+    for run, summary in read_summaries(ROOT / "runs").items():
+        check_defaults(run, summary)
     for run in (*RUNS, V4):  # v4's own folder has the picture of the comparison
         for pattern in KEPT:
             for path in (ROOT / "runs" / run).glob(pattern):
                 target = ROOT / "results" / "runs" / run / path.name
-                target.parent.mkdir(parents=True, exist_ok=True)
-                shutil.copyfile(path, target)
+                store.make_folder(target.parent)
+                try:
+                    shutil.copyfile(path, target)
+                except OSError as error:
+                    raise FileError(f"cannot copy {path} to {target} ({error.strerror}); make room, or make both "
+                                    "readable and writable") from None  # fmt: skip
+
+
+def check_defaults(run, summary):
+    """Raises ValueError if the run of that name was made with other constants or other code than its rung has now."""
+    rung, _, position = run.partition("/")
+    planned = Run(rung, rung, {"POSITION": position} if position else {})
+    wanted = checks.values(planned, planned.constants)
+    differ = checks.differing_constants(planned, {"summary": summary}, wanted)
+    if summary["rung"] != rung:
+        differ.append(f"it is of {summary['rung']}.py")
+    code = checks.short_hash(checks.sources(planned)[0])
+    if summary.get("rung_sha256", code) != code:
+        differ.append(f"the text of {rung}.py was another")
+    if differ:
+        raise UserError(f"runs/{run} is not what {rung}.py makes without constants ({'; '.join(differ)}); "
+                        f"python {rung}.py makes it again")  # fmt: skip
 
 
 def read_summaries(folder):
@@ -48,10 +69,22 @@ def read_summaries(folder):
         if not (folder / run / "summary.json").exists():
             raise MissingFileError(f"{folder.relative_to(ROOT)}/{run} has no finished run; "
                                    f"python {run.partition('/')[0]}.py makes it")  # fmt: skip
-    summaries = {run: json.loads((folder / run / "summary.json").read_text(encoding="utf-8")) for run in RUNS}
+    summaries = {run: store.read_json(folder / run / "summary.json") for run in RUNS}
+    for run, summary in summaries.items():
+        if not isinstance(summary, dict) or not {"rung", "dataset", "hyperparameters"} <= summary.keys():
+            raise UserError(f"{folder.relative_to(ROOT)}/{run}/summary.json is damaged; "
+                            f"python {run.partition('/')[0]}.py makes it again")  # fmt: skip
     datasets = {summary["dataset"] for summary in summaries.values()}
     if len(datasets) > 1:
-        raise UserError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}")
+        raise UserError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}; train all of "
+                        "them on one text")  # fmt: skip
+    for vocabulary in {summary.get("tokenizer") for summary in summaries.values()}:
+        hashes = {run: summary["tokens_sha256"] for run, summary in summaries.items()
+                  if summary.get("tokens_sha256") and summary["tokenizer"] == vocabulary}  # fmt: skip
+        if len(set(hashes.values())) > 1:
+            raise UserError("the runs are not comparable: they trained on different texts of one name "
+                            f"({', '.join(f'{run}: {text}' for run, text in hashes.items())}); train all of them on "
+                            "one text")  # fmt: skip
     return summaries
 
 
@@ -60,7 +93,7 @@ def write_tables(check):
     ValueError if a page marks a place for a table that does not exist, or no page has a place for one that does."""
     current, used = True, set()
     for page in PAGES:
-        text = new = (ROOT / page).read_text(encoding="utf-8")
+        text = new = store.read_text(ROOT / page)
         for name in re.findall(r"<!-- (\w+) -->\n", text):
             if name not in TABLES:
                 raise UserError(f"{page} asks for a table that nothing makes: {name}")
@@ -71,7 +104,7 @@ def write_tables(check):
         if new != text:
             current = False
             if not check:
-                write_text(ROOT / page, new)
+                store.write_text(ROOT / page, new)
     if unused := TABLES.keys() - used:
         raise UserError(f"no page has a place for {', '.join(sorted(unused))}: <!-- name --> ... <!-- /name -->")
     return current
@@ -82,12 +115,17 @@ def main(argv=None):
     parser.add_argument("--collect", action="store_true", help="first copy the finished runs from runs/")
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is not current")
     args = parser.parse_args(argv)
+    if args.collect and args.check:
+        raise UserError("--check changes nothing, and --collect copies files; give one of them")
+    store.LEFT_OUT.clear()
     if args.collect:
         collect()
+    for name in EXPERIMENTS:
+        store.say_unknown(name)
     current = write_tables(args.check)
     if not args.check:
         pictures.draw()
-    print("the tables are current" if current else "a table is not current" if args.check else "the tables are written")
+    say("the tables are current" if current else "a table is not current" if args.check else "the tables are written")
     return 1 if args.check and not current else 0
 
 
@@ -96,3 +134,5 @@ if __name__ == "__main__":
         sys.exit(main())
     except UserError as error:
         sys.exit(f"pages.py: {error}")
+    except KeyboardInterrupt:
+        sys.exit(130)

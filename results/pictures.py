@@ -3,10 +3,11 @@
 import importlib
 from statistics import mean
 
+from harness.errors import FileError, UserError
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
-from results.store import full_length, mean_of, results_of
+from results.store import command, full_length, mean_of, results_of
 
 
 def band(axes, results, x, key, **style):
@@ -129,6 +130,9 @@ def plot_dropout(axes, text):
     """v3 on a text that it reads many times, with more and more dropout."""
     for k, p in enumerate(("0", "0.1", "0.2", "0.3")):
         results = full_length(results_of("dropout")[f"{text}, {p}"])
+        if not results:
+            raise UserError(f"no run of {text!r} with dropout {p} was trained to its end, which the picture shows; "
+                            f"{command('dropout')} makes it")  # fmt: skip
         summary, n = results[0]["summary"], len(results[0]["log"])
         epochs_a_step = summary["epochs"] / summary["steps"]
         style = {"color": f"C{k}", "ms": 2 if n > 30 else 3}
@@ -182,12 +186,18 @@ PICTURES = {"ladder": plot_ladder, "v3_to_v4": plot_v3_to_v4, "positions": plot_
 
 def draw():
     """Write all pictures to results/."""
-    import matplotlib
-
+    try:
+        import matplotlib
+    except ImportError:
+        raise UserError("the pictures need a library: pip install matplotlib") from None
     matplotlib.use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
     plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "font.size": 9})
     for name, plot in PICTURES.items():
         figure = plot(plt)
-        figure.savefig(ROOT / "results" / f"{name}.png", dpi=110)
+        try:
+            figure.savefig(ROOT / "results" / f"{name}.png", dpi=110)
+        except OSError as error:
+            raise FileError(f"cannot write results/{name}.png ({error.strerror}); make room, or make it "
+                            "writable") from None  # fmt: skip
         plt.close(figure)

@@ -21,6 +21,11 @@ GPU = {"BATCH_SIZE": 64, "MICRO_BATCH_SIZE": 64, "BLOCK_SIZE": 512, "N_LAYER": 1
        "MAX_STEPS": 20_000, "DEVICE": "cuda"}  # fmt: skip
 
 
+# Constants that say how a run is made and decide no loss but for rounding. Any other one that is given with a command
+# makes other runs, which are kept apart.
+HOW = ("DEVICE", "COMPILE", "SAMPLE_TOKENS")
+
+
 @dataclass
 class Run:
     """One training: a rung with constants and edits of its text."""
@@ -49,6 +54,7 @@ class Experiment:
     runs: list
     seeds: tuple = SEEDS
     columns: tuple = ("val_bpb", "val_word_ppl", "test_bpb", "train_seconds")
+    mixed_code: str = ""  # why results of different texts of a rung may stand in one table
 
 
 ALIBI, ROPE = {"POSITION": "alibi"}, {"POSITION": "rope"}

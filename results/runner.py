@@ -1,14 +1,18 @@
 """Starts rungs in processes of their own, and ends them with this one."""
 
 import contextlib
+import json
 import os
 import signal
 import subprocess
 import sys
 
-from harness.errors import UserError
+import harness
+from harness.errors import FileError, UserError
+from harness.files import Locked, file_lock
+from results import store
 from results.edits import edited
-from results.plan import ROOT
+from results.plan import HOW, ROOT
 
 RUNNING, SIGNALS = [], []  # the rung that this process has started; the signals to stop that it has got
 
@@ -35,14 +39,58 @@ def init_worker():
     signal.signal(signal.SIGTERM, stop_this_worker)
 
 
+def begin(folder, output, made_of):
+    """Note in `folder` what its run is made of, before it begins or goes on. A run in it, with its results in `output`,
+    that was made of something else is moved aside, so that neither its results nor its checkpoint are taken for those
+    of this one."""
+    note, run = folder / "made_of.json", folder / "run"
+    store.make_folder(folder)
+    made_of = json.loads(json.dumps(made_of))
+    before = store.read_json(note) if note.exists() else None
+    differ = difference(before, made_of)
+    if not differ and (output / "summary.json").exists():
+        found = store.read_json(output / "summary.json").get("rung_sha256")
+        differ = ["its text was changed as it began"] if found != made_of["rung_sha256"] else []
+    if differ and run.exists():
+        if output.exists():
+            try:
+                with file_lock(output / "lock"):
+                    pass
+            except Locked as error:
+                raise UserError(f"process {error.holder} is training in {store.shown(output)}; wait for it, or stop "
+                                "it") from None  # fmt: skip
+        numbers = [int(path.suffix[1:]) for path in folder.glob("run.*") if path.suffix[1:].isdecimal()]
+        aside = folder / f"run.{max(numbers, default=0) + 1}"
+        try:
+            run.rename(aside)
+        except OSError as error:
+            raise FileError(f"cannot move {run} aside ({error.strerror}); move it yourself") from None
+        harness.say(f"{store.shown(run)} holds another run ({'; '.join(differ)}); it is now in {aside.name}, and this "
+                    "one begins anew")  # fmt: skip
+    if before != made_of:
+        store.write_text(note, json.dumps(made_of, indent=1) + "\n")
+
+
+def difference(before, now):
+    """What differs between two notes of what a run is made of, as words; empty if it makes no difference."""
+    if not isinstance(before, dict) or not isinstance(before.get("constants"), dict):
+        return ["nothing says what it was made of"]
+    then, here = before["constants"], now["constants"]
+    differ = [f"{name} was {then.get(name, 'not set')} and is {here.get(name, 'not set')}"
+              for name in sorted({*then, *here} - {*HOW}) if then.get(name) != here.get(name)]  # fmt: skip
+    words = {"rung": "it is of another rung", "edits": "it has other edits", "text": "it read another text",
+             "rung_sha256": "the text of the rung was another"}  # fmt: skip
+    return differ + [text for key, text in words.items() if before.get(key) != now[key]]
+
+
 def command(run, folder, constants):
     """The words that start a run, whose results go to `folder`/run. Writes an edited rung to `folder`."""
-    folder.mkdir(parents=True, exist_ok=True)
+    store.make_folder(folder)
     script = ROOT / f"{run.rung}.py"
     if run.edits:
-        text = edited(script.read_text(encoding="utf-8"), run.edits)
+        text = edited(store.read_text(script), run.edits)
         script = folder / script.name
-        script.write_text(text, encoding="utf-8")
+        store.write_text(script, text)
     arguments = [f"{name}={value}" for name, value in constants.items()]
     out = os.path.relpath(folder / "run", ROOT)  # it is kept in the summary, where the place of this machine is no use
     return [sys.executable, str(script), *arguments, f"OUT_DIR={out}", "RESUME=True"]

@@ -35,7 +35,10 @@ def model_key(run):
 def read():
     """{"machine", "date", "libraries_mb", "seconds": {model_key: of a step}, "peak_mb": {model_key: of the process}}"""
     path = store.RESULTS / "step_time.json"
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {"seconds": {}, "peak_mb": {}}
+    kept = store.read_json(path) if path.exists() else {"seconds": {}, "peak_mb": {}}
+    if not isinstance(kept, dict) or not isinstance(kept.get("seconds"), dict):
+        raise UserError(f"{store.shown(path)} is damaged; put it back, or remove it and measure again with --step-time")
+    return kept
 
 
 def seconds_of(run):
@@ -47,15 +50,21 @@ def steps_within(seconds, run):
     """How many steps `run` makes in so many seconds. Raises ValueError if its step time was not measured."""
     step = seconds_of(run)
     if step is None:
-        raise UserError(f"how long a step of {run.name} takes was not measured yet; python results/experiments.py "
-                        f"{owner(run)[0]} --step-time measures it")  # fmt: skip
+        raise not_measured(run)
     return max(2, round(seconds / step))
+
+
+def not_measured(run):
+    return UserError(f"how long a step of {run.name} takes was not measured yet; python results/experiments.py "
+                     f"{owner(run)[0]} --step-time measures it")  # fmt: skip
 
 
 def trial(run):
     """(seconds a step, peak memory in MB) of a run that is broken off after some steps: their median, and the most that
     its process held. Raises ValueError if it ends by itself."""
     folder = store.WORK / "step_time"
+    if not Path("/proc/self/status").exists():
+        raise UserError("the memory of a process is read from /proc, which is not here; measure step times on Linux")
     shutil.rmtree(folder, ignore_errors=True)
     constants = {**all_constants(run, SEEDS[0]), "MAX_STEPS": 10_000, "DEVICE": "cpu"}
     process = runner.launch(runner.command(run, folder, constants), output=subprocess.DEVNULL)

@@ -1,16 +1,14 @@
 """The tables of README.md and results/README.md, each a function that returns Markdown."""
 
-import json
 import re
 import textwrap
-from pathlib import Path
 from statistics import mean
 
 from benchmarks.tables import table
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
-from results.store import full_length, mean_of, results_of, spread, spread_of
+from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
 TIMINGS = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak", "beside")
@@ -44,7 +42,7 @@ def ladder():
 
 def closed_form():
     """v0's loss beside that of the counts, from the run in results/runs/."""
-    summary = json.loads((ROOT / "results" / "runs" / "v0" / "summary.json").read_text(encoding="utf-8"))
+    summary = read_json(ROOT / "results" / "runs" / "v0" / "summary.json")
     trained, best = summary["train_text_loss"], summary["closed_form_loss"]
     return (f"Trained by gradient descent, v0's table reaches {trained:.4f} nats per token on the training text; the "
             f"counts give {best:.4f}, so it comes within {100 * (trained / best - 1):.2f}%.")  # fmt: skip
@@ -55,6 +53,8 @@ def memory():
     trials, rows = step_time.read(), []
     for rung in ("v1", "v1_1"):
         key, results = step_time.model_key(Run(rung, rung)), results_of("ladder")[rung]
+        if key not in trials["peak_mb"]:
+            raise step_time.not_measured(Run(rung, rung))
         constants, peak = results[0]["summary"]["hyperparameters"], trials["peak_mb"][key]
         tokens = constants["BATCH_SIZE"] * constants["BLOCK_SIZE"]
         rows.append([rung, f"{peak:,.0f}", f"{peak - trials['libraries_mb']:,.0f}",
@@ -110,8 +110,8 @@ def vocabulary():
     """In bold the best of each column."""
     runs = results_of("vocabulary")
     columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", "300 s")]
-    best = [min((name for name in runs if name.startswith(column)), key=lambda name: mean_of(runs[name], "val_bpb"))
-            for column in columns]  # fmt: skip
+    best = [min((name for name in runs if name.startswith(column)), key=lambda name: mean_of(runs[name], "val_bpb"),
+                default=None) for column in columns]  # fmt: skip
     rows = []
     for size in VOCABULARIES:
         names = [f"{column}, {size:,}" for column in columns]
@@ -210,7 +210,7 @@ def sample(words=110):
 
 def benchmark(name):
     """The table that a benchmark has written, its headings below those of the page."""
-    return re.sub("(?m)^#+ ", "#### ", Path(BENCHMARKS / f"{name}.md").read_text(encoding="utf-8"))
+    return re.sub("(?m)^#+ ", "#### ", read_text(BENCHMARKS / f"{name}.md"))
 
 
 TABLES = {make.__name__: make for make in (

@@ -11,10 +11,18 @@ import torch
 from bpe_tokenizer import BPETokenizer
 from data import load_tokens, token_file
 from harness.errors import UserError
+from harness.identity import tokens_hash
 from results import store
 from results.plan import EXPERIMENTS, ROOT, all_constants, owner
 
 TENTH_SPLITS = ("val", "test", "train")  # the last one is looked for
+
+
+def text_of(run, constants):
+    """What identifies the text that a run with these constants reads."""
+    rung = importlib.import_module(run.rung)
+    tokens = load_tokens(constants.get("VOCABULARY", rung.VOCABULARY), constants.get("DATA", rung.DATA))
+    return {"dataset": tokens["train"].dataset, "tokens_sha256": tokens_hash(tokens)}
 
 
 def steps_for(megabytes, rung, constants):
@@ -40,19 +48,21 @@ def make_tenth(folder):
     shutil.copyfile(ROOT / "data" / "bpe_vocab.json", folder / "bpe_vocab.json")
 
 
-def prepare(runs):
+def prepare(runs, overrides=None):
     """Make the texts of `runs` that are parts of others. Raises OSError and ValueError if tokens are missing."""
-    folders = {run.constants.get("DATA") for run in runs}
+    folders = {run.constants.get("DATA", "data") for run in runs} if "DATA" not in (overrides or {}) else set()
     sample, tenth = store.WORK / "sample", store.WORK / "tenth"
     if "runs/experiments/sample" in folders and not sample.exists():
         words = ["data/prepare.py", "--sample", "--to", str(sample), "--vocabulary", "data/bpe_vocab.json"]
         if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
             raise UserError(f"python {' '.join(words)} has failed; its message is above")
-    load_tokens("bpe_vocab.json")
+    if folders & {"data", "runs/experiments/tenth"}:
+        load_tokens("bpe_vocab.json")
     if "runs/experiments/tenth" in folders and not (tenth / "bpe_vocab.json").exists():
         make_tenth(tenth)
-    for size in sorted({run.vocab_size for run in runs} - {0, 4096}):
-        load_tokens(f"bpe_vocab_{size}.json")
+    if "data" in folders and "VOCABULARY" not in (overrides or {}):
+        for size in sorted({run.vocab_size for run in runs} - {0, 4096}):
+            load_tokens(f"bpe_vocab_{size}.json")
 
 
 def check_texts(todo, overrides, gpu=False):
@@ -60,15 +70,21 @@ def check_texts(todo, overrides, gpu=False):
     for run, seed in todo:
         name, planned = owner(run)[0], run.constants.get("DATA", "data")
         constants = all_constants(run, seed, gpu) | overrides
-        done = {result["summary"]["dataset"] for other in EXPERIMENTS[name].runs
+        done = [result["summary"] for other in EXPERIMENTS[name].runs
                 if other.constants.get("DATA", "data") == planned
-                for result in store.read_results(other, EXPERIMENTS[name].seeds, gpu)}  # fmt: skip
+                for result in store.read_results(other, EXPERIMENTS[name].seeds, gpu, overrides)]  # fmt: skip
         here = constants.get("DATA", "data")
+        text, names = text_of(run, constants) if done else None, {summary["dataset"] for summary in done}
         vocabulary = constants.get("VOCABULARY", importlib.import_module(run.rung).VOCABULARY)
-        if done and (text := load_tokens(vocabulary, here)["train"].dataset) not in done:
-            folder = f"results/experiments/{name}{'_gpu' * gpu}"
-            remedy = ("prepare that text with python data/prepare.py --from DIR" if here == "data"
-                      else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
-                      else "leave DATA out")  # fmt: skip
-            raise UserError(f"{here} holds {text!r}, and the runs in {folder} are of {', '.join(map(repr, done))}: "
-                            f"{remedy}; or move {folder} aside to begin anew")  # fmt: skip
+        hashes = {summary.get("tokens_sha256") for summary in done if summary["tokenizer"] == vocabulary} - {None}
+        folder = store.shown(store.result_file(run, seed, gpu, overrides).parent)
+        remedy = ("prepare that text with python data/prepare.py --from DIR" if here == "data"
+                  else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
+                  else "leave DATA out" if not overrides else f"prepare that text in {here}")  # fmt: skip
+        if done and text["dataset"] not in names:
+            raise UserError(f"{here} holds {text['dataset']!r}, and the runs in {folder} are of "
+                            f"{', '.join(map(repr, sorted(names)))}: {remedy}; or move {folder} aside to begin "
+                            "anew")  # fmt: skip
+        if text and text["tokens_sha256"] and hashes and text["tokens_sha256"] not in hashes:
+            raise UserError(f"{here} holds other tokens than those that the runs in {folder} have read, under the same "
+                            f"name {text['dataset']!r}: {remedy}; or move {folder} aside to begin anew")  # fmt: skip

@@ -25,12 +25,13 @@ from common import V4, randomize, short_tokens
 
 import data
 import harness
-from results import edits, experiments, measures, plan, runner, step_time, store, texts
+from results import checks, edits, experiments, measures, plan, runner, step_time, store, texts
 from results.plan import EXPERIMENTS, Experiment, Run
 
 ROOT = Path(__file__).resolve().parents[1]
-TINY = ["DEVICE=cpu", "COMPILE=False", "DTYPE=float32", "N_LAYER=1", "N_HEAD=2", "N_EMBD=32", "BLOCK_SIZE=32",
-        "BATCH_SIZE=8", "MICRO_BATCH_SIZE=8", "STRIDE=16", "SAMPLE_TOKENS=4", "WARMUP_STEPS=4"]  # fmt: skip
+HOW = ["DEVICE=cpu", "COMPILE=False", "SAMPLE_TOKENS=4"]
+TINY = {"DTYPE": "float32", "N_LAYER": 1, "N_HEAD": 2, "N_EMBD": 32, "BLOCK_SIZE": 32, "BATCH_SIZE": 8,
+        "MICRO_BATCH_SIZE": 8, "STRIDE": 16, "WARMUP_STEPS": 4}  # fmt: skip
 
 
 @pytest.fixture
@@ -198,9 +199,33 @@ def launch_forked(monkeypatch):
     monkeypatch.setattr(runner, "launch", functools.partial(launch, forked.server()))
 
 
-def plan_tiny(monkeypatch, *runs, seeds=(2,)):
-    """Make an experiment "tiny" of the runs."""
-    monkeypatch.setitem(EXPERIMENTS, "tiny", Experiment("Does it run?", list(runs), seeds=seeds))
+def plan_tiny(monkeypatch, *runs, seeds=(2,), **fields):
+    """Make an experiment "tiny" of the runs, with small constants where they name none."""
+    for run in runs:
+        small = {name: value for name, value in TINY.items() if name in source_of(run.rung)[1]}
+        run.constants = small | run.constants
+    monkeypatch.setitem(EXPERIMENTS, "tiny", Experiment("Does it run?", list(runs), seeds=seeds, **fields))
+
+
+def make_result(run, seed, /, gpu=False, constants=None, changes_of_result=None, **changes):
+    """A result file as a finished run leaves it, with other `constants`, with `changes` of its summary and of itself.
+    Returns its path."""
+    other = constants or {}
+    constants = json.loads(json.dumps(checks.defaults_of(source_of(run.rung)[0]))) | {"DEVICE": "cpu"}
+    constants |= checks.values(run, plan.all_constants(run, seed, gpu)) | other
+    constants |= {"EVAL_INTERVAL": math.ceil(constants["MAX_STEPS"] / 8)} | other
+    steps = constants["MAX_STEPS"]
+    summary = {"rung": run.rung, "rung_sha256": checks.short_hash(checks.sources(run)[1]), "tokens_sha256": None,
+               "dataset": "sample", "seed": seed, "tokenizer": constants["VOCABULARY"], "n_params": 1,
+               "steps": steps, "best_step": steps,
+               "bytes_seen": 1000 * steps, "train_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0 + seed / 1e4,
+               "val_word_ppl": 9.0, "test_bpb": 1.5, "hyperparameters": constants} | changes  # fmt: skip
+    result = {"run": run.name, "machine": "a machine", "command": f"python {run.rung}.py", "summary": summary,
+              "edits": [list(edit) for edit in run.edits], "log": [{"step": steps}]}  # fmt: skip
+    result |= changes_of_result or {}
+    path = store.result_file(run, seed, gpu)
+    store.write_text(path, json.dumps(result))
+    return path
 
 
 @pytest.fixture
@@ -217,26 +242,26 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
               Run("v4", V4, {**tiny, "POSITION": "rope"}, measure="windows"))  # fmt: skip
     trained, train = [], runner.train
     monkeypatch.setattr(runner, "train", lambda run, *rest: trained.append(run.name) or train(run, *rest))
-    experiments.main(["tiny", *TINY])
+    experiments.main(["tiny", *HOW])
     assert trained == ["v3: no cosine", "v4"]
     assert "| v4 | 1 |" in capfd.readouterr().out
     folder = store.RESULTS / "tiny"
     assert sorted(path.name for path in folder.iterdir()) == ["table.md", "v3-no-cosine-2.json", "v4-2.json"]
     result = json.loads((folder / "v4-2.json").read_text())
     assert result["summary"]["seed"] == 2 and result["log"][-1]["val_bpb"] == result["summary"]["val_bpb"]
-    assert result["command"].startswith("python v4_alibi_rope.py DATA=") and result["machine"] and result["sample"]
+    assert result["command"].startswith("python v4_alibi_rope.py DTYPE=") and result["machine"] and result["sample"]
     assert {"EVAL_INTERVAL=1", "SEED=2"} <= set(result["command"].split())  # an eighth of six steps
     assert set(result["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
     assert json.loads((folder / "v3-no-cosine-2.json").read_text())["edits"]
 
     with monkeypatch.context() as patch:
-        patch.setattr(texts, "prepare", lambda runs: pytest.fail("what is done needs no text"))
-        experiments.main(["tiny", *TINY])
+        patch.setattr(texts, "prepare", lambda *_: pytest.fail("what is done needs no text"))
+        experiments.main(["tiny", *HOW])
     assert len(trained) == 2
     (folder / "v3-no-cosine-2.json").unlink()
     (store.WORK / "tiny" / "v3-no-cosine-2" / "run" / "summary.json").unlink()
     capfd.readouterr()
-    experiments.main(["tiny", *TINY])
+    experiments.main(["tiny", *HOW])
     assert len(trained) == 3 and "going on from step 6" in capfd.readouterr().out
     experiments.main(["--list"])
     assert "tiny            2 of 2 runs" in capfd.readouterr().out
@@ -249,7 +274,7 @@ def test_the_list_needs_no_tokens(folders, capsys, monkeypatch):
     monkeypatch.setattr(step_time, "read", lambda: {"seconds": {step_time.model_key(runs[0]): 36.0}})
     experiments.main(["--list"])
     assert "tiny            0 of 2 runs, at least 0.5 h of training" in capsys.readouterr().out
-    store.write_text(store.result_file(runs[0], 1337), json.dumps({"summary": {"steps": 500}}))
+    make_result(runs[0], 1337, constants={"MAX_STEPS": 500}, bytes_seen=1_000_000)
     experiments.main(["--list"])
     assert "tiny            1 of 2 runs, 5.5 h of training" in capsys.readouterr().out
 
@@ -263,20 +288,28 @@ def test_runs_of_different_texts_are_not_compared(folders, monkeypatch, data_dir
     plan_tiny(monkeypatch, run, other, seeds=(2, 3))
     todo = [(other, 2), (run, 3)]
     texts.check_texts(todo, {})
-    path = store.result_file(other, 3)
-    store.write_text(path, json.dumps({"summary": {"dataset": "sample"}}))
+    make_result(other, 3)
     texts.check_texts(todo, {})
     texts.check_texts(todo, {}, gpu=True)
-    store.write_text(path, json.dumps({"summary": {"dataset": "wikitext-2-v1"}}))
-    with pytest.raises(ValueError, match="data holds 'sample', and the runs in results/experiments/tiny are of 'wikit"):
+    make_result(other, 3, dataset="wikitext-2-v1")
+    with pytest.raises(ValueError, match="data holds 'sample', and the runs in .*results/tiny are of 'wikit"):
         experiments.main(["tiny"])
     texts.check_texts(todo, {}, gpu=True)  # those are kept in a folder of their own
-    store.write_text(store.result_file(other, 3, gpu=True), json.dumps({"summary": {"dataset": "wikitext-103-v1"}}))
-    with pytest.raises(ValueError, match="experiments/tiny_gpu are of 'wikitext-103-v1'"):
+    make_result(other, 3, gpu=True, dataset="wikitext-103-v1")
+    with pytest.raises(ValueError, match="results/tiny_gpu are of 'wikitext-103-v1'"):
         texts.check_texts(todo, {}, gpu=True)
-    store.write_text(path, json.dumps({"summary": {"dataset": "sample"}}))
-    with pytest.raises(FileNotFoundError, match="there is no dataset folder novel"):
-        texts.check_texts(todo, {"DATA": "novel"})
+    make_result(other, 3)
+    tokens = data.load_tokens("bpe_vocab.json")
+    for split in tokens.values():
+        split.digest = "the digest of a split"
+    make_result(other, 3, tokens_sha256=harness.identity.tokens_hash(tokens))
+    with monkeypatch.context() as patch:
+        patch.setattr(texts, "load_tokens", lambda *_: tokens)
+        texts.check_texts(todo, {})
+        tokens["val"].digest = "of another text"
+        with pytest.raises(ValueError, match="data holds other tokens than those .* under the same name 'sample'"):
+            texts.check_texts(todo, {})
+    texts.check_texts(todo, {"DATA": "novel"})  # it is tried out, and nothing of it is done
 
 
 class ThreadPool(ThreadPoolExecutor):
@@ -290,21 +323,22 @@ def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
     """The same files as one after the other; what fails is said after the others, and where its message is."""
     plan_tiny(monkeypatch, Run("a", "v0", tiny), Run("b", "v0", {**tiny, "LEARNING_RATE": 0.25}))
     monkeypatch.setattr(experiments, "ProcessPoolExecutor", ThreadPool)
-    experiments.main(["tiny", *TINY, "--jobs", "2"])
+    experiments.main(["tiny", "DEVICE=cpu", "--jobs", "2"])
     folder = store.RESULTS / "tiny"
     assert sorted(path.name for path in folder.iterdir()) == ["a-2.json", "b-2.json", "table.md"]
     assert "tiny/b-2.json: val bpb" in capfd.readouterr().out
     (folder / "b-2.json").unlink()
     shutil.rmtree(store.WORK / "tiny" / "b-2")
+    plan_tiny(monkeypatch, Run("a", "v0", tiny), Run("b", "v0", {**tiny, "LEARNING_RATE": 0.25, "MAX_STEPS": 0}))
     with pytest.raises(ValueError, match="has ended with exit code 1; its message is in .*screen.txt"):
-        experiments.main(["tiny", *TINY, "MAX_STEPS=0", "--jobs", "2"])
+        experiments.main(["tiny", "DEVICE=cpu", "--jobs", "2"])
     assert "MAX_STEPS=0 must be" in (store.WORK / "tiny" / "b-2" / "screen.txt").read_text()
 
 
 def test_a_run_that_fails_ends_with_a_line(tiny, capfd, monkeypatch):
-    plan_tiny(monkeypatch, Run("a", "v0", tiny))
+    plan_tiny(monkeypatch, Run("a", "v0", {**tiny, "MAX_STEPS": 0}))
     with pytest.raises(ValueError, match="has ended with exit code 1; its message is above"):
-        experiments.main(["tiny", *TINY, "MAX_STEPS=0"])
+        experiments.main(["tiny", "DEVICE=cpu"])
     assert "MAX_STEPS=0 must be" in capfd.readouterr().err
     with pytest.raises(ValueError, match="no run of tiny is done"):
         experiments.main(["tiny", "--table"])
@@ -330,11 +364,11 @@ def program_of_long_runs(jobs, data_dir):
         get_context=lambda kind: context, active_children=multiprocessing.active_children
     )
     store.WORK, store.RESULTS = Path("work").resolve(), Path("results").resolve()
-    runs = [Run(f"run {k}", "v0", {"LEARNING_RATE": 0.1 * k}) for k in (1, 2, 3, 4, 5)]
+    long = {"DATA": str(data_dir), "VOCABULARY": "bpe_vocab_500.json", "MAX_STEPS": 1000000, "PATIENCE": 1000000}
+    runs = [Run(f"run {k}", "v0", {**long, "LEARNING_RATE": 0.1 * k}) for k in (1, 2, 3, 4, 5)]
     EXPERIMENTS["tiny"] = Experiment("Does it stop?", runs, seeds=(1337,))
-    texts.prepare = lambda runs: None
-    experiments.program(["tiny", f"DATA={data_dir}", "VOCABULARY=bpe_vocab_500.json", "MAX_STEPS=1000000",
-                         "PATIENCE=1000000", "DEVICE=cpu", "--jobs", str(jobs)])  # fmt: skip
+    texts.prepare = lambda runs, overrides: None
+    experiments.program(["tiny", "DEVICE=cpu", "--jobs", str(jobs)])
 
 
 @pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
@@ -369,6 +403,220 @@ def test_an_unknown_experiment_is_refused(launch_forked, capfd):
     process = runner.launch([sys.executable, ROOT / "results" / "experiments.py", "nothing"])
     assert process.wait() == 1
     assert "experiments.py: there is no experiment 'nothing'; known are ladder, " in capfd.readouterr().err
+
+
+# ----------------------------------------------------------------------------------------------------------
+# What belongs together
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_what_is_tried_out_is_kept_apart(tiny, capfd, monkeypatch):
+    """The numbers of two steps never come back as the result; how a run is made keeps nothing apart."""
+    run = Run("a", "v0", tiny)
+    plan_tiny(monkeypatch, run)
+    experiments.main(["tiny", "DEVICE=cpu", "MAX_STEPS=2", "LEARNING_RATE=1"])
+    out = capfd.readouterr().out
+    assert "Tried out with DEVICE=cpu MAX_STEPS=2 LEARNING_RATE=1: no results" in out and "kept apart" in out
+    assert not store.RESULTS.exists()
+    (path,) = store.WORK.rglob("a-2.json")
+    assert path.parent == store.WORK / "tried" / "LEARNING_RATE=1 MAX_STEPS=2" / "tiny"
+    assert json.loads(path.read_text())["summary"]["steps"] == 2
+    experiments.main(["tiny", "DEVICE=cpu"])
+    result = json.loads((store.RESULTS / "tiny" / "a-2.json").read_text())
+    assert result["summary"]["steps"] == 6 and result["source_sha256"] == result["summary"]["rung_sha256"]
+    experiments.main(["tiny", "MAX_STEPS=2", "LEARNING_RATE=1", "--table"])  # what was tried is done, too
+    assert "Tried out with MAX_STEPS=2 LEARNING_RATE=1" in capfd.readouterr().out
+    shutil.copy(path, store.RESULTS / "tiny" / "a-2.json")
+    with pytest.raises(ValueError, match="what is there is left out"):
+        experiments.main(["tiny", "DEVICE=cpu"])
+    assert "LEARNING_RATE was 1.0 and is 0.03; MAX_STEPS was 2 and is 6; remove it" in capfd.readouterr().err
+
+    run.constants["MAX_STEPS"] = 5  # the plan changes, the result is removed, and what is left of its run is not it
+    store.result_file(run, 2).unlink()
+    experiments.main(["tiny", "DEVICE=cpu"])
+    assert "holds another run (MAX_STEPS was 6 and is 5); it is now in run.1" in capfd.readouterr().out
+    assert json.loads(store.result_file(run, 2).read_text())["summary"]["steps"] == 5
+
+
+@pytest.mark.parametrize(("words", "why"), [
+    (["tiny", "MAX_STEP=2"], "no run of tiny has a constant 'MAX_STEP'"),
+    (["tiny", "SEED=3"], "SEED is set by the program"), (["tiny", "OUT_DIR=x"], "OUT_DIR is set by the program"),
+    (["tiny", "MAX_STEPS=few"], "MAX_STEPS=few: MAX_STEPS must be"), (["MAX_STEPS=2"], "name an experiment"),
+    (["tiny", "MAX_STEPS=2", "--step-time"], "without --list and --step-time"),
+    (["tiny", "--gpu", "--step-time"], "leave --gpu out"), (["tiny", "--missing"], "goes with --step-time"),
+])  # fmt: skip
+def test_what_would_be_passed_over_is_refused(words, why, folders, monkeypatch):
+    monkeypatch.setattr(experiments, "make_all", lambda *_: pytest.fail("it has begun"))
+    plan_tiny(monkeypatch, Run("a", "v0"))
+    with pytest.raises(ValueError, match=why):
+        experiments.main(words)
+
+
+PLANNED = Run("a", "v3", {"DROPOUT": 0.375, "MAX_STEPS": 80})
+OTHERS = {  # what is wrong with a result of PLANNED: (how it was made, what is said)
+    "steps": ({"constants": {"MAX_STEPS": 2}}, "MAX_STEPS was 2 and is 80"),
+    "constant of the plan": ({"constants": {"DROPOUT": 0.1}}, "DROPOUT was 0.1 and is 0.375"),
+    "default": ({"constants": {"N_EMBD": 64}}, "N_EMBD was 64 and is 32"),
+    "interval": ({"constants": {"EVAL_INTERVAL": 1}}, "EVAL_INTERVAL was 1 and is 10"),
+    "text": ({"constants": {"DATA": "data/own"}}, "DATA was data/own and is data"),
+    "vocabulary": ({"constants": {"VOCABULARY": "x.json"}, "tokenizer": "x.json"}, "VOCABULARY was x.json"),
+    "constant that is gone": ({"constants": {"TWIST": 7}, "changes_of_result": {"command": "python v3.py TWIST=7"}},
+                              "TWIST was 7 and is not set"),
+    "seed": ({"seed": 3}, "its seed is 3"),
+    "rung": ({"rung": "v3_1"}, "it is of v3_1.py"),
+    "edits": ({"changes_of_result": {"edits": [["a", "b"]]}}, "other edits of the text"),
+    "end": ({"changes_of_result": {"log": [{"step": 10}]}}, "has ended after 10 of 80 steps"),
+    "early end": ({"steps": 40, "best_step": 30, "changes_of_result": {"log": [{"step": 30}, {"step": 40}]}},
+                  "has ended after 40 of 80 steps"),
+    "damage": ({"hyperparameters": None}, "damaged or no result"),
+    "no log": ({"changes_of_result": {"log": []}}, "damaged or no result"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", OTHERS)
+def test_a_result_of_another_run_is_left_out_with_a_line(wrong, folders, monkeypatch, capsys):
+    how, why = OTHERS[wrong]
+    plan_tiny(monkeypatch, PLANNED, seeds=(2, 4))
+    make_result(PLANNED, 4)
+    path = make_result(PLANNED, 2, **how)
+    experiments.main(["tiny", "--table"])
+    out, err = capsys.readouterr()
+    assert "| a | 1 |" in out and "over the seeds 4." in out
+    assert f"{path} is left out: " in err and why in err and len(err.splitlines()) == 1
+    assert "remove it or move it aside, and python results/experiments.py tiny makes it again" in err
+    path.unlink()
+    assert experiments.missing(["tiny"]) == [(PLANNED, 2)]  # as the line says
+
+
+def test_a_result_in_good_order_is_shown(folders, monkeypatch, capsys):
+    """Also one that was stopped by its patience, one made on another device, and those of a time when the rung lacked
+    or had a constant."""
+    plan_tiny(monkeypatch, PLANNED, seeds=(2, 3, 4, 5))
+    make_result(PLANNED, 2, steps=40, best_step=10, changes_of_result={"log": [{"step": 10 * k} for k in (1, 2, 3, 4)]})
+    make_result(PLANNED, 3, constants={"DEVICE": "cuda", "COMPILE": False, "SAMPLE_TOKENS": 3, "REMOVED": 1})
+    for seed in (4, 5):
+        path = make_result(PLANNED, seed)
+        result = json.loads(path.read_text())
+        del result["summary"]["hyperparameters"]["GRAD_CLIP"]  # a default that the plan does not name
+        path.write_text(json.dumps(result))
+    result["summary"] = {k: v for k, v in result["summary"].items() if not k.endswith("sha256")}
+    result["summary"]["hyperparameters"]["EVAL_INTERVAL"] = 64
+    path.write_text(json.dumps(result))
+    experiments.main(["tiny", "--table"])
+    out, err = capsys.readouterr()
+    assert "| a | 4 |" in out and err == ""
+
+
+def test_files_that_no_run_of_the_plan_has_are_named(folders, monkeypatch, capsys):
+    plan_tiny(monkeypatch, PLANNED)
+    path = make_result(PLANNED, 2)
+    shutil.copy(path, path.with_name("a-3.json"))
+    (path.with_name("b-2.json")).write_text("{")
+    experiments.main(["tiny", "--table"])
+    err = capsys.readouterr().err.splitlines()
+    assert [line.partition(":")[0] for line in err] == [f"{path.with_name(name)} is left out"
+                                                        for name in ("a-3.json", "b-2.json")]  # fmt: skip
+    path.write_text("{")
+    with pytest.raises(ValueError, match="no run of tiny is done"):
+        experiments.main(["tiny", "--table"])
+    assert f"{path} is left out: {path} is damaged; put it back, or remove it" in capsys.readouterr().err
+
+
+def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys):
+    """Edits, what is measured, seconds and megabytes."""
+    run = Run("a", "v3", {"MAX_STEPS": 80}, edits.SCHEDULE)
+    plan_tiny(monkeypatch, run)
+    make_result(run, 2)
+    assert experiments.report("tiny")
+    for field, value, why in (("edits", edits.NORMED_EMBEDDINGS, "other edits"),
+                              ("measure", "windows", "'windows' was not measured")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(run, field, value)
+            assert experiments.report("tiny") is None and why in capsys.readouterr().err
+    assert experiments.report("tiny")
+    words = {checks.words_of((("a", "b"),)): checks.words_of(edits.SCHEDULE)}
+    make_result(run, 2, changes_of_result={"edits": [["a", "b"]]})
+    assert experiments.report("tiny") is None
+    monkeypatch.setattr(checks, "OTHER_WORDS", words)
+    assert experiments.report("tiny")
+
+    timed, fed = Run("timed", "v3", seconds=40), Run("fed", "v3", megabytes=0.04)
+    plan_tiny(monkeypatch, timed, fed)
+    make_result(fed, 2, constants={"MAX_STEPS": 40})
+    make_result(timed, 2, constants={"MAX_STEPS": 40})
+    capsys.readouterr()
+    assert "fed" in experiments.report("tiny") and "step of timed takes was not measured" in capsys.readouterr().err
+    for seconds, text in ((1.0, "| timed | 1 |"), (0.5, "MAX_STEPS was 40 and is 80")):
+        times = {"seconds": {step_time.model_key(timed): seconds}}
+        monkeypatch.setattr(step_time, "read", lambda times=times: times)
+        assert text in experiments.report("tiny") + capsys.readouterr().err
+    fed.megabytes = 0.05
+    store.LEFT_OUT.clear()
+    assert "| fed" not in (experiments.report("tiny") or "")
+    assert "0.04 MB, and the plan has 0.05" in capsys.readouterr().err
+
+
+def test_results_of_different_code_share_a_table_only_with_a_reason(folders, monkeypatch, capsys):
+    """Those of one rung, edited or not; nothing is trained for a table that cannot be made."""
+    runs = Run("a", "v3", {"DROPOUT": 0.375}), Run("b", "v3", {"DROPOUT": 0.125}), Run("c", "v0"), Run(
+        "d", "v3", {"DROPOUT": 0.25}, edits.SCHEDULE)  # fmt: skip
+    plan_tiny(monkeypatch, *runs, seeds=(2, 3))
+    now = checks.short_hash(source_of("v3")[0])
+    for run in runs[:3]:
+        make_result(run, 2)
+    make_result(runs[3], 2, changes_of_result={"source_sha256": now})
+    assert experiments.report("tiny")
+    other = {"rung_sha256": "beef"}, {"changes_of_result": {"source_sha256": "beef"}}
+    for changed, how in zip((runs[1], runs[3]), other):
+        make_result(changed, 2, **how)
+        with pytest.raises(ValueError, match=f"different code of v3.py .*{now}: a-2.json.*beef: {changed.name}-2.json.*"
+                                             "; move those of one of them aside"):  # fmt: skip
+            experiments.main(["tiny", "--table"])
+        monkeypatch.setattr(EXPERIMENTS["tiny"], "mixed_code", "the words of a comment")
+        assert "Made with different code: the words of a comment.\n" in experiments.report("tiny")
+        monkeypatch.setattr(EXPERIMENTS["tiny"], "mixed_code", "")
+        make_result(changed, 2, changes_of_result={"source_sha256": now})
+    assert "different code" not in experiments.report("tiny")
+
+    monkeypatch.setattr(experiments, "make_all", lambda *_: pytest.fail("it has begun"))
+    for run in runs:
+        make_result(run, 2, rung_sha256="beef")
+    with pytest.raises(ValueError, match=r"beef: a-2.json.*a-3.json \(to be made\)"):
+        experiments.main(["tiny"])
+    make_result(runs[0], 2, dataset="another")
+    with pytest.raises(ValueError, match="different texts in data .*another: a-2.json; sample: "):
+        experiments.report("tiny")
+
+
+def test_what_was_begun_otherwise_does_not_go_on(folders, tmp_path, capsys):
+    """A run of other constants, another text or other code is moved aside, with its checkpoint; one that only another
+    device began goes on."""
+    folder, made_of = tmp_path / "a-2", {"rung": "v3", "rung_sha256": "a", "edits": [], "text": {"dataset": "sample"},
+                                         "constants": {"MAX_STEPS": 80, "DEVICE": "cpu"}}  # fmt: skip
+    output = folder / "run"
+    others = [{"constants": {"MAX_STEPS": 2}}, {"rung_sha256": "b"}, {"text": {"dataset": "b"}},
+              {"edits": [["a", "b"]]}]  # fmt: skip
+    for k, other in enumerate(others):
+        runner.begin(folder, output, made_of | other)
+        output.mkdir(exist_ok=True)
+        (output / "checkpoint.pt").write_text("begun")
+        runner.begin(folder, output, made_of | other)
+        assert (output / "checkpoint.pt").exists()
+        runner.begin(folder, output, made_of)
+        assert not output.exists() and (folder / f"run.{k + 1}" / "checkpoint.pt").read_text() == "begun"
+        assert f"it is now in run.{k + 1}" in capsys.readouterr().out
+    output.mkdir()
+    runner.begin(folder, output, made_of | {"constants": {"MAX_STEPS": 80, "DEVICE": "cuda"}})
+    assert output.exists() and capsys.readouterr().out == ""
+    (output / "summary.json").write_text('{"rung_sha256": "b"}')  # the text changed between the note and the start
+    runner.begin(folder, output, made_of)
+    assert not output.exists()
+    output.mkdir()
+    (folder / "made_of.json").unlink()
+    with harness.file_lock(output / "lock"), pytest.raises(ValueError, match=f"process {os.getpid()} is training in"):
+        runner.begin(folder, output, made_of)
+    runner.begin(folder, output, made_of)
+    assert not output.exists()
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -411,8 +659,8 @@ def test_the_step_time_is_that_of_a_run(tiny, monkeypatch):
     step_time.measure([run], again=False)
     kept = json.loads((store.RESULTS / "step_time.json").read_text())
     (key,) = kept["seconds"]
-    assert key == (f"{V4} VOCABULARY=bpe_vocab_500.json BATCH_SIZE=4 BLOCK_SIZE=16 N_LAYER=1 N_HEAD=2 N_EMBD=32 "
-                   "POSITION=rope")  # fmt: skip
+    assert key == (f"{V4} VOCABULARY=bpe_vocab_500.json BATCH_SIZE=4 MICRO_BATCH_SIZE=8 BLOCK_SIZE=16 N_LAYER=1 "
+                   "N_HEAD=2 N_EMBD=32 POSITION=rope")  # fmt: skip
     assert 1e-4 < kept["seconds"][key] < 5
     assert 100 < kept["libraries_mb"] < 1000 and 100 < kept["peak_mb"][key] < 1000
     monkeypatch.setattr(step_time, "trial", lambda run: (0.25, 1.0))
