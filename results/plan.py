@@ -196,9 +196,12 @@ EXPERIMENTS = {
 
 def owner(run):
     """(name of an experiment, its run): the first that is the same training as `run`."""
-    same = [(name, other) for name, experiment in EXPERIMENTS.items() for other in experiment.runs
-            if other.training() == run.training()]  # fmt: skip
-    return same[0] if same else (None, run)
+    training = run.training()
+    for name, experiment in EXPERIMENTS.items():
+        for other in experiment.runs:
+            if other.rung == run.rung and other.training() == training:
+                return name, other
+    return None, run
 
 
 def all_constants(run, seed, gpu=False):

@@ -27,9 +27,9 @@ def model_in_words(summary):
 
 
 def ladder():
-    rows, peaks = [], step_time.read().get("peak_mb", {})
+    rows, peaks, of_all = [], step_time.read().get("peak_mb", {}), results_of("ladder")
     for run in EXPERIMENTS["ladder"].runs:
-        results = results_of("ladder")[run.name]
+        results = of_all[run.name]
         summary, step, peak = results[0]["summary"], step_time.seconds_of(run), peaks.get(step_time.model_key(run))
         rows.append([summary["rung"].replace("_alibi_rope", ""), model_in_words(summary),
                      f"{summary['n_params'] / 1e6:.2f} M", f"**{mean_of(results, 'val_bpb'):.4f}**",
@@ -90,8 +90,9 @@ def windows_cell(results, way, size):
 def positions():
     """Every scheme trained at 256 tokens, in windows of 1, 4 and 16 times as many."""
     columns, rows = [(size, way) for size in (256, 1024, 4096) for way in WAYS], []
+    of_all = results_of("positions")
     for scheme in ("alibi", "rope", "sinusoidal", "learned", "none"):
-        results = results_of("positions")[f"{scheme}, 256"]
+        results = of_all[f"{scheme}, 256"]
         rows.append([scheme, *(windows_cell(results, way, size).partition(" ")[0] for size, way in columns)])
     return table(["scheme", *(f"{size:,}, {WAYS[way]}" for size, way in columns)], rows)
 

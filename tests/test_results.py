@@ -5,12 +5,13 @@ import importlib
 import json
 import re
 import shlex
+import shutil
 from pathlib import Path
 
 import pytest
 
 import harness
-from results import pages, plan, store
+from results import checks, pages, plan, store
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ((ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES)  # those with tables
@@ -115,41 +116,49 @@ def test_the_best_run_is_ranked_among_what_was_published():
 # ----------------------------------------------------------------------------------------------------------
 
 
-def assert_constants_of_today(then, rung, but=()):
-    """A run used the constants that the rung has now, `but` for some. A constant that only one of both has is passed
-    over: it was not there yet, or is no longer."""
-    now = constants_now(rung)
-    known = (then.keys() & now.keys()) - {"OUT_DIR", "RESUME", "DEVICE"} - set(but)
-    assert {"BATCH_SIZE", "MAX_STEPS", "LEARNING_RATE"} - set(but) <= known
-    assert {name: then[name] for name in known} == {name: now[name] for name in known}
+def planned_results():
+    """{path: (run, seed)} of all results that the plan has."""
+    return {store.result_file(run, seed): (run, seed) for experiment in plan.EXPERIMENTS.values()
+            for run in experiment.runs for seed in experiment.seeds}  # fmt: skip
 
 
-def test_the_runs_of_experiments_used_the_constants_of_the_rungs():
-    """But for those that their command sets, which all exist."""
-    for path, result in committed("experiments").items():
-        if path.parent.name != "experiments":
-            _, script, *words = result["command"].split()
-            rung, overrides = script.removesuffix(".py"), dict(word.partition("=")[::2] for word in words)
-            assert rung == result["summary"]["rung"] and overrides.keys() <= constants_now(rung).keys(), path
-            assert_constants_of_today(result["summary"]["hyperparameters"], rung, overrides)
-            assert result["summary"]["seed"] == int(overrides["SEED"])
+def test_committed_results_are_those_of_the_plan():
+    """Every one of them is shown."""
+    for path, (run, seed) in planned_results().items():
+        if path.exists():
+            assert checks.flaw(committed("experiments")[path], run, seed) is None, path
+
+
+def test_a_constant_that_a_rung_gets_leaves_its_results_valid(monkeypatch):
+    """At its default; a result that was made with another value is not that of the plan."""
+    read = checks.sources
+    grown = {rung: tuple(text.replace("MAX_STEPS = ", "SHARD = False\nMAX_STEPS = ", 1) for text in read(run))
+             for rung, run in {rung: plan.Run(rung, rung) for rung in RUNGS}.items()}  # fmt: skip
+    assert all("\nSHARD = False\n" in text for text, _ in grown.values())
+    monkeypatch.setattr(checks, "sources", lambda run: grown[run.rung])
+    for path, (run, seed) in planned_results().items():
+        if path.exists() and not run.edits:
+            assert checks.flaw(committed("experiments")[path], run, seed) is None, path
+            result = json.loads(json.dumps(committed("experiments")[path]))
+            result["summary"]["hyperparameters"]["SHARD"] = True
+            assert checks.flaw(result, run, seed) == "SHARD was True and is False"
 
 
 def test_every_result_file_is_that_of_a_planned_run():
     """Under the name that the plan gives it; a file that nothing reads would be left behind unnoticed."""
-    names = {store.result_file(run, seed): plan.owner(run)[1].name for experiment in plan.EXPERIMENTS.values()
-             for run in experiment.runs for seed in experiment.seeds}  # fmt: skip
+    planned = planned_results()
     for path, result in committed("experiments").items():
         if path.name != "step_time.json":
-            assert result["run"] == names.get(path), path
+            assert path in planned and result["run"] == plan.owner(planned[path][0])[1].name, path
 
 
 @pytest.mark.parametrize("run", pages.RUNS)
 def test_the_committed_runs_of_the_rungs_used_their_constants(run):
     summary = json.loads((ROOT / "results" / "runs" / run / "summary.json").read_text(encoding="utf-8"))
+    if run == "v3_1":
+        summary["hyperparameters"].pop("EVAL_INTERVAL")  # that of the ladder, which decides no training
+    pages.check_defaults(run, summary)
     rung, _, position = run.partition("/")
-    but = ("POSITION", "COMPILE", "SAMPLE_TOKENS", "EVAL_INTERVAL")  # the scheme, and what changes no training
-    assert_constants_of_today(summary["hyperparameters"], rung, but)
     assert summary["dataset"] == "wikitext-2-v1" and summary["rung"] == rung
     assert summary.get("position", "") == position
 
@@ -171,8 +180,15 @@ def test_no_result_names_a_place_of_a_machine():
         assert not place, (path.name, place)
 
 
+def summary_of(run, dataset="sample", **changes):
+    """The summary that a rung leaves with the constants at the top of its file; `changes` are other constants."""
+    rung, _, position = run.partition("/")
+    constants = constants_now(rung) | ({"POSITION": position} if position else {}) | changes
+    return {"rung": rung, "dataset": dataset, "tokenizer": "bpe_vocab.json", "hyperparameters": constants}
+
+
 def test_finished_runs_are_collected(tmp_path, monkeypatch):
-    """What is kept of each, nothing else; not before all of them are there and of one text."""
+    """What is kept of each, nothing else; not before all are there, of one text and of the rungs as they are."""
     monkeypatch.setattr(pages, "ROOT", tmp_path)
     for run in pages.RUNS:
         folder = tmp_path / "runs" / run
@@ -181,17 +197,45 @@ def test_finished_runs_are_collected(tmp_path, monkeypatch):
             (folder / name).write_text(run)
         with pytest.raises(FileNotFoundError, match=f"no finished run; python {run.partition('/')[0]}.py makes it"):
             pages.collect()
-        (folder / "summary.json").write_text('{"dataset": "sample"}')
+        (folder / "summary.json").write_text(json.dumps(summary_of(run)))
     (tmp_path / "runs" / plan.V4 / "extrapolation.png").write_text("both")
-    (tmp_path / "runs" / "v2" / "summary.json").write_text('{"dataset": "novel"}')
-    with pytest.raises(ValueError, match="they trained on novel, sample"):
+    summary = tmp_path / "runs" / "v2" / "summary.json"
+    text = "the runs are not comparable: they trained on"
+    for wrong, why in ((summary_of("v2", dataset="novel"), f"{text} novel, sample"), ({}, "v2/summary.json is damaged"),
+                       (summary_of("v2", MAX_STEPS=2), r"runs/v2 is not what v2.py makes .*MAX_STEPS was 2 and is"),
+                       (summary_of("v2") | {"rung_sha256": "beef"}, "the text of v2.py was another")):  # fmt: skip
+        summary.write_text(json.dumps(wrong))
+        with pytest.raises(ValueError, match=why):
+            pages.collect()
+    summary.write_text(json.dumps(summary_of("v2") | {"tokens_sha256": "a"}))
+    other = tmp_path / "runs" / "v3" / "summary.json"
+    other.write_text(json.dumps(summary_of("v3") | {"tokens_sha256": "b"}))
+    with pytest.raises(ValueError, match=f"{text} different texts of one name .v2: a, v3: b"):
         pages.collect()
     assert not (tmp_path / "results").exists()
-    (tmp_path / "runs" / "v2" / "summary.json").write_text('{"dataset": "sample"}')
+    other.write_text(json.dumps(summary_of("v3", DEVICE="cuda", SAMPLE_TOKENS=3) | {"tokens_sha256": "a"}))
     pages.collect()
     folder, names = tmp_path / "results" / "runs", ("log.jsonl", "loss.png", "summary.json")
     assert {str(path.relative_to(folder)) for path in folder.rglob("*.*")} == {
         f"{plan.V4}/extrapolation.png", *(f"{run}/{name}" for run in pages.RUNS for name in names)}  # fmt: skip
+
+
+def test_pages_without_a_result_that_they_show_end_in_a_line(copies, tmp_path, monkeypatch):
+    """One is missing, one is of another run, the time of a step was not measured, a file is damaged."""
+    monkeypatch.setattr(store, "RESULTS", tmp_path / "results" / "experiments")
+    shutil.copytree(ROOT / "results" / "experiments", store.RESULTS)
+    assert pages.write_tables(check=True)
+    path = store.RESULTS / "step_time.json"
+    for content, why in (('{"seconds": {}, "peak_mb": {}}', "step of v1 takes was not measured yet; python results/"),
+                         ("[]", "step_time.json is damaged")):  # fmt: skip
+        path.write_text(content)
+        with pytest.raises(ValueError, match=why):
+            pages.write_tables(check=True)
+    shutil.copy(ROOT / "results" / "experiments" / "step_time.json", path)
+    for seed in plan.SEEDS:
+        shutil.copy(store.RESULTS / "ladder" / f"v2-{seed}.json", store.RESULTS / "ladder" / f"v3-{seed}.json")
+    with pytest.raises(ValueError, match="there is no result of the run 'v3' of the experiment ladder; python "):
+        pages.write_tables(check=True)
 
 
 # ----------------------------------------------------------------------------------------------------------

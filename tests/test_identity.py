@@ -1,0 +1,195 @@
+"""What identifies a run in its summary, and which rung a trained model is of."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import harness
+from bpe_tokenizer import BPETokenizer
+from common import ROOT, SMALL_VOCABULARY, same_weights, tiny_tokens
+from harness import cli, identity, models
+
+# ----------------------------------------------------------------------------------------------------------
+# The commit
+# ----------------------------------------------------------------------------------------------------------
+
+
+def git(folder, *words):
+    command = ["git", "-c", "user.name=a", "-c", "user.email=a@b", "-c", "commit.gpgsign=false", *words]
+    env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_")}
+    return subprocess.run(command, cwd=folder, env=env, check=True, capture_output=True, text=True).stdout
+
+
+@pytest.fixture
+def repository(tmp_path):
+    """A repository with a Python file and notes in one commit."""
+    if shutil.which("git") is None:
+        pytest.skip("there is no git")
+    folder = tmp_path / "repository"
+    folder.mkdir()
+    for name in ("a.py", "notes.md"):
+        (folder / name).write_text("1\n")
+    git(folder, "init", "-q")
+    git(folder, "add", "-A")
+    git(folder, "commit", "-q", "-m", "first")
+    return folder
+
+
+def test_the_commit_is_that_of_the_repository(repository, tmp_path, monkeypatch):
+    head = git(repository, "rev-parse", "HEAD").strip()
+    assert identity.commit(repository) == head
+    (repository / "notes.md").write_text("2\n")  # no code
+    (repository / "b.py").write_text("2\n")  # git does not track it
+    assert identity.commit(repository) == head
+    monkeypatch.setenv("GIT_DIR", str(ROOT / ".git"))  # as in a hook of git
+    assert identity.commit(repository) == head
+    (repository / "a.py").write_text("2\n")
+    assert identity.commit(repository) == f"{head} with changes"
+    inside = repository / "unpacked"  # of an archive: the repository around it is another one
+    inside.mkdir()
+    assert identity.commit(inside) is None
+    git(tmp_path, "init", "-q", "empty")
+    assert identity.commit(tmp_path / "empty") is None
+
+
+@pytest.mark.skipif(os.name != "posix", reason="the program that takes the place of git is a shell script")
+@pytest.mark.parametrize("script", [
+    "echo '# branch.oid abc'; exit 128", "exec sleep 60", "exit 0", "printf '\\377'", None,
+])  # fmt: skip
+def test_a_commit_that_git_does_not_tell_is_unknown(script, tmp_path, monkeypatch):
+    """As where git does not trust the folder, hangs, or is not there: never an error."""
+    (tmp_path / ".git").mkdir()
+    (tmp_path / "bin").mkdir()
+    if script is not None:
+        (tmp_path / "bin" / "git").write_text(f"#!/bin/sh\n{script}\n")
+        (tmp_path / "bin" / "git").chmod(0o755)
+        monkeypatch.setenv("PATH", f"{tmp_path / 'bin'}{os.pathsep}{os.environ['PATH']}")
+    else:
+        monkeypatch.setenv("PATH", str(tmp_path / "bin"))
+    assert identity.commit(tmp_path, seconds=0.5) is None
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The text of the rung and the tokens
+# ----------------------------------------------------------------------------------------------------------
+
+
+def test_a_summary_says_what_its_run_was_made_of(load, tmp_path, monkeypatch):
+    """The text of the rung and the commit are those that it began with, whatever happens while it trains."""
+    module = load("v0", MAX_STEPS=2, EVAL_INTERVAL=1)
+    text, path = (ROOT / "v0.py").read_text(encoding="utf-8"), tmp_path / "v0.py"
+    path.write_text(text, encoding="utf-8")
+    monkeypatch.setattr(module, "__file__", str(path))
+    harness.constants(vars(module))  # as when it starts
+    commits = iter(["the first", "the second"])
+    monkeypatch.setattr(identity, "commit", lambda: next(commits))
+    evaluate = module.evaluate
+
+    def edit_and_evaluate(*arguments):
+        path.write_text(text + "# a change\n", encoding="utf-8")
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(module, "evaluate", edit_and_evaluate)
+    tokens = {split: tiny_tokens(600, 500, seed) for seed, split in enumerate(("train", "val", "test"))}
+    for split, one in tokens.items():
+        one.digest = f"digest of {split}"
+    monkeypatch.setattr(module, "load_tokens", lambda *_: tokens)
+    module.main()
+    summary = json.loads((Path(module.OUT_DIR) / "summary.json").read_text(encoding="utf-8"))
+    assert summary["rung_sha256"] == hashlib.sha256(text.encode()).hexdigest()[:16]
+    assert summary["commit"] == "the first"
+    assert summary["tokens_sha256"] == identity.tokens_hash(tokens)
+    changed = hashlib.sha256((text + "# a change\n").encode()).hexdigest()[:16]
+    assert cli.source_hash({"__file__": str(path), "main": lambda: "loaded again"}) == changed
+
+
+def test_the_hash_of_the_tokens_is_that_of_all_splits():
+    tokens = {split: tiny_tokens(9, 50) for split in ("train", "val", "test")}
+    found = [identity.tokens_hash(tokens)]
+    assert found == [None]  # the digests are not known
+    for split in tokens:
+        tokens[split].digest = "abc"
+    for split in tokens:
+        found.append(identity.tokens_hash(tokens))
+        tokens[split].digest = "other"
+    assert len(set(found)) == 4 and all(len(one) == 16 and int(one, 16) >= 0 for one in found[1:])
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The rung of a model
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def model_of(tmp_path):
+    """model_of(name): the folder of a model that says it is of the rung `name`."""
+
+    def write(name, weights=None, constants=None):
+        tokenizer, folder = BPETokenizer.load(ROOT / "data" / SMALL_VOCABULARY), tmp_path / "run"
+        folder.mkdir(exist_ok=True)
+        tokenizer.save(folder / "vocabulary.json")
+        torch.save({"rung": name, "model": weights or {}, "hyperparameters": constants or {}, "start": [0],
+                    "fingerprint": tokenizer.fingerprint}, folder / "model.pt")  # fmt: skip
+        return folder
+
+    return write
+
+
+@pytest.mark.parametrize("name", [
+    "os", "sys", "antigravity", "kernels", "harness", "results.experiments", "harness.cli", "../x", "/tmp/x", "", ".",
+    "__main__", "v9", "v3.py", 7, None, ["v3"], "words", "broken", "v3\0",
+])  # fmt: skip
+def test_nothing_but_a_rung_is_imported(name, model_of, tmp_path, monkeypatch):
+    """Whatever name stands in a model's file."""
+    monkeypatch.syspath_prepend(tmp_path)
+    leave_a_mark = f"open({str(tmp_path / 'executed')!r}, 'w')\n"
+    (tmp_path / "words.py").write_text(f"{leave_a_mark}class LanguageModel: pass\n# harness.start(globals())\n")
+    (tmp_path / "broken.py").write_text(f"{leave_a_mark}class LanguageModel: pass\nharness.start(globals()\n")
+    (tmp_path / "x.py").write_text(leave_a_mark)
+    before = {str(name): sys.modules.get(str(name))}
+    with pytest.raises(harness.UserError, match="no rung of that name is here; put the .py file that trained it"):
+        harness.load(model_of(name))
+    assert {str(name): sys.modules.get(str(name))} == before and not (tmp_path / "executed").exists()
+
+
+def test_a_copy_of_a_rung_is_loaded(model_of, tmp_path, monkeypatch, load):
+    """From a file beside the others, or wherever Python finds it; the model knows its vocabulary."""
+    v3 = load("v3", N_EMBD=48, N_HEAD=3)
+    weights = v3.LanguageModel(500).state_dict()
+    folder = model_of("v3_mine", weights, harness.constants(vars(v3)))
+    with pytest.raises(harness.UserError, match="is of 'v3_mine', and no rung of that name is here"):
+        harness.load(folder)
+    monkeypatch.syspath_prepend(tmp_path)
+    (tmp_path / "v3_mine.py").write_text((ROOT / "v3.py").read_text(encoding="utf-8"), encoding="utf-8")
+    try:
+        model, tokenizer = harness.load(folder)
+    finally:
+        sys.modules.pop("v3_mine", None)
+    assert type(model).__module__ == "v3_mine" and same_weights(model.state_dict(), weights)
+    assert model.fingerprint == tokenizer.fingerprint == BPETokenizer.load(folder / "vocabulary.json").fingerprint
+    (tmp_path / "v3_mine.py").write_text("import nosuchmodule\n" + (ROOT / "v3.py").read_text(encoding="utf-8"))
+    with pytest.raises(ModuleNotFoundError):  # a mistake in it is no error of the user: it keeps its traceback
+        harness.load(folder)
+
+
+def test_rungs_are_told_by_their_text():
+    for path in ROOT.glob("*.py"):
+        assert models.is_rung(path.read_text(encoding="utf-8")) == (path.stem[0] == "v"), path
+
+
+def test_a_model_that_cannot_be_read_is_not_called_damaged(model_of, monkeypatch):
+    folder = model_of("v3")
+
+    def refuse(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    monkeypatch.setattr(torch, "load", refuse)
+    with pytest.raises(harness.FileError, match="model.pt cannot be read .Permission denied.; make it a file that"):
+        harness.load(folder)
