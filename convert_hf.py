@@ -375,6 +375,8 @@ def export(run, folder):
     if there and not (there <= {*HF_FILES} and _made_here(folder / WEIGHTS)):
         raise UserError(f"{folder} holds {min(there)}, and no model that this program wrote; name a new folder")
     with _reading(run):
+        if (Path(run) / "config.json").exists() and not (Path(run) / "model.pt").exists():
+            raise UserError(f"{run} holds a model of Hugging Face; --from {run} makes a run of it")
         model, tokenizer = load_run(run)
     rung = type(model).__module__
     kind = getattr(model, "position", rung)

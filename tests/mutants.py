@@ -26,9 +26,11 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_models.py", "test_training.py", "test_kernels.py", "test_files.py", "test_errors.py", "test_harness.py",
-         "test_processes.py", "test_survival.py")  # fmt: skip
+         "test_processes.py", "test_survival.py", "test_identity.py")  # fmt: skip
+RESULTS_TESTS = ("test_experiments.py", "test_results.py")  # of faults in results/
 DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
-OWN_TESTS = {"kernels.py": "test_kernels.py", "harness/files.py": "test_files.py"}  # those to run first
+OWN_TESTS = {"kernels.py": "test_kernels.py", "harness/files.py": "test_files.py",
+             "harness/identity.py": "test_identity.py"}  # those to run first  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
 SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fault asks for them
@@ -428,6 +430,53 @@ FAULTS = [
      'if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):', "if False:", "too_little_memory"),
     (MODELS, "runs of the repository are not found", "dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1]))",
      "[Path.cwd()]", "repository"),
+    (MODELS, "any module is imported", "    if not is_rung(source):", "    if False:", "nothing_but"),
+    (MODELS, "a rung is told by words in a comment", "calls = {ast.unparse(line)",
+     'calls = {source[source.find("harness.start") :][:26], *(', "nothing_but"),
+    (MODELS, "a model does not know its vocabulary", "    model.fingerprint = tokenizer.fingerprint", "    pass",
+     "copy_of_a_rung"),
+    (MODELS, "a model that may not be read is called damaged", "    except OSError as error:\n        if error.errno",
+     "    except ZeroDivisionError as error:\n        if error.errno", "not_called_damaged"),
+    (CLI, "the hash is that of the text on the disk",
+     'return _source_as_loaded(rung["__file__"], rung["main"])[3]',
+     'return _source_as_loaded.__wrapped__(rung["__file__"], rung["main"])[3]', "made_of"),
+    ("harness/identity.py", "the commit of a repository around this one", '    if not (folder / ".git").exists():',
+     "    if False:"),
+    ("harness/identity.py", "changes of the code are not told", '" with changes" * any(', '" with changes" * 0 * any('),
+    ("harness/identity.py", "a slow git ends the run", "except (OSError, subprocess.SubprocessError)",
+     "except OSError"),
+    ("harness/identity.py", "the environment names another repository", 'if not k.startswith("GIT_")', "if True"),
+    ("harness/identity.py", "the hash of one split", 'for split in ("train", "val", "test")]', 'for split in ("train",)]'),
+    ("results/store.py", "what is tried out is a result", "    if not is_tried(overrides):", "    if True:", "kept_apart"),
+    ("results/store.py", "results of other runs are shown", "    if line is None:", "    if True:", "left_out"),
+    ("results/store.py", "what is left out is not named", "        harness.say(line, error=True)", "        pass",
+     "left_out"),
+    ("results/checks.py", "constants are not compared", "        if before != now:", "        if False:", "left_out"),
+    ("results/checks.py", "a constant that is new makes results wrong",
+     'before = then.get(name, defaults.get(name, "not set"))', 'before = then.get(name, "not set")', "good_order"),
+    ("results/checks.py", "a seed is the name of a file", '    if summary["seed"] != seed:', "    if False:", "left_out"),
+    ("results/checks.py", "edits are not compared", "    if OTHER_WORDS.get(then, then) != now:", "    if False:",
+     "left_out or changed"),
+    ("results/checks.py", "a run that was broken off is a result", '    if result["log"][-1]["step"] != summary["steps"] or (',
+     "    if False and (", "left_out"),
+    ("results/checks.py", "as much text is not compared", "        if max_steps > 2 and abs(", "        if False and abs(",
+     "plan_that_has_changed"),
+    ("results/checks.py", "code is not compared", "        if not reason:", "        if False:", "different_code"),
+    ("results/checks.py", "texts are not compared", "groups(found, texts_of).items()", "{}.items()", "different_code"),
+    ("results/runner.py", "what was begun otherwise goes on", "    if differ and run.exists():", "    if False:",
+     "begun or kept_apart"),
+    ("results/runner.py", "another text of the rung goes on", '"rung_sha256": "the text of the rung was another"}', "}",
+     "begun"),
+    ("results/runner.py", "a run at work is moved aside", "        if output.exists():\n", "        if False:\n", "begun"),
+    ("results/experiments.py", "a constant that no run has is passed over", "        if not having:", "        if False:",
+     "passed_over"),
+    ("results/experiments.py", "hours are trained for a table that cannot be made",
+     "        check_code(names, todo, args.gpu, overrides)\n", "", "different_code"),
+    ("results/pages.py", "a run with other constants is collected", "    if differ:", "    if False:", "collected"),
+    ("results/texts.py", "tokens are compared by name", "and hashes and text", "and False and text", "different_texts"),
+    ("convert_hf.py", "a name of the hub is a folder", "    if hub and (hub[1]", "    if False and (hub[1]", "hub"),
+    ("convert_hf.py", "what the system forbids has a traceback", "    except OSError as error:\n        raise FileError(f\"{path} cannot",
+     "    except ZeroDivisionError as error:\n        raise FileError(f\"{path} cannot", "forbids"),
     (REPORT, "the best record is the last", 'best = min(run.records, key=lambda record: record["val_loss"])',
      "best = run.records[-1]", "what_a_run and v2"),
     (REPORT, "bytes of another text", 'round(last["tokens_seen"] * train.n_bytes / len(train))',
@@ -562,7 +611,9 @@ FAULTS = [
 
 
 def all_tests(file):
-    return [f"tests/{name}" for name in (DATA_TESTS if file.startswith("data/") else TESTS)]
+    others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, "convert_hf.py": ("test_convert.py",)}
+    names = next((names for start, names in others.items() if file.startswith(start)), TESTS)
+    return [f"tests/{name}" for name in names]
 
 
 def first_tests(file, chosen):

@@ -495,7 +495,7 @@ def test_files_that_are_missing_or_damaged_are_named(load, tmp_path, gpt2_vocabu
         (tmp_path / "hf" / name).write_bytes(content)
         assert name in refusal("--from", tmp_path / "hf", run)
         (tmp_path / "hf" / name).write_bytes(before)
-    assert "no config.json" in refusal("--from", tmp_path / "nowhere", run)
+    assert "there is no folder" in refusal("--from", tmp_path / "nowhere", run)
     assert not run.exists()
     convert("--from", tmp_path / "hf", run)
     before = (run / "model.pt").read_bytes()
@@ -528,6 +528,77 @@ def test_a_pickle_is_not_opened(tmp_path, gpt2_vocabulary):
     message = refusal("--from", tmp_path / "hf", tmp_path / "other")
     assert "save_pretrained" in message and "safetensors" in message
     assert not (tmp_path / "exploded").exists()
+
+
+def test_what_is_said_of_a_pickle_works(load, tmp_path, gpt2_vocabulary):
+    """Also for a head that is not the embedding."""
+    load("v3")
+    theirs = write_gpt2(tmp_path / "hf", gpt2_vocabulary, tie_word_embeddings=False)
+    torch.save(theirs.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
+    (tmp_path / "hf" / "model.safetensors").unlink()
+    advice = re.search(r"AutoModelForCausalLM.*", refusal("--from", tmp_path / "hf", tmp_path / "run"))[0]
+    eval(advice, {"AutoModelForCausalLM": transformers.AutoModelForCausalLM})
+    convert("--from", tmp_path / "hf", tmp_path / "run")
+    assert distance(harness.load(tmp_path / "run")[0], theirs, 32, 600) < 1e-5
+
+
+@pytest.mark.parametrize(("name", "model", "folder"), [
+    ("gpt2", "gpt2", "gpt2"), ("openai-community/gpt2", "openai-community/gpt2", "gpt2"),
+    ("https://huggingface.co/openai-community/gpt2", "openai-community/gpt2", "gpt2"), ("hf://gpt2", "gpt2", "gpt2"),
+    ("here/gpt2", "NAME", "FOLDER"), ("./gpt2", "NAME", "FOLDER"), ("/nowhere/a/gpt2", "NAME", "FOLDER"),
+])  # fmt: skip
+def test_a_name_of_the_hub_is_no_folder(name, model, folder, tmp_path, monkeypatch, gpt2_vocabulary):
+    """What is said of it works: here a folder takes the place of what the download leaves."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "here").mkdir()
+    message = refusal("--from", name, "run")
+    assert f"there is no folder {name}; " in message
+    files = "config.json model.safetensors tokenizer.json"
+    assert f"hf download {model} {files} --local-dir {folder}" in message
+    assert message.endswith(f"then name the folder {folder}") == (name != folder)
+    if name == "gpt2":
+        write_gpt2(tmp_path / folder, gpt2_vocabulary)
+        convert("--from", folder, "run")
+
+
+def test_a_folder_that_is_something_else_is_told(load, tmp_path):
+    write_run(load("v3"), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "hf")
+    out = tmp_path / "out"
+    assert "run holds a run; without --from it becomes" in refusal("--from", tmp_path / "run", out)
+    assert f"holds a model of Hugging Face; --from {tmp_path / 'hf'} makes" in refusal(tmp_path / "hf", out)
+    assert "config.json is a file; name its folder" in refusal("--from", tmp_path / "hf" / "config.json", out)
+    (tmp_path / "empty").mkdir()
+    assert "there is no config.json in" in refusal("--from", tmp_path / "empty", out)
+    for name in ("config.json", "model.safetensors", "tokenizer.json"):
+        shutil.copytree(tmp_path / "hf", tmp_path / "odd", dirs_exist_ok=True)
+        (tmp_path / "odd" / name).unlink()
+        (tmp_path / "odd" / name).mkdir()
+        assert str(tmp_path / "odd") in refusal("--from", tmp_path / "odd", out)
+        (tmp_path / "odd" / name).rmdir()
+    assert not out.exists()
+
+
+@pytest.mark.parametrize("broken", ["iterdir", "exists", "read_text", "mkdir", "glob"])
+def test_what_the_system_forbids_ends_in_one_line(broken, load, tmp_path, monkeypatch):
+    write_run(load("v3"), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "hf")
+    (tmp_path / "empty").mkdir()
+
+    def forbid(*_, **__):
+        raise PermissionError(13, "Permission denied")
+
+    for arguments in ((tmp_path / "run", tmp_path / "hf"), (tmp_path / "run", tmp_path / "new"),
+                      ("--from", tmp_path / "hf", tmp_path / "back"),
+                      ("--from", tmp_path / "empty", tmp_path / "back")):  # fmt: skip
+        with monkeypatch.context() as patch:
+            patch.setattr(Path, broken, forbid)
+            try:
+                convert(*arguments)
+            except harness.FileError as error:
+                assert "Permission denied" in str(error) or "no config.json" in str(error)
+        shutil.rmtree(tmp_path / "back", ignore_errors=True)
+        shutil.rmtree(tmp_path / "new", ignore_errors=True)
 
 
 # ----------------------------------------------------------------------------------------------------------
