@@ -452,7 +452,7 @@ def test_what_would_be_passed_over_is_refused(words, why, folders, monkeypatch):
         experiments.main(words)
 
 
-PLANNED = Run("a", "v3", {"DROPOUT": 0.375, "MAX_STEPS": 80})
+PLANNED = Run("a", "v3", {"DROPOUT": 0.375, "MAX_STEPS": 80, "PATIENCE": 3})
 OTHERS = {  # what is wrong with a result of PLANNED: (how it was made, what is said)
     "steps": ({"constants": {"MAX_STEPS": 2}}, "MAX_STEPS was 2 and is 80"),
     "constant of the plan": ({"constants": {"DROPOUT": 0.1}}, "DROPOUT was 0.1 and is 0.375"),
@@ -497,7 +497,8 @@ def test_a_result_in_good_order_is_shown(folders, monkeypatch, capsys):
     for seed in (4, 5):
         path = make_result(PLANNED, seed)
         result = json.loads(path.read_text())
-        del result["summary"]["hyperparameters"]["GRAD_CLIP"]  # a default that the plan does not name
+        for name in ("GRAD_CLIP", "PATIENCE"):  # the plan does not name it, or names its default
+            del result["summary"]["hyperparameters"][name]
         path.write_text(json.dumps(result))
     result["summary"] = {k: v for k, v in result["summary"].items() if not k.endswith("sha256")}
     result["summary"]["hyperparameters"]["EVAL_INTERVAL"] = 64

@@ -90,17 +90,15 @@ def test_a_summary_says_what_its_run_was_made_of(load, tmp_path, monkeypatch):
     harness.constants(vars(module))  # as when it starts
     commits = iter(["the first", "the second"])
     monkeypatch.setattr(identity, "commit", lambda: next(commits))
-    evaluate = module.evaluate
-
-    def edit_and_evaluate(*arguments):
-        path.write_text(text + "# a change\n", encoding="utf-8")
-        return evaluate(*arguments)
-
-    monkeypatch.setattr(module, "evaluate", edit_and_evaluate)
     tokens = {split: tiny_tokens(600, 500, seed) for seed, split in enumerate(("train", "val", "test"))}
     for split, one in tokens.items():
         one.digest = f"digest of {split}"
-    monkeypatch.setattr(module, "load_tokens", lambda *_: tokens)
+
+    def edit_and_load(*_):
+        path.write_text(text + "# a change\n", encoding="utf-8")
+        return tokens
+
+    monkeypatch.setattr(module, "load_tokens", edit_and_load)
     module.main()
     summary = json.loads((Path(module.OUT_DIR) / "summary.json").read_text(encoding="utf-8"))
     assert summary["rung_sha256"] == hashlib.sha256(text.encode()).hexdigest()[:16]
