@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from bpe_tokenizer import BPETokenizer
-from harness.cli import check_constants, first_line, override, say
+from harness.cli import check_constants, override, say
 from harness.distributed import like
 from harness.errors import FileError, MissingFileError, UserError
 
@@ -24,13 +24,11 @@ def read_file(path, keys):
         return {key: saved[key] for key in keys}
     except FileNotFoundError:
         raise MissingFileError(f"there is no {path}") from None
-    except OSError as error:
-        if error.errno == errno.ENOMEM:
-            raise
-        raise FileError(f"{path} cannot be read ({error.strerror or first_line(error)}); make it a file that this user "
-                        "can read") from None  # fmt: skip
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        if isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        code = getattr(error, "errno", None)
+        if code not in (None, errno.ENOMEM, errno.EISDIR):
+            raise FileError(f"{path} cannot be read ({error.strerror}); make it readable for this user") from None
+        if code == errno.ENOMEM or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
             raise
         raise UserError(f"{path} is damaged or no file of this program; delete it and train again") from None
 
