@@ -106,9 +106,9 @@ def train(variant, seed, seconds):
     def lr_factor(step):
         return min(1, (step + 1) / v4.WARMUP_STEPS, (1 - clock["spent"] / seconds) / v4.COOLDOWN)
 
-    def on_step(spent):
-        clock["spent"], clock["steps"] = spent, clock["steps"] + 1
-        return spent < seconds
+    def on_step(run):
+        clock["spent"], clock["steps"] = run.seconds, clock["steps"] + 1
+        return run.seconds < seconds
 
     v4.lr_factor = lr_factor
     run_steps(v4, model, tokens["train"].ids, on_step)

@@ -62,7 +62,7 @@ def work():
         gradients = torch.zeros(sum(p.numel() for p in model.parameters()), device=v3.DEVICE)
         ends, steps, exchanges = [], [], []
 
-        def on_step(seconds):
+        def on_step(run):
             harness.all_reduce(torch.zeros(1))
             if ends:
                 steps.append(time.perf_counter() - ends[-1])

@@ -12,13 +12,29 @@ import kernels
 from data import Tokens
 
 
+class StepBehind:
+    """Keeps a program one step ahead of a GPU: it never waits for the step that it has just asked for, only for the one
+    before. (To read a number of that one would wait for both: a copy takes its turn behind all that was asked for.)"""
+
+    def __init__(self, device):
+        self.on_gpu, self.before = torch.device(device).type == "cuda", None
+
+    def wait(self):
+        """Call it after each step."""
+        if self.on_gpu:
+            before, self.before = self.before, torch.cuda.Event()
+            self.before.record()
+            if before is not None:
+                before.synchronize()
+
+
 class Steps(harness.Run):
-    """A run without evaluations and files. After each step it calls `on_step(seconds of all steps so far)`; training
-    ends when that returns False."""
+    """A run without evaluations and files. After each step it calls `on_step(run)`, whose `seconds` are those of all
+    steps so far; training ends when that returns False."""
 
     def __init__(self, rung, on_step):
         super().__init__(vars(rung))
-        self.on_step = on_step
+        self.on_step, self.step_behind = on_step, StepBehind(self.device)
 
     def resume(self, model, *optimizers):
         self.step_began = time.perf_counter()
@@ -28,11 +44,11 @@ class Steps(harness.Run):
         return False
 
     def step(self, loss, grad_norm):
-        loss.item(), grad_norm.item()  # on a GPU they are there when the step is done
+        self.step_behind.wait()
         self.state.step += 1
         now = time.perf_counter()
         self.seconds, self.step_began = self.seconds + now - self.step_began, now
-        if not self.on_step(self.seconds):
+        if not self.on_step(self):
             self.rung["MAX_STEPS"] = self.state.step  # where the loop of the rung ends
 
 

@@ -2,7 +2,8 @@
 
     python benchmarks/training.py           all of it, about 30 minutes; the results go to results/benchmarks/
     python benchmarks/training.py --quick   a first look at the small shape in about a minute; writes nothing
-    python benchmarks/training.py --gpu     v3 and GPT-2, both compiled, at GPT-2's size on a GPU
+    python benchmarks/training.py --gpu --nanogpt DIR    v3 and v4 at GPT-2's size on a GPU, about 6 minutes
+    python benchmarks/training.py --gpu --quick          the same with one size of micro-batch: about 3 minutes
 
 The others are GPT-2 of Hugging Face's transformers, torch.nn.TransformerEncoder, and a GPT as small repositories write
 it: qkv in one product, fused attention, the head tied to the embedding. Each is trained plainly, with torch.optim.AdamW
@@ -13,18 +14,27 @@ tokens, clip gradients and step.
 Every contestant lives in a process of its own. In each round each of them works for some seconds while the others
 wait, so what slows the machine down for a while hits all of them. What counts is the median of the rounds.
 
-The model's work is counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B), with the half of
-attention that a causal model needs:
+On a GPU the others are nanoGPT's model (DIR is a checkout of https://github.com/karpathy/nanoGPT) and GPT-2 of
+transformers, compiled, in bfloat16, with fused AdamW and the vocabulary padded to a multiple of 64. All make steps of
+as many windows, each in micro-batches of the size that is the fastest for it of those that are tried. The aim is an MFU
+of 45% on an H100 or H200.
 
-    FLOPs per token = 6 * (parameters in matrix products) + 12 * N_LAYER * BLOCK_SIZE * N_EMBD / 2
+The model's work is counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B):
+
+    FLOPs per token = 6 * (parameters in matrix products) + 12 * N_LAYER * BLOCK_SIZE * N_EMBD
 
 Parameters in matrix products are those of the blocks and the head, not the looked up embeddings of tokens and
-positions. The peak is the fastest of some products of square matrices, which take their turns in the same rounds.
+positions. On a GPU that is divided by what the maker gives as its peak, which is the model FLOPs utilization (MFU). On
+a CPU attention counts half, as much as a causal model needs, and the peak is the fastest of some products of square
+matrices, which take their turns in the same rounds.
 """
 
 import argparse
+import contextlib
+import functools
 import importlib
 import importlib.util
+import inspect
 import json
 import multiprocessing
 import os
@@ -43,22 +53,25 @@ sys.path.insert(0, str(ROOT))
 
 import harness  # noqa: E402
 import kernels  # noqa: E402
-from benchmarks.steps import random_tokens, run_steps  # noqa: E402
+from benchmarks.steps import StepBehind, random_tokens, run_steps  # noqa: E402
 from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from harness import flops  # noqa: E402
 
 GPT2 = "GPT-2's size"
 SHAPES = {  # constants of v3, and the vocabulary
     "small": {"N_LAYER": 4, "N_HEAD": 4, "N_EMBD": 192, "BLOCK_SIZE": 128, "BATCH_SIZE": 16, "vocabulary": 4096},
     "large": {"N_LAYER": 6, "N_HEAD": 4, "N_EMBD": 256, "BLOCK_SIZE": 256, "BATCH_SIZE": 16, "vocabulary": 4096},
-    GPT2: {"N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768, "BLOCK_SIZE": 1024, "vocabulary": 50304},
+    GPT2: {"N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768, "BLOCK_SIZE": 1024, "BATCH_SIZE": 64, "vocabulary": 50257},
 }
-BATCHES = [4 << i for i in range(9)]  # tried on a GPU, until one does not fit
+MICRO_BATCHES, TRIAL_SECONDS = (32, 16, 64), 150  # tried on a GPU, none after that many seconds
+MEMORY = 1.3e6  # bytes for each token of a micro-batch that are enough at GPT-2's size
 WINDOWS, TOKENS = (128, 256, 512, 1024), 4096  # ALiBi against RoPE: values of BLOCK_SIZE, tokens a step
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sizes of the products that show the peak
 ROUNDS, SECONDS = 5, 1.2  # of work in a turn
 QUICK_ROUNDS, QUICK_SECONDS = 4, 0.5
 WARM_UP = 2  # rounds before, which do not count: a fresh process is slower until its memory is all in use
-HF, ENCODER, PLAIN, DROPPED = "GPT-2 of transformers", "nn.TransformerEncoder", "a plain GPT", ", dropout 0.1"
+HF, ENCODER, PLAIN, NANO = "GPT-2 of transformers", "nn.TransformerEncoder", "a plain GPT", "nanoGPT"
+DROPPED = ", dropout 0.1"
 BEST = ", compiled"  # and all else that makes a peer fast
 QUICK_LEAVES_OUT = ("COMPILE=False", "everywhere", DROPPED + BEST, "product 1024", "product 4096")
 
@@ -67,7 +80,7 @@ def random_batch(shape, device):
     """Inputs (B, T) and, one token later, targets (B, T)."""
     torch.manual_seed(1337)
     windows = torch.randint(shape["vocabulary"], (shape["BATCH_SIZE"], shape["BLOCK_SIZE"] + 1)).to(device)
-    return windows[:, :-1], windows[:, 1:]
+    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
 
 def rung_steps(turns, rung, shape):
@@ -77,7 +90,12 @@ def rung_steps(turns, rung, shape):
     torch.manual_seed(rung.SEED)
     model = rung.LanguageModel(shape["vocabulary"]).to(rung.DEVICE)
     tokens = random_tokens(rung, shape["vocabulary"])
-    run_steps(rung, model, tokens, lambda seconds: turns.done(rung.BATCH_SIZE * rung.BLOCK_SIZE))
+
+    def on_step(run):
+        turns.facts["compiled"] = run.compiled
+        return turns.done(rung.BATCH_SIZE * rung.BLOCK_SIZE)
+
+    run_steps(rung, model, tokens, on_step)
 
 
 def hugging_face(shape, dropout, everywhere):
@@ -142,28 +160,49 @@ class GPT(nn.Module):
         return self.head(self.norm(x))
 
 
-def peer_steps(turns, make, shape, dropout=0.0, everywhere=False, device="cpu", best=None):
+def nano_gpt(folder, shape, dropout, everywhere):
+    """The model of nanoGPT, a checkout of which is in `folder`, without biases as its train.py has it."""
+    spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
+    module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module.GPT(module.GPTConfig(
+        block_size=shape["BLOCK_SIZE"], vocab_size=shape["vocabulary"], n_layer=shape["N_LAYER"],
+        n_head=shape["N_HEAD"], n_embd=shape["N_EMBD"], dropout=dropout, bias=False,
+    ))  # fmt: skip
+
+
+def peer_steps(turns, make, shape, dropout=0.0, everywhere=False, device="cpu", best=None, compiled=True):
     """Steps of the model that `make` makes: eager, in float32, or at its best, compiled with numbers of type `best`."""
     if best:
         kernels.keep_freed_memory()
     x, y = random_batch(shape, device)
+    micro_batches = list(zip(*(t.split(shape.get("MICRO_BATCH_SIZE", len(t))) for t in (x, y))))
     model = make(shape, dropout, everywhere).to(device).train()
-    optimizer = torch.optim.AdamW(model.parameters(), fused=True if best else None)
+    if best and hasattr(model, "configure_optimizers"):  # nanoGPT's own, with the constants of its train.py
+        optimizer = model.configure_optimizers(0.1, 6e-4, (0.9, 0.95), device)
+    else:
+        optimizer = torch.optim.AdamW(model.parameters(), fused=True if best else None)
+    with_loss = "targets" in inspect.signature(model.forward).parameters  # returns (logits, loss)
 
     def loss_of(x, y):
+        if with_loss:
+            return model(x, y)[1]
         out = model(x)
         return F.cross_entropy(getattr(out, "logits", out).flatten(0, 1), y.flatten())
 
-    if best:
+    if best and compiled:
         loss_of = torch.compile(loss_of)
+    turns.facts["compiled"], step_behind = bool(best and compiled), StepBehind(device)
 
     while turns.done(x.numel()):
-        with torch.autocast(device, torch.bfloat16, enabled=best == "bfloat16"):
-            loss = loss_of(x, y)
-        loss.backward()
+        for micro_x, micro_y in micro_batches:
+            with torch.autocast(device, torch.bfloat16, enabled=best == "bfloat16"):
+                loss = loss_of(micro_x, micro_y) * (len(micro_x) / len(x))
+            loss.backward()
         nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        step_behind.wait()
 
 
 def product_steps(turns, n, dtype, device):
@@ -179,13 +218,18 @@ class Turns:
 
     def __init__(self, connection):
         self.connection, self.seconds, self.n = connection, None, 0
+        self.facts = {}  # that go with the first answer
 
     def done(self, amount):
         """Count a step of `amount` tokens; between two turns wait. Returns True."""
         self.n += 1
-        if self.seconds is None:
-            if self.n == 3:  # the first steps also compile and fill caches
-                self.wait_for_turn(True)
+        if self.seconds is None:  # the first steps, which also compile and fill caches
+            if self.n == 1 and torch.cuda.is_available():
+                torch.cuda.reset_peak_memory_stats()
+            if self.n == 3:
+                self.synchronize()
+                memory = harness.peak_memory_mb("cuda" if torch.cuda.is_available() else "cpu")
+                self.wait_for_turn({"memory_mb": memory, **self.facts})
         elif self.n == 0:  # not timed: the caches, or the memory of the GPU, were in other hands
             self.synchronize()
             self.start = time.perf_counter()
@@ -208,17 +252,23 @@ class Turns:
 def serve(connection, work, arguments):
     """What a contestant's process does: work in turns until nobody asks any more."""
     try:
-        work(Turns(connection), *arguments)
+        with contextlib.redirect_stdout(sys.stderr):  # the tables alone go to stdout
+            work(Turns(connection), *arguments)
     except torch.OutOfMemoryError:
         connection.send(False)
     except (EOFError, ConnectionError):  # no more turns
         pass
 
 
+def processes():
+    """Where contestants' processes come from: each is started anew."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would tell of what a stopped process left behind
+    return multiprocessing.get_context("spawn")
+
+
 def start(work, *arguments):
     """Start a contestant in a process of its own; returns the connection to it, over which its first answer comes."""
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would tell of what a stopped process left behind
-    context = multiprocessing.get_context("spawn")
+    context = processes()
     connection, theirs = context.Pipe()
     usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C is for this one alone
     context.Process(target=serve, args=(theirs, work, arguments), daemon=True).start()
@@ -227,22 +277,55 @@ def start(work, *arguments):
     return connection
 
 
-def compete(title, makers, rounds, seconds, started=()):
-    """Prepare contestants, functions with arguments, let them and those that are `started` take turns: their rates."""
-    print(f"{title}: preparing {', '.join(makers)}", file=sys.stderr, flush=True)
-    contestants = {name: start(*maker) for name, maker in makers.items()}
-    for contestant in contestants.values():
-        contestant.recv()
-    contestants = {**dict(started), **contestants}
+def say(text):
+    print(text, file=sys.stderr, flush=True)
+
+
+def prepare(makers, at_once):
+    """Start contestants, {name: function and arguments}, some at once: {name: (connection, facts)}. One that fails or
+    does not fit into memory is left out, with a line that says so."""
+    ready, names = {}, list(makers)
+    for i in range(0, len(names), at_once):
+        say(f"preparing {', '.join(names[i : i + at_once])}")
+        started = {name: start(*makers[name]) for name in names[i : i + at_once]}
+        for name, connection in started.items():
+            try:
+                facts = connection.recv()
+            except (EOFError, ConnectionError):
+                say(f"{name} is left out: it failed, and its error stands above")
+                continue
+            if facts:
+                ready[name] = connection, facts
+            else:
+                say(f"{name} is left out: it does not fit into memory")
+    return ready
+
+
+def turn(connection, seconds):
+    """The rate of a contestant in a turn."""
+    connection.send(seconds)
+    return connection.recv()
+
+
+def take_turns(title, contestants, rounds, seconds):
+    """Let contestants, {name: connection}, take turns: {name: its rates}."""
     rates = {name: [] for name in contestants}
     for i in range(WARM_UP + rounds):
-        print(f"{title}: round {i + 1} of {WARM_UP + rounds}", file=sys.stderr, flush=True)
-        for name, contestant in contestants.items():
-            contestant.send(seconds)
-            rates[name].append(contestant.recv())
-    for contestant in contestants.values():
-        contestant.close()
+        say(f"{title}: round {i + 1} of {WARM_UP + rounds}")
+        for name, connection in contestants.items():
+            rates[name].append(turn(connection, seconds))
+    for connection in contestants.values():
+        connection.close()
     return {name: values[WARM_UP:] for name, values in rates.items()}
+
+
+def compete(title, makers, rounds, seconds):
+    """Prepare contestants, functions with arguments, and let them take turns: {name: its rates}."""
+    say(title)
+    ready = prepare(makers, len(makers))
+    if len(ready) < len(makers):
+        raise ValueError("a contestant is missing, so the others were not measured")
+    return take_turns(title, {name: connection for name, (connection, _) in ready.items()}, rounds, seconds)
 
 
 def measure_shape(name, dtype, peers, quick, *duration):
@@ -264,32 +347,97 @@ def measure_shape(name, dtype, peers, quick, *duration):
     return compete(f"{name} shape", makers, *duration)
 
 
-def measure_gpu(shape, batches, device, dtype, peers, *duration):
-    """v3 and the peers, compiled and in bf16, each with the largest of `batches` that fits; the peak."""
-    largest, contestants = {}, {}
-    for name in ("v3", *peers):
-        for batch in batches:
-            own = {**shape, "BATCH_SIZE": batch, "MICRO_BATCH_SIZE": batch, "DEVICE": device, "DROPOUT": 0.0}
-            maker = (rung_steps, "v3", own)
-            if name in peers:
-                maker = (peer_steps, peers[name], own, 0.0, False, device, "bfloat16")
-            contestant = start(*maker)
-            if not contestant.recv():
-                break
-            print(f"{name}: a batch of {batch} fits", file=sys.stderr, flush=True)
-            if name in contestants:
-                contestants[name].close()
-            largest[name], contestants[name] = batch, contestant
-        if name not in largest:
-            raise ValueError(f"{name} does not fit into the memory with a batch of {batches[0]}")
-    products = {f"product {n}": (product_steps, n, dtype, device) for n in SQUARES[device]}
-    rates = compete(GPT2, products, *duration, contestants)
-    return ", ".join(f"{name} {batch}" for name, batch in largest.items()), rates
+def gpu_peers(nanogpt):
+    """{name: function that makes the model} of those that are there, with a line on each that is not."""
+    peers = {}
+    if nanogpt:
+        peers[NANO] = functools.partial(nano_gpt, str(nanogpt))
+    else:
+        say("nanoGPT is left out; to have it: git clone https://github.com/karpathy/nanoGPT, then --nanogpt nanoGPT")
+    if importlib.util.find_spec("transformers"):
+        peers[HF] = hugging_face
+    else:
+        say("GPT-2 of transformers is left out; to have it: pip install -r benchmarks/requirements.txt")
+    return peers or {PLAIN: GPT}
 
 
-def flops_per_token(shape):
+def gpu_makers(shape, device, dtype, peers, compiled):
+    """Contestants of `shape`: the rungs, as they train, and the peers at their best, {name: function and arguments}."""
+    own = {**shape, "DEVICE": device, "DTYPE": dtype, "DROPOUT": 0.0, "COMPILE": compiled}
+    padded = {**shape, "vocabulary": -(-shape["vocabulary"] // 64) * 64}
+    makers = {"v3": (rung_steps, "v3", own)}
+    for name, scheme in (("v4, RoPE", "rope"), ("v4, ALiBi", "alibi")):
+        makers[name] = (rung_steps, "v4_alibi_rope", {**own, "POSITION": scheme})
+    for name, make in peers.items():
+        makers[name] = (peer_steps, make, padded, 0.0, False, device, dtype, compiled)
+    return makers
+
+
+def measure_gpu(device, dtype, peers, micro_batches, compiled, rounds, seconds):
+    """The rungs and the peers, each with the micro-batches that are the fastest for it; and products of matrices.
+    Returns ({name: facts}, {name: rates})."""
+    contestants, began = {}, time.perf_counter()  # {name: (rate, connection, facts)}
+    for micro_batch in micro_batches:
+        if contestants and time.perf_counter() - began > TRIAL_SECONDS:
+            say(f"micro-batches of {micro_batch} are not tried: the time for that is over")
+            continue
+        shape = {**SHAPES[GPT2], "MICRO_BATCH_SIZE": micro_batch}
+        makers, at_once = gpu_makers(shape, device, dtype, peers, compiled), 8
+        if device == "cuda":
+            free, _ = torch.cuda.mem_get_info()
+            at_once = max(1, int(free / (MEMORY * micro_batch * shape["BLOCK_SIZE"])))
+        for name, (connection, facts) in prepare(makers, at_once).items():
+            rate = [turn(connection, seconds) for _ in range(2)][-1]  # the first is slower
+            say(f"{name}, micro-batches of {micro_batch}: {rate:,.0f} tokens/s, {facts['memory_mb'] / 1000:.1f} GB"
+                f"{'' if facts['compiled'] else ', not compiled'}")  # fmt: skip
+            slower = connection
+            if name not in contestants or contestants[name][0] < rate:
+                slower = contestants[name][1] if name in contestants else None
+                contestants[name] = rate, connection, {"micro_batch": micro_batch, **facts}
+            if slower:
+                slower.close()
+    if not contestants:
+        raise ValueError(f"nothing could be measured with micro-batches of {', '.join(map(str, micro_batches))}")
+    products = prepare({f"product {n}": (product_steps, n, dtype, device) for n in SQUARES[device]}, 8)
+    connections = {name: connection for name, (connection, _) in products.items()}
+    connections |= {name: connection for name, (_, connection, _) in contestants.items()}
+    rates = take_turns(GPT2, connections, rounds, seconds)
+    return {name: facts for name, (*_, facts) in contestants.items()}, rates
+
+
+def flops_per_token(shape, attention=1.0):
+    """Of a forward and backward pass; `attention`: the share of its products that counts."""
     L, C = shape["N_LAYER"], shape["N_EMBD"]
-    return 6 * (12 * L * C**2 + C * shape["vocabulary"]) + 12 * L * shape["BLOCK_SIZE"] * C / 2
+    return 6 * (12 * L * C**2 + C * shape["vocabulary"]) + 12 * L * shape["BLOCK_SIZE"] * C * attention
+
+
+def gpu_table(results):
+    """Of each contestant on a GPU: tokens per second, times the first peer's, MFU, memory, micro-batch."""
+    rates, rows = results["training"][GPT2], []
+    base = next((name for name in (NANO, HF, PLAIN) if name in rates), next(iter(results["contestants"])))
+    for name, facts in results["contestants"].items():
+        rate, range_ = median(rates[name]), f"{min(rates[name]):,.0f} to {max(rates[name]):,.0f}"
+        use = f"{rate * flops_per_token(SHAPES[GPT2]) / results['peak']:.1%}" if results["peak"] else "–"
+        rows.append([name + (BEST if facts["compiled"] else ", eager"),
+                     f"{rate:,.0f} ({range_})", f"{rate / median(rates[base]):.2f}", use,
+                     f"{facts['memory_mb'] / 1000:.1f}", facts["micro_batch"]])  # fmt: skip
+    return table(["training step", "tokens/s", f"times {base}", "MFU", "peak memory, GB", "windows at once"], rows)
+
+
+def gpu_report(results):
+    """The results of a GPU as Markdown."""
+    shape, rates = SHAPES[GPT2], results["training"][GPT2]
+    reached = max((median(values) for name, values in rates.items() if name.startswith("product")), default=0.0)
+    peak = f"{results['peak'] / 1e12:,.4g} TFLOP/s" if results["peak"] else "not known here"
+    return (
+        f"{gpu_table(results)}\n{shape['N_LAYER']} × {shape['N_EMBD']}, {shape['N_HEAD']} heads, context "
+        f"{shape['BLOCK_SIZE']}, vocabulary {shape['vocabulary']:,} (of the peers padded to a multiple of 64), "
+        f"{flops_per_token(shape) / 1e6:,.1f} MFLOPs per token, {shape['BATCH_SIZE']} windows a step, "
+        f"{results['dtype']}, no dropout. v4 trains with Muon, the others with AdamW. The peak is {peak}; products of "
+        f"square matrices reach {reached / 1e12:,.4g} TFLOP/s. Median (slowest to fastest) of {results['rounds']} "
+        f"rounds after a warm-up, in each of which all take a turn of {results['seconds']} s.\n"
+        f"Machine: {results['machine']}.\n"
+    )
 
 
 def speed_table(training):
@@ -325,11 +473,11 @@ def best_table(training, dtype):
 def share_table(training, dtype):
     rows = []
     for name, rates in training.items():
-        v3, flops = median(rates["v3"]), flops_per_token(SHAPES[name])
+        v3, work = median(rates["v3"]), flops_per_token(SHAPES[name], attention=0.5)
         peak = max(median(values) for product, values in rates.items() if product.startswith("product"))
         cost = f"{v3 / median(rates['v3' + DROPPED]) - 1:.1%}" if "v3" + DROPPED in rates else "–"
-        rows.append([name, f"{flops / 1e6:.1f}", f"{v3 * flops / 1e12:.3f}", f"{peak / 1e12:.3f}",
-                     f"{v3 * flops / peak:.1%}", cost])  # fmt: skip
+        rows.append([name, f"{work / 1e6:.1f}", f"{v3 * work / 1e12:.3f}", f"{peak / 1e12:.3f}",
+                     f"{v3 * work / peak:.1%}", cost])  # fmt: skip
     return table(["v3", "MFLOPs per token", "TFLOP/s", f"{dtype} peak, TFLOP/s", "share of the peak",
                   "longer step with dropout 0.1"], rows)  # fmt: skip
 
@@ -344,59 +492,74 @@ def position_table(positions):
 
 def report(results):
     """The results as Markdown."""
-    training, positions, batches = results["training"], results["positions"], results.get("batches")
-    tables = [] if batches else [best_table(training, results["dtype"])]
-    tables += [speed_table(training), share_table(training, results["dtype"])]
+    training, positions = results["training"], results["positions"]
+    tables = [best_table(training, results["dtype"]), speed_table(training), share_table(training, results["dtype"])]
     tables += [position_table(positions)] if positions else []
     shapes = "; ".join(f"{name}: {s['N_LAYER']} × {s['N_EMBD']}, context {s['BLOCK_SIZE']}, vocabulary "
                        f"{s['vocabulary']:,}" for name, s in SHAPES.items() if name in training)  # fmt: skip
-    if batches:
-        peers = f"Compiled, in bf16, with the largest batch that fits: {batches}."
-    else:
-        peers = (f"Batch 16. Peers run eager in float32 or, \"compiled\", in {results['dtype']} with fused AdamW and "
-                 "freed memory kept. They drop what v3 drops, or \"everywhere\" what they drop by default: attention "
-                 "weights and, in nn.TransformerEncoder, numbers inside of the MLP as well.")
+    peers = (f"Batch 16. Peers run eager in float32 or, \"compiled\", in {results['dtype']} with fused AdamW and "
+             "freed memory kept. They drop what v3 drops, or \"everywhere\" what they drop by default: attention "
+             "weights and, in nn.TransformerEncoder, numbers inside of the MLP as well.")
     method = (f"Median (slowest to fastest) of {results['rounds']} rounds after a warm-up, in each of which all take a "
               f"turn of {results['seconds']} s.")  # fmt: skip
     return "\n".join([*tables, f"{shapes}. {peers} {method}\nMachine: {results['machine']}.\n"])
 
 
-def main(argv=None):
-    parser = argparse.ArgumentParser(description="Training speed of v3 and v4 beside plain implementations.")
-    parser.add_argument("--quick", action="store_true", help="the small shape only, few rounds; write nothing")
-    parser.add_argument("--gpu", action="store_true", help="v3 and GPT-2 at GPT-2's size on a GPU")
-    args = parser.parse_args(argv)
-    if args.gpu and not torch.cuda.is_available():
-        raise ValueError("--gpu needs a GPU that torch can use, and there is none")
-    peers = {HF: hugging_face, PLAIN: GPT} if args.gpu else {HF: hugging_face, ENCODER: Encoder, PLAIN: GPT}
+def measure_all(dtype, quick, *duration):
+    """What is measured on a CPU: (shapes, windows of several lengths)."""
+    peers = {HF: hugging_face, ENCODER: Encoder, PLAIN: GPT}
     if importlib.util.find_spec("transformers") is None:
         print("GPT-2 of transformers is left out; to have it: pip install -r benchmarks/requirements.txt")
         del peers[HF]
-    device = "cuda" if args.gpu else "cpu"
+    training, positions = {}, {}
+    for name in ("small",) if quick else ("small", "large"):
+        training[name] = measure_shape(name, dtype, peers, quick, *duration)
+    for window in () if quick else WINDOWS:
+        shape = {"BLOCK_SIZE": window, "BATCH_SIZE": TOKENS // window, "MICRO_BATCH_SIZE": TOKENS // window // 2,
+                 "DEVICE": "cpu", "DTYPE": dtype, "vocabulary": 4096}  # fmt: skip
+        makers = {scheme: (rung_steps, "v4_alibi_rope", {**shape, "POSITION": scheme}) for scheme in ("alibi", "rope")}
+        positions[window] = compete(f"v4, windows of {window}", makers, *duration)
+    return training, positions
+
+
+def main(argv=None):
+    parser = argparse.ArgumentParser(description="Training speed of v3 and v4 beside plain implementations.")
+    parser.add_argument("--quick", action="store_true", help="a first look: less is measured; write nothing without "
+                        "--to")  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="v3, v4 and others at GPT-2's size on a GPU")
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="checkout of karpathy/nanoGPT, with --gpu")
+    parser.add_argument("--micro-batches", type=int, nargs="+", metavar="N", help="windows at once, all tried, with "
+                        f"--gpu (default: {' '.join(map(str, MICRO_BATCHES))})")  # fmt: skip
+    parser.add_argument("--to", type=Path, metavar="DIR", help="where the results go (default: results/benchmarks)")
+    parser.add_argument("--device", default="cuda", help=argparse.SUPPRESS)  # where tests run --gpu
+    parser.add_argument("--eager", action="store_true", help=argparse.SUPPRESS)
+    args = parser.parse_args(argv)
+    if args.gpu and args.device == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--gpu needs a GPU that torch can use, and there is none")
+    if args.nanogpt and not (args.nanogpt / "model.py").is_file():
+        raise ValueError(f"--nanogpt {args.nanogpt} is no checkout of nanoGPT: it has no model.py")
+    micro_batches, batch = args.micro_batches or MICRO_BATCHES[: 1 if args.quick else None], SHAPES[GPT2]["BATCH_SIZE"]
+    if uneven := [n for n in micro_batches if n < 1 or batch % n]:
+        raise ValueError(f"--micro-batches {uneven[0]}: a step has {batch} windows; name a divisor of that")
+    device = args.device if args.gpu else "cpu"
     dtype = harness.resolve_dtype(device, "auto")  # found out here and now, while nothing else runs
     duration = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
-    results = {"machine": machine(), "date": time.strftime("%Y-%m-%d"), "dtype": dtype, "rounds": duration[0],
-               "seconds": duration[1], "training": {}, "positions": {}}  # fmt: skip
+    results = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "dtype": dtype, "rounds": duration[0],
+               "seconds": duration[1]}  # fmt: skip
     if args.gpu:
-        results["machine"] = f"{torch.cuda.get_device_name()}, {results['machine']}"
-        measured = measure_gpu(SHAPES[GPT2], BATCHES, device, dtype, peers, *duration)
-        results["batches"], results["training"][GPT2] = measured
+        peers, compiled = gpu_peers(args.nanogpt), not args.eager
+        contestants, rates = measure_gpu(device, dtype, peers, micro_batches, compiled, *duration)
+        results |= {"peak": flops.peak(device, dtype), "contestants": contestants, "training": {GPT2: rates}}
+        name, text = "training_gpu", gpu_report(results)
     else:
-        for name in ("small",) if args.quick else ("small", "large"):
-            results["training"][name] = measure_shape(name, dtype, peers, args.quick, *duration)
-        for window in () if args.quick else WINDOWS:
-            shape = {"BLOCK_SIZE": window, "BATCH_SIZE": TOKENS // window, "MICRO_BATCH_SIZE": TOKENS // window // 2,
-                     "DEVICE": "cpu", "DTYPE": dtype, "vocabulary": 4096}  # fmt: skip
-            makers = {scheme: (rung_steps, "v4_alibi_rope", {**shape, "POSITION": scheme})
-                      for scheme in ("alibi", "rope")}  # fmt: skip
-            results["positions"][window] = compete(f"v4, windows of {window}", makers, *duration)
-    text = report(results)
+        results["training"], results["positions"] = measure_all(dtype, args.quick, *duration)
+        name, text = "training", report(results)
     print(text, end="")
-    if not args.quick:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        path = RESULTS / ("training_gpu" if args.gpu else "training")
-        path.with_suffix(".json").write_text(json.dumps(results, indent=1) + "\n")
-        path.with_suffix(".md").write_text(text, encoding="utf-8")
+    folder = args.to or (None if args.quick else RESULTS)
+    if folder:
+        folder.mkdir(parents=True, exist_ok=True)
+        (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

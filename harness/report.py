@@ -14,7 +14,7 @@ from harness.errors import FileError
 from harness.files import atomic_write
 
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
-STEP_COLUMNS = "step,tokens_seen,loss,learning_rate,grad_norm,tokens_per_second"  # of steps.csv
+STEP_COLUMNS = "step,tokens_seen,loss,learning_rate,grad_norm,tokens_per_second,mfu"  # of steps.csv
 
 
 def duration(seconds):
@@ -62,18 +62,28 @@ class Progress:
 
 
 def read_steps(path, step):
-    """The rows of steps.csv up to `step`; none if the file is missing or damaged."""
+    """The rows of steps.csv up to `step`, with empty cells for columns that an older run did not have; none if the file
+    is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
-        rows = path.read_text(encoding="utf-8").splitlines()[1:]
-        return [row for row in rows if int(row.split(",")[0]) <= step and row.count(",") == STEP_COLUMNS.count(",")]
+        head, *rows = path.read_text(encoding="utf-8").splitlines()
+        empty = "," * (STEP_COLUMNS.count(",") - head.count(","))
+        return [row + empty for row in rows if int(row.split(",")[0]) <= step and row.count(",") == head.count(",")]
     return []
+
+
+def mfu(run, seconds):
+    """Model FLOPs utilization of a step, as a cell of steps.csv; empty where FLOPs or the peak are not known."""
+    if run.token_flops is None or run.peak_flops is None:
+        return ""
+    return f"{run.token_flops * run.step_tokens / (seconds * run.peak_flops * world_size()):.4g}"
 
 
 def write_step(run, step, loss, grad_norm, seconds):
     """Add the row of a step to steps.csv."""
+    seconds = max(seconds, 1e-9)
     try:
         run.steps.write(f"{step.step},{step.step * run.step_tokens},{loss:.6g},{step.rate:.6g},"
-                        f"{grad_norm:.6g},{run.step_tokens / max(seconds, 1e-9):.0f}\n")  # fmt: skip
+                        f"{grad_norm:.6g},{run.step_tokens / seconds:.0f},{mfu(run, seconds)}\n")  # fmt: skip
     except OSError as error:
         raise FileError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True goes "
                         "on from the last checkpoint") from None  # fmt: skip

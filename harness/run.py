@@ -14,7 +14,7 @@ import torch
 
 import kernels
 from data import vocabulary_file
-from harness import distributed, report
+from harness import distributed, flops, report
 from harness.cli import check_constants, constants, first_line, say
 from harness.distributed import barrier, peak_memory_mb, rank, world_size
 from harness.errors import UserError
@@ -81,7 +81,8 @@ class Run:
     def begin(self, model, tokens):
         """Say what is trained on which text: `tokens` as `load_tokens` gives them."""
         h, train = self.constants, tokens["train"]
-        self.rung["get_batch"](train.ids, 0)  # what makes no batch is refused before a run is moved aside
+        batch = self.rung["get_batch"](train.ids, 0)  # what makes no batch is refused before a run is moved aside
+        self.token_flops, self.peak_flops = flops.per_token(model, batch), flops.peak(self.device, self.dtype)
         self.model, self.tokens, self.n_params = model, tokens, sum(p.numel() for p in model.parameters())
         self.identity = identity(self)  # now: the files may change while it trains
         self.step_tokens = h["BATCH_SIZE"] * h["BLOCK_SIZE"]

@@ -72,11 +72,13 @@ def trial(run):
         while process.poll() is None:
             time.sleep(0.2)
             for path in (folder / "run").rglob("steps.csv"):
-                rows = path.read_text(encoding="utf-8").splitlines()[1:-1]
+                head, *rows = path.read_text(encoding="utf-8").splitlines()[:-1] or [""]
                 if len(rows) >= TRIAL_STEPS:
-                    rows = [list(map(float, row.split(","))) for row in rows[WARM_UP:TRIAL_STEPS]]
+                    rows = [dict(zip(head.split(","), row.split(","))) for row in rows[WARM_UP:TRIAL_STEPS]]
                     peak = re.search(r"VmHWM:\s+(\d+)", Path(f"/proc/{process.pid}/status").read_text())[1]
-                    return median(tokens / step / rate for step, tokens, *_, rate in rows), int(peak) * 1024 / 1e6
+                    seconds = [float(row["tokens_seen"]) / float(row["step"]) / float(row["tokens_per_second"])
+                               for row in rows]  # fmt: skip
+                    return median(seconds), int(peak) * 1024 / 1e6
         raise UserError(f"the trial of {run.name} has ended with exit code {process.returncode}")
     finally:
         process.kill()

@@ -1,0 +1,131 @@
+"""Model FLOPs utilization (MFU): the share of a device's peak that the model's own arithmetic reaches (Chowdhery et al.
+2022, arXiv:2204.02311, appendix B).
+
+    MFU of a step = FLOPs per token * tokens of the step / (seconds of the step * peak of all devices)
+
+Counted are the products of matrices that the model consists of, attention over whole windows among them. A step costs
+three times its forward pass, since the backward pass has two products for each of the forward pass. Looked-up
+embeddings, normalization, the optimizer, and what is computed a second time to save memory do not count.
+"""
+
+import contextlib
+import copy
+import functools
+import re
+import time
+
+import torch
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.flop_counter import FlopCounterMode
+
+import kernels
+
+# Dense peaks in TFLOP/s: of bfloat16 products on tensor cores, which add in float32, and of float32, for which torch
+# uses no tensor cores by default. From the maker's data sheet where nothing else is said; where that gives the rate
+# with sparsity, half of it. The names are those of torch.cuda.get_device_name without maker, series and memory.
+PEAKS = {
+    "v100": (None, 15.7),  # no bfloat16
+    "v100 pcie": (None, 14.0),
+    "v100s pcie": (None, 16.4),
+    "t4": (None, 8.1),  # no bfloat16
+    "a10": (125, 31.2),
+    "a10g": (70, 31.5),
+    "a30": (165, 10.3),
+    "a40": (149.7, 37.4),
+    "a100": (312, 19.5),
+    "a100 pcie": (312, 19.5),
+    "l4": (121, 30.3),
+    "l40": (181, 90.5),
+    "l40s": (362, 91.6),
+    "h100": (989, 67),  # SXM
+    "h100 pcie": (756, 51),
+    "h100 nvl": (835, 60),
+    "h200": (989, 67),
+    "h200 nvl": (835, 60),
+    "gh200": (990, 67),
+    "b200": (2250, 75),  # a share of the eight of an HGX B200
+    "gb200": (2500, 80),  # a share of the two of a GB200 superchip
+    "rtx 3090": (71, 35.6),  # white paper of GA102
+    "rtx 3090 ti": (80, 40),
+    "rtx a5000": (111.1, 27.8),
+    "rtx a6000": (154.8, 38.7),
+    "rtx 4090": (165.2, 82.6),  # white paper of Ada
+    "rtx 6000 ada": (364.2, 91.1),
+    "rtx 5090": (209.5, 104.8),  # white paper of RTX Blackwell
+    "mi300x": (1307.4, 163.4),
+}
+NOT_IN_NAMES = r"nvidia|amd|tesla|geforce|instinct|generation|\d+gb?|hbm\w*|sxm\d*"
+COLUMNS = ("bfloat16", "float32")
+SECONDS = 0.02  # that products of each size take when a CPU is measured
+
+
+@contextlib.contextmanager
+def heads_of_their_own_width():
+    """Within, ALiBi is counted like any attention: where it is computed without a mask, heads are widened for it."""
+    usual = kernels.ALiBiAttention.__call__
+    kernels.ALiBiAttention.__call__ = lambda self, q, k, v: kernels.attention(q, k, v)
+    try:
+        yield
+    finally:
+        kernels.ALiBiAttention.__call__ = usual
+
+
+def forward_flops(model, batch):
+    """FLOPs of the products of matrices in `model(*batch)`. Nothing is computed: a copy of the model whose tensors have
+    shapes but no values, on the device "meta", makes the same calls."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
+    shapes = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
+    with (
+        torch.no_grad(),
+        torch.device("meta"),
+        heads_of_their_own_width(),
+        sdpa_kernel(SDPBackend.MATH),  # which is made of products that are counted
+        FlopCounterMode(display=False) as counter,
+    ):
+        shapes(*(torch.empty_like(x, device="meta") for x in batch))
+    return counter.get_total_flops()
+
+
+def per_token(model, batch):
+    """FLOPs for each token of `batch`, (x, y), of a forward and backward pass of `model`, as it is before it is
+    compiled or divided. None if they cannot be counted: a model may do what only tensors with values can."""
+    try:
+        window = [x[:1] for x in batch]
+        return 3 * forward_flops(model, window) / window[0].numel()
+    except Exception:  # whatever is wrong with the model, the training itself shows it
+        return None
+
+
+def peak(device, dtype):
+    """FLOP/s that products of matrices of type `dtype` ("bfloat16", "float32") reach at most on one `device`: of a GPU
+    what its maker says, of a CPU what is measured. None where that is not known."""
+    kind = torch.device(device).type
+    if kind == "cuda":
+        return peak_of_gpu(torch.cuda.get_device_name(device), dtype)
+    return peak_of_cpu(dtype, torch.get_num_threads()) if kind == "cpu" else None
+
+
+def peak_of_gpu(name, dtype):
+    """The same of a GPU by its name, such as "NVIDIA H100 80GB HBM3". A part of one (MIG) has another peak."""
+    words = [word for word in re.split(r"[^a-z0-9.]+", name.lower()) if word and not re.fullmatch(NOT_IN_NAMES, word)]
+    row = dict(zip(COLUMNS, PEAKS.get(" ".join(words), ())))
+    return row[dtype] * 1e12 if row.get(dtype) else None
+
+
+@functools.cache
+def peak_of_cpu(dtype, threads):
+    """The same of this CPU with `threads` threads, measured: the best of products of square matrices. It takes some
+    tens of milliseconds, once in a process."""
+    best = 0.0
+    for n in (512, 1024, 2048, 4096):
+        if n > 1024 and 2 * n**3 > best * SECONDS:  # it would take too long, and the smaller ones fill this CPU
+            break
+        a, times = torch.ones(n, n, dtype=getattr(torch, dtype)), []
+        product = torch.empty_like(a)
+        while len(times) < 2 or sum(times) < SECONDS:
+            start = time.perf_counter()
+            torch.mm(a, a, out=product)
+            times.append(time.perf_counter() - start)
+        best = max(best, 2 * n**3 / min(times))
+    return best
