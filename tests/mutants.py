@@ -26,11 +26,15 @@ from queue import Queue
 
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_models.py", "test_training.py", "test_kernels.py", "test_files.py", "test_errors.py", "test_harness.py",
-         "test_processes.py", "test_survival.py", "test_identity.py")  # fmt: skip
+         "test_processes.py", "test_survival.py", "test_identity.py", "test_flops.py",
+         "test_benchmark_training.py")  # fmt: skip
 RESULTS_TESTS = ("test_experiments.py", "test_results.py")  # of faults in results/
 DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
-OWN_TESTS = {"kernels.py": "test_kernels.py", "harness/files.py": "test_files.py",
-             "harness/identity.py": "test_identity.py"}  # those to run first  # fmt: skip
+OWN_TESTS = {  # those to run first
+    "kernels.py": "test_kernels.py", "harness/files.py": "test_files.py", "harness/identity.py": "test_identity.py",
+    "harness/flops.py": "test_flops.py", "benchmarks/training.py": "test_benchmark_training.py",
+    "benchmarks/steps.py": "test_benchmark_training.py",
+}  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
 SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fault asks for them
@@ -39,6 +43,7 @@ V1, V11, V31, V4, LOOK = "v1.py", "v1_1.py", "v3_1.py", "v4_alibi_rope.py", "loo
 CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/models.py"
 REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
 IDENTITY, STORE, CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
+FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
 RESUMED = "resum or killed or finished or damaged"
 EVALUATED = '            metrics = evaluate(model, tokens["val"])\n'
 TRAINED = '        x, y = get_batch(tokens["train"].ids, step)\n'
@@ -495,8 +500,54 @@ FAULTS = [
     (REPORT, "windows that overlap have the metrics of the others", "summary[key + end]", "summary[key]",
      "last_lines and v3"),
     (REPORT, "rows of steps that are made again", 'if int(row.split(",")[0]) <= step and', "if", "rows"),
-    (REPORT, "rows that were cut stay", ' and row.count(",") == STEP_COLUMNS.count(",")]', "]", "rows"),
     (REPORT, "a row has the rate of another step", "{step.rate:.6g}", "{step.rate * 2:.6g}", "row"),
+    (REPORT, "rows that were cut stay", ' and row.count(",") == head.count(",")]', "]", "rows"),
+    (REPORT, "rows without a column that is new are left out", "row.count(\",\") == head.count(\",\")]",
+     "row.count(\",\") == STEP_COLUMNS.count(\",\")]", "rows"),
+    (REPORT, "a new column of an older run has no cell", "[row + empty for row in rows", "[row for row in rows", "rows"),
+    (REPORT, "the utilization is that of one device", " * run.peak_flops * world_size())", " * run.peak_flops)",
+     "devices"),
+    (REPORT, "the utilization of another number of tokens", "run.token_flops * run.step_tokens", "run.token_flops",
+     "utilization"),
+    (FLOPS, "a forward pass alone", "return 3 * forward_flops", "return forward_flops", "flops_of"),
+    (FLOPS, "per window and not per token", "/ window[0].numel()", "", "flops_of"),
+    (FLOPS, "ALiBi's wider heads count", "kernels.ALiBiAttention.__call__ = lambda", "unused = lambda",
+     "flops_of and alibi"),
+    (FLOPS, "ALiBi stays replaced", "        kernels.ALiBiAttention.__call__ = usual", "        pass", "flops_of"),
+    (FLOPS, "a fused kernel is not counted", "sdpa_kernel(SDPBackend.MATH)",
+     "sdpa_kernel(SDPBackend.FLASH_ATTENTION)", "flops_of"),
+    (FLOPS, "tensors that are no buffers keep their values", "for value in vars(module).values() if torch.is_tensor",
+     "for value in () if torch.is_tensor", "edited"),
+    (FLOPS, "the model itself is counted and keeps what it makes",
+     'copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})',
+     'model.to("meta")', "edited"),
+    (FLOPS, "tensors made without a device have values", '        torch.device("meta"),\n', "", "edited"),
+    (FLOPS, "a model that cannot be counted ends the run", "    except Exception:  # whatever",
+     "    except KeyError:  #", "counted"),
+    (FLOPS, "a slower chip of a similar name", 'PEAKS.get(" ".join(words), ())', "PEAKS.get(words[0], ())", "gpus"),
+    (FLOPS, "float32 has the peak of bfloat16", 'COLUMNS = ("bfloat16", "float32")',
+     'COLUMNS = ("float32", "bfloat16")', "gpus"),
+    (FLOPS, "the worst of a CPU's products", "best = max(best, 2 * n**3 / min(times))",
+     "best = min(best or 1e99, 2 * n**3 / max(times))", "best_of"),
+    (FLOPS, "a CPU is measured with products that take too long", "if n > 1024 and 2 * n**3 > best * SECONDS:",
+     "if False:", "best_of"),
+    (FLOPS, "a CPU is measured in each run", "@functools.cache\n", "", "best_of"),
+    (TRAINING, "the slowest micro-batch is kept", "contestants[name][0] < rate:", "contestants[name][0] > rate:",
+     "fastest"),
+    (TRAINING, "a slower contestant stays in the memory", "            if slower:\n", "            if False:\n",
+     "fastest"),
+    (TRAINING, "sizes are tried however late it is", "if contestants and time.perf_counter() - began > TRIAL_SECONDS:",
+     "if False:", "fastest"),
+    (TRAINING, "a peer without the padding", '"vocabulary": -(-shape["vocabulary"] // 64) * 64}',
+     '"vocabulary": shape["vocabulary"]}', "path"),
+    (TRAINING, "both schemes of v4 are ALiBi", '(("v4, RoPE", "rope"),', '(("v4, RoPE", "alibi"),', "themselves"),
+    (TRAINING, "half of attention counts on a GPU", "def flops_per_token(shape, attention=1.0):",
+     "def flops_per_token(shape, attention=0.5):", "formula"),
+    (TRAINING, "contestants print among the tables", "with contextlib.redirect_stdout(sys.stderr):  # the tables",
+     "if True:  # the tables", "path"),
+    (STEPS, "a program waits for the step that it has asked for",
+     "before, self.before = self.before, torch.cuda.Event()", "before = self.before = torch.cuda.Event()",
+     "step_before"),
     (REPORT, "another machine is not named", '    if before["made_by"] != made_by:', "    if False:",
      "threads or compiled_any_more"),
     (REPORT, "a schedule that changes is not named",
@@ -629,7 +680,7 @@ def first_tests(file, chosen):
     if file.startswith("data/"):
         return all_tests(file)
     if file in OWN_TESTS:
-        return [f"tests/{OWN_TESTS[file]}"]
+        return [f"tests/{OWN_TESTS[file]}", *(["-k", chosen] if chosen else [])]
     if chosen:
         return [*all_tests(file), "-k", chosen]
     rung, others = Path(file).stem, "not (v0 or v1 or v2 or v3 or gpt2)"
