@@ -98,14 +98,16 @@ def rung_steps(turns, rung, shape):
     run_steps(rung, model, tokens, on_step)
 
 
-def hugging_face(shape, dropout, everywhere):
-    """GPT-2 of transformers; by its own default dropout is `everywhere`, so on attention weights too."""
-    from transformers import GPT2Config, GPT2LMHeadModel
+def hugging_face(shape, dropout, everywhere, attention="sdpa"):
+    """GPT-2 of transformers; by its own default dropout is `everywhere`, so on attention weights too. Compiled, "sdpa"
+    computes with a mask, for which there is no flash kernel; as "causal" it is the same function without a mask."""
+    from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
+    AttentionInterface.register("causal", AttentionInterface()["sdpa"])
     return GPT2LMHeadModel(GPT2Config(
         vocab_size=shape["vocabulary"], n_positions=shape["BLOCK_SIZE"], n_embd=shape["N_EMBD"],
         n_layer=shape["N_LAYER"], n_head=shape["N_HEAD"], embd_pdrop=dropout, resid_pdrop=dropout,
-        attn_pdrop=dropout * everywhere, use_cache=False, attn_implementation="sdpa", bos_token_id=0, eos_token_id=0,
+        attn_pdrop=dropout * everywhere, use_cache=False, attn_implementation=attention, bos_token_id=0, eos_token_id=0,
     ))  # fmt: skip
 
 
@@ -355,7 +357,7 @@ def gpu_peers(nanogpt):
     else:
         say("nanoGPT is left out; to have it: git clone https://github.com/karpathy/nanoGPT, then --nanogpt nanoGPT")
     if importlib.util.find_spec("transformers"):
-        peers[HF] = hugging_face
+        peers[HF] = functools.partial(hugging_face, attention="causal")
     else:
         say("GPT-2 of transformers is left out; to have it: pip install -r benchmarks/requirements.txt")
     return peers or {PLAIN: GPT}

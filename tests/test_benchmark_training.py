@@ -170,13 +170,18 @@ def test_a_program_waits_for_the_step_before(monkeypatch):
     assert did == ["record 0", "record 1", "wait 0", "record 2", "wait 1"]
 
 
-def test_transformers_at_its_best():
-    """Two steps of GPT-2 in micro-batches, in bfloat16 and with fused AdamW, train every weight."""
+def test_transformers_at_its_best(monkeypatch):
+    """Two steps of GPT-2 in micro-batches, compiled, in bfloat16 and with fused AdamW, train every weight. Attention is
+    causal without a mask, as flash kernels need it."""
     pytest.importorskip("transformers")
-    models = []
+    models, calls, compile_usually = [], [], torch.compile
+
+    def backend(graph, inputs):
+        calls.extend(node.kwargs for node in graph.graph.nodes if "scaled_dot_product" in str(node.target))
+        return graph
 
     def make(*arguments):
-        model = training.hugging_face(*arguments)
+        model = training.gpu_peers(None)[training.HF](*arguments)
         models.append((model, {name: p.clone() for name, p in model.named_parameters()}))
         return model
 
@@ -188,9 +193,10 @@ def test_transformers_at_its_best():
             self.n += 1
             return self.n < 3
 
-    turns = Turns()
-    shape = {**TINY, "vocabulary": 128, "MICRO_BATCH_SIZE": 2}
-    training.peer_steps(turns, make, shape, best="bfloat16", compiled=False)
+    monkeypatch.setattr(torch, "compile", lambda function: compile_usually(function, backend=backend))
+    turns, shape = Turns(), {**TINY, "vocabulary": 128, "MICRO_BATCH_SIZE": 2}
+    training.peer_steps(turns, make, shape, best="bfloat16")
     [(model, before)] = models
-    assert (turns.n, turns.facts, model.config._attn_implementation) == (3, {"compiled": False}, "sdpa")
+    assert (turns.n, turns.facts) == (3, {"compiled": True})
+    assert [(call["attn_mask"], call["is_causal"]) for call in calls] == [(None, True)]
     assert all(not torch.equal(before[name], p) for name, p in model.named_parameters())

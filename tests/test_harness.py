@@ -1123,7 +1123,7 @@ def test_a_resumed_run_goes_on_with_its_rows(damaged, load, start):
     path = run_folder(module) / "steps.csv"
     before = read_steps(path.parent)
     with open(path, "a") as file:
-        file.write("5,1280,1.0,1.0,1.0,1\n1")
+        file.write("5,1280,1.0,1.0,1.0,1,0.1\n1")
     if damaged:
         path.write_bytes(b"\xff\0")
     assert start(module, "RESUME=True", "MAX_STEPS=6")[0] == 0
