@@ -21,38 +21,37 @@ from torch.utils.flop_counter import FlopCounterMode
 import kernels
 
 # Dense peaks in TFLOP/s: of bfloat16 products on tensor cores, which add in float32, and of float32, for which torch
-# uses no tensor cores by default. From the maker's data sheet where nothing else is said; where that gives the rate
-# with sparsity, half of it. The names are those of torch.cuda.get_device_name without maker, series and memory.
+# uses no tensor cores by default. The sources are the makers' documents; where they give the rate with sparsity, it is
+# halved. The names are those of torch.cuda.get_device_name without maker, series and memory.
 PEAKS = {
-    "v100": (None, 15.7),  # no bfloat16
-    "v100 pcie": (None, 14.0),
+    "v100": (None, 15.7),  # V100 data sheet, SXM2; no bfloat16
+    "v100 pcie": (None, 14),
     "v100s pcie": (None, 16.4),
-    "t4": (None, 8.1),  # no bfloat16
-    "a10": (125, 31.2),
-    "a10g": (70, 31.5),
-    "a30": (165, 10.3),
-    "a40": (149.7, 37.4),
-    "a100": (312, 19.5),
+    "t4": (None, 8.1),  # T4 data sheet; no bfloat16
+    "a10": (125, 31.2),  # A10 data sheet
+    "a10g": (70, 31.5),  # A10G data sheet
+    "a30": (165, 10.3),  # A30 data sheet
+    "a40": (149.7, 37.4),  # A40 data sheet
+    "a100": (312, 19.5),  # A100 data sheet
     "a100 pcie": (312, 19.5),
-    "l4": (121, 30.3),
-    "l40": (181, 90.5),
-    "l40s": (362, 91.6),
-    "h100": (989, 67),  # SXM
+    "l4": (121, 30.3),  # L4 data sheet
+    "l40": (181, 90.5),  # L40 data sheet
+    "l40s": (362, 91.6),  # L40S data sheet
+    "h100": (989, 67),  # H100 data sheet, SXM
     "h100 pcie": (756, 51),
     "h100 nvl": (835, 60),
-    "h200": (989, 67),
+    "h200": (989, 67),  # H200 data sheet, SXM
     "h200 nvl": (835, 60),
-    "gh200": (990, 67),
-    "b200": (2250, 75),  # a share of the eight of an HGX B200
-    "gb200": (2500, 80),  # a share of the two of a GB200 superchip
-    "rtx 3090": (71, 35.6),  # white paper of GA102
-    "rtx 3090 ti": (80, 40),
-    "rtx a5000": (111.1, 27.8),
-    "rtx a6000": (154.8, 38.7),
-    "rtx 4090": (165.2, 82.6),  # white paper of Ada
-    "rtx 6000 ada": (364.2, 91.1),
-    "rtx 5090": (209.5, 104.8),  # white paper of RTX Blackwell
-    "mi300x": (1307.4, 163.4),
+    "gh200": (990, 67),  # GH200 data sheet
+    "b200": (2250, 75),  # HGX B200 data sheet, an eighth
+    "gb200": (2500, 80),  # GB200 NVL72 data sheet, half of a superchip
+    "rtx 3090": (71, 35.6),  # white paper of the GA102 architecture
+    "rtx a5000": (111.1, 27.8),  # RTX A5000 data sheet
+    "rtx a6000": (154.8, 38.7),  # RTX A6000 data sheet
+    "rtx 4090": (165.2, 82.6),  # white paper of the Ada architecture
+    "rtx 6000 ada": (364.2, 91.1),  # RTX 6000 Ada data sheet
+    "rtx 5090": (209.5, 104.8),  # white paper of the RTX Blackwell architecture
+    "mi300x": (1307.4, 163.4),  # MI300X data sheet
 }
 NOT_IN_NAMES = r"nvidia|amd|tesla|geforce|instinct|generation|\d+gb?|hbm\w*|sxm\d*"
 COLUMNS = ("bfloat16", "float32")
