@@ -29,7 +29,6 @@ PEAKS = {
     "v100s pcie": (None, 16.4),
     "t4": (None, 8.1),  # T4 data sheet; no bfloat16
     "a10": (125, 31.2),  # A10 data sheet
-    "a10g": (70, 31.5),  # A10G data sheet
     "a30": (165, 10.3),  # A30 data sheet
     "a40": (149.7, 37.4),  # A40 data sheet
     "a100": (312, 19.5),  # A100 data sheet
