@@ -504,7 +504,7 @@ FAULTS = [
     (REPORT, "rows that were cut stay", ' and row.count(",") == head.count(",")]', "]", "rows"),
     (REPORT, "rows without a column that is new are left out", 'row.count(",") == head.count(",")]',
      'row.count(",") == STEP_COLUMNS.count(",")]', "rows"),
-    (REPORT, "a new column of an older run has no cell", "[row + empty for row in rows", "[row for row in rows",
+    (REPORT, "a new column of an old run has no cell", "[row + empty for row in rows", "[row for row in rows",
      "rows"),
     (REPORT, "the utilization is that of one device", " * run.peak_flops * world_size())", " * run.peak_flops)",
      "devices"),
