@@ -210,7 +210,8 @@ class BPETokenizer:
     def train(cls, texts, vocab_size, special_tokens=("<|endoftext|>",), progress=None, pattern="gpt2"):
         """Learn a vocabulary of `vocab_size` tokens: bytes, merges and special tokens together.
 
-        texts: an iterable of str, each pre-tokenized on its own, or one str.
+        texts: an iterable of str, each pre-tokenized on its own, or one str. In place of a str, an iterator of str
+        gives a long text in pieces.
         progress: called with the number of merges learned so far, after each of them. pattern: "gpt2" or "gpt4".
         Among equally frequent pairs the smallest is merged first, so the same text always gives the same vocabulary.
         The vocabulary is smaller if the text runs out of pairs.
@@ -257,7 +258,8 @@ class BPETokenizer:
     def encode_documents(self, texts, separator="<|endoftext|>"):
         """The ids of `texts`, each encoded on its own after the id of `separator`, as an iterator of arrays of `dtype`.
 
-        texts: an iterable of str, or one str. separator: a special token; inside a text it is plain text.
+        texts: an iterable of str, or of iterators of str, which give a long text in pieces; or one str. separator: a
+        special token; inside a text it is plain text.
         Raises TypeError and ValueError as `encode` does.
         """
         [special] = self._allowed([separator]).values()

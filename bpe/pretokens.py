@@ -19,7 +19,7 @@ import itertools
 import os
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
@@ -55,13 +55,11 @@ def utf8(text):
                         "cannot hold; replace it, e.g. text.encode('utf-8', 'replace').decode()") from None
 
 
-def _each_utf8(texts):
-    """An iterator over the UTF-8 bytes of each of `texts`, an iterable of str or one str. Raises as `utf8` does."""
-    if isinstance(texts, str):
-        texts = [texts]
+def _items(texts):
+    """`texts`, an iterable of str or one str, as an iterable. Raises TypeError for anything else."""
     if isinstance(texts, (bytes, bytearray, Mapping)) or not isinstance(texts, Iterable):
         raise TypeError(f"the text must be a str or an iterable of str, not {shown(texts)}: {_HOW_TO_READ}")
-    return map(utf8, texts)
+    return [texts] if isinstance(texts, str) else texts
 
 
 def parts(texts, special_id=()):
@@ -72,7 +70,7 @@ def parts(texts, special_id=()):
     held back until the next one has been read.
     Raises as `utf8` does.
     """
-    texts = _each_utf8(texts)
+    texts = map(utf8, _items(texts))
     return itertools.chain(_mark(texts, special_id) if special_id else texts, [END])
 
 
@@ -99,11 +97,19 @@ def _mark(texts, special_id):
 def documents(texts, special=None):
     """Each of `texts` as one part, an iterator of bytes.
 
-    texts: an iterable of str, or one str. special: the id of a special token to put before each, or None.
-    Raises as `utf8` does.
+    texts: an iterable of str, or one str. An item may also be an iterator of str, the pieces of a long document.
+    special: the id of a special token to put before each, or None. Raises as `utf8` does.
     """
     mark = b"" if special is None else SPECIAL + b"%d" % special + END
-    return (mark + text + END for text in _each_utf8(texts))
+    return _mark_documents(_items(texts), mark)
+
+
+def _mark_documents(texts, mark):
+    for text in texts:
+        if isinstance(text, Iterator):
+            yield from itertools.chain([mark], map(utf8, text), [END])
+        else:
+            yield mark + utf8(text) + END
 
 
 def _no_file_names(documents):

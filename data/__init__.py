@@ -1,5 +1,7 @@
 """The text that the rungs train on, as tokens: `load_tokens` reads the token files, `prepare.py` makes them."""
 
+import hashlib
+import os
 import re
 import shlex
 import sys
@@ -15,7 +17,7 @@ from harness.errors import FileError, MissingFileError, UserError
 DATA_DIR = Path(__file__).absolute().parent  # not resolved: data/ may be a symbolic link to a folder elsewhere
 SPLITS = ("train", "val", "test")
 VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
-FORMAT, VERSION = "llm-from-scratch tokens", 3  # of the token files
+FORMAT, VERSION = "llm-from-scratch tokens", 4  # of the token files
 BYTES_PER_WORD = 20  # above which white space does not separate words: English has 6, Chinese some hundreds
 
 
@@ -29,6 +31,7 @@ class Tokens:
     dataset: str
     fingerprint: str  # of the tokenizer
     start: tuple = ()  # ids with which a sample of the text begins
+    digest: str = ""  # of the ids
 
     def __len__(self):
         return len(self.ids)
@@ -37,6 +40,7 @@ class Tokens:
 def dataset_dir(folder):
     """Path of the dataset folder `folder`: "data" is that of this repository; another is looked for below the current
     folder, then below the repository."""
+    folder = os.path.expanduser(folder)
     if Path(folder) == Path("data"):
         return DATA_DIR
     in_repository = DATA_DIR.parent / folder
@@ -93,6 +97,16 @@ def _load_file(path):
         return None
 
 
+def _largest_and_digest(ids):
+    """(the largest of `ids`, the first 16 digits of the SHA-256 of all as little-endian 16-bit numbers)"""
+    largest, digest = 0, hashlib.sha256()
+    for start in range(0, len(ids), 1 << 20):
+        some = ids[start : start + (1 << 20)]
+        largest = max(largest, int(some.max()))
+        digest.update(some.astype("<u2", copy=False))
+    return largest, digest.hexdigest()[:16]
+
+
 def _flaw(content, split, vocabulary, tokenizer, folder):
     """What is wrong with the contents of a token file, or None."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
@@ -101,7 +115,7 @@ def _flaw(content, split, vocabulary, tokenizer, folder):
     if type(version) is not int or version != VERSION:
         return f"has version {version!r}, not {VERSION}"
     types = {"ids": torch.Tensor, "n_tokens": int, "n_bytes": int, "n_words": int, "dataset": str, "split": str,
-             "tokenizer": str, "fingerprint": str, "preparation": str, "start": list}  # fmt: skip
+             "tokenizer": str, "fingerprint": str, "preparation": str, "start": list, "digest": str}  # fmt: skip
     if not all(type(content.get(key)) is kind for key, kind in types.items()):
         return "is damaged or no token file"
     ids = content["ids"]
@@ -116,8 +130,11 @@ def _flaw(content, split, vocabulary, tokenizer, folder):
     start = content["start"]
     if not start or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in start):
         return "is damaged: a sample cannot begin with what it says"
-    if int(ids.numpy().max()) >= tokenizer.vocab_size:
+    largest, digest = _largest_and_digest(ids.numpy())
+    if largest >= tokenizer.vocab_size:
         return "is damaged: it has ids outside of the vocabulary"
+    if digest != content["digest"]:
+        return "is damaged: its ids are not those that were written"
 
 
 def load_tokens(vocabulary, folder="data"):
@@ -164,5 +181,5 @@ def load_tokens(vocabulary, folder="data"):
     if n_bytes > BYTES_PER_WORD * n_words:
         for content in contents.values():
             content["n_words"] = 0
-    fields = ("ids", "n_bytes", "n_words", "dataset", "fingerprint", "start")
+    fields = ("ids", "n_bytes", "n_words", "dataset", "fingerprint", "start", "digest")
     return {split: Tokens(**{key: content[key] for key in fields}) for split, content in contents.items()}

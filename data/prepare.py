@@ -14,9 +14,11 @@
 Token files and vocabularies go into the dataset folder --to (data/), which the constant DATA of a rung names. In data/
 the text takes the committed vocabularies; for any other dataset folder they are learned from the training split.
 
---from takes text files, .jsonl and .parquet files (a document in each row), .gz of these, and folders of them. Files
-named train, valid and test are the splits; other text is split 90 / 5 / 5 by bytes: by documents where there are many,
-else where a paragraph or a line ends. If a text has several documents, <|endoftext|> stands before each of them.
+--from takes text files, tables (.jsonl, .json, .csv, .tsv, .parquet, .arrow; a document in each row), these packed
+(.gz, .bz2, .xz, .zst, .lz4) or in archives (.zip, .tar), folders of them, and - for standard input. Files whose names
+carry train, valid or test, such as x.train.txt, are the splits; other text is split 90 / 5 / 5 by bytes: by documents
+where there are many, else where a paragraph or a line ends. It says which files become which split. If a text has
+several documents, <|endoftext|> stands before each of them. A text may be larger than the memory.
 
 For each split it writes `{train,val,test}_ids.pt`, and with the small vocabulary of v0 `{train,val,test}_ids_500.pt`.
 A rung that finds none of its files in data/ has `data.load_tokens` call `prepare()`.
@@ -28,18 +30,23 @@ words are the white-space separated words plus one end-of-line a line. Separator
 import argparse
 import atexit
 import contextlib
+import hashlib
 import http.client
 import os
 import re
 import secrets
 import shlex
+import shutil
 import signal
+import struct
 import sys
 import threading
 import time
 import urllib.error
 import urllib.request
-from pathlib import Path
+import zipfile
+from collections.abc import Iterator
+from pathlib import Path, PurePosixPath
 
 if __name__ == "__main__":
 
@@ -56,14 +63,14 @@ if __name__ == "__main__":
         sys.exit("prepare.py: bpe_tokenizer.py is not beside data/; change to its folder, then python data/prepare.py")
     sys.path.insert(0, str(root))
 
-import numpy as np
 import torch
 from tqdm import tqdm
 
 import data
 from bpe_tokenizer import PATTERNS, BPETokenizer
 from harness.files import Locked, atomic_writes, file_lock
-from data.texts import ReadOptions, read_parquet, read_texts
+from data.formats import ENCODING_NAMES, File, ReadOptions, read_table, reading, temporary_file, writing
+from data.texts import END, as_paths, read_texts, separator_of
 from harness.cli import first_line, say
 from harness.errors import FileError, MissingFileError, UserError
 
@@ -73,7 +80,6 @@ HUB_DATASET = "Salesforce/wikitext"
 DATASETS = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 HUB_TIMEOUT = 8  # seconds until the hub counts as out of reach
 BLOCK = 1 << 20  # characters read at a time
-END = "<|endoftext|>"  # before each document
 
 # Words of the training splits as published (Merity et al. 2016, arXiv:1609.07843, table 1, end-of-lines included).
 PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
@@ -90,16 +96,17 @@ class HubError(FileError, ConnectionError):
 
 class Source(dict):
     """{split: (size in bytes or None, function that opens a stream of strings)}. `documents`: whether each string is a
-    document, else they are pieces of one text. `own`: whether it is a text of the user's."""
+    document, and an iterator of strings a long one; else they are pieces of one text. `own`: whether it is a text of
+    the user's. `files`: {split: its files}, if it is of files."""
 
-    def __init__(self, splits, documents=False, own=False):
+    def __init__(self, splits, documents=False, own=False, files=None):
         super().__init__(splits)
-        self.documents, self.own = documents, own
+        self.documents, self.own, self.files = documents, own, files or {}
 
 
 def _read_text(path):
     """Stream a text file in pieces of whole lines. Raises ValueError if it is not UTF-8."""
-    with open(path, encoding="utf-8", newline="") as file:
+    with reading(path), open(path, encoding="utf-8", newline="") as file:
         try:
             while lines := file.readlines(BLOCK):
                 yield "".join(lines)
@@ -116,7 +123,9 @@ def _join_rows(batches):
 
 def _read_shards(paths):
     for path in paths:
-        yield from _join_rows(read_parquet(path))
+        file = File(str(path), PurePosixPath(path.name), lambda path=path: open(path, "rb"), path)
+        file.kind = path.suffix.removeprefix(".")
+        yield from _join_rows(read_table(file))
 
 
 def _unchanged(paths, read):
@@ -137,7 +146,7 @@ def _unchanged(paths, read):
 
 
 def _is_wikitext(path):
-    """Whether a parquet file has WikiText in the hub's form: its first line is a title."""
+    """Whether a table has WikiText in the hub's form: its first line is a title."""
     try:
         text = next(_read_shards([path]), "").lstrip("\n ")
     except ValueError:  # damaged, or with other columns: a text of one's own
@@ -156,13 +165,14 @@ def folder_source(folder, dataset):
                 return Source({
                     split: (path.stat().st_size, _unchanged([path], lambda path=path: _read_text(path)))
                     for split, path in zip(data.SPLITS, paths)
-                })
-        shards = [sorted(place.glob(f"{name}-*.parquet")) for name in ("train", "validation", "test")]
-        if all(shards) and (dataset or _is_wikitext(shards[0][0])):
-            return Source({
-                split: (None, _unchanged(paths, lambda paths=paths: _read_shards(paths)))
-                for split, paths in zip(data.SPLITS, shards)
-            })
+                }, files={split: [path] for split, path in zip(data.SPLITS, paths)})  # fmt: skip
+        for pattern in ("{}-*.parquet", "{}/data-*.arrow"):  # as the hub has them, as `datasets` saves them to a disk
+            shards = [sorted(place.glob(pattern.format(name))) for name in ("train", "validation", "test")]
+            if all(shards) and (dataset or _is_wikitext(shards[0][0])):
+                return Source({
+                    split: (None, _unchanged(paths, lambda paths=paths: _read_shards(paths)))
+                    for split, paths in zip(data.SPLITS, shards)
+                }, files=dict(zip(data.SPLITS, shards)))  # fmt: skip
     if dataset or any(folder.glob("wiki.*.tokens")) or any(folder.glob("wiki.*.raw")):
         raise MissingFileError(
             f"{folder} does not hold WikiText: expected wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or "
@@ -170,28 +180,12 @@ def folder_source(folder, dataset):
         )
 
 
-def _pieces(documents):
-    """A stream of the strings of a text, cut behind ends of lines so that no word is in two of them."""
-    for document in documents:
-        start = 0
-        while start < len(document):
-            end = document.find(b"\n", start + BLOCK) + 1 or len(document)
-            yield document[start:end].decode()
-            start = end
-
-
-def own_source(paths, options):
-    """A text of the user's in files and folders. Raises as `read_texts` does."""
-    splits, documents = read_texts(paths, options, lambda line: say(line, error=True))
-    end = END.encode()
-    if options.separator is None and (n := sum(text.count(end) for some in splits.values() for text in some)):
-        say(f"The text holds {END} {n:,} times, as plain text; --separator '{END}' makes documents of it.", error=True)
-
-    def stream(texts):
-        return map(bytes.decode, texts) if documents else _pieces(texts)
-
-    return Source({split: (sum(map(len, texts)), lambda texts=texts: stream(texts)) for split, texts in splits.items()},
-                  documents, own=True)
+def own_source(paths, options, scratch=None):
+    """A text of the user's in files and folders. `scratch`: the folder of a temporary copy. Raises as `read_texts`
+    does."""
+    splits, documents = read_texts(paths, options, lambda line: say(line, error=True), scratch)
+    return Source({split: (some.n_bytes, some.texts if documents else some.pieces) for split, some in splits.items()},
+                  documents, own=True)  # fmt: skip
 
 
 def _hub_answers():
@@ -249,23 +243,24 @@ def sample_source():
 def _name_of(paths):
     """The name of files or a folder, as the name of their text: in one line, and not that of the sample."""
     path = Path(paths[0]).resolve()
-    name = path.name if path.is_dir() else path.name.split(".")[0]
+    name = path.name if path.is_dir() else path.name.split(".")[0] if path.is_file() else "stdin"  # a pipe
     name = " ".join((name or str(path)).encode("utf-8", "replace").decode().split())
     name = f"{path.parent.name}/{name}" if name == "sample" else name
     return name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def open_source(paths=None, dataset=None, sample=False, options=None):
+def open_source(paths=None, dataset=None, sample=False, options=None, scratch=None):
     """(source, name of the data set or of its files). Where the hub is out of reach it is the sample, and said so.
 
-    paths: a file or folder, or a list of them. options: how files of one's own are read, `ReadOptions`.
+    paths: a file or folder, or a list of them. options: how files of one's own are read, `ReadOptions`. scratch: the
+    folder for a temporary copy of their text.
     """
     if paths is not None:
-        paths = [paths] if isinstance(paths, (str, os.PathLike)) else paths
+        paths = as_paths([paths] if isinstance(paths, (str, os.PathLike)) else paths)
         source = folder_source(paths[0], dataset) if len(paths) == 1 and os.path.isdir(paths[0]) else None
         if dataset and source is None:
             raise MissingFileError(f"{str(paths[0])!r} is no folder that holds WikiText, which --dataset asks for")
-        return source or own_source(paths, options or ReadOptions()), dataset or _name_of(paths)
+        return source or own_source(paths, options or ReadOptions(), scratch), dataset or _name_of(paths)
     if not sample:
         try:
             return hub_source(dataset or DATASETS[0]), dataset or DATASETS[0]
@@ -286,26 +281,51 @@ def open_source(paths=None, dataset=None, sample=False, options=None):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def tokenize(stream, tokenizer, bar, n_words=None, documents=False):
-    """Tokenize a stream of strings, whose words are counted unless `n_words` says how many there are. If they are
-    `documents`, END stands before each of them.
+def tokenize(stream, tokenizer, file, bar, n_words=None, documents=False):
+    """Tokenize a stream of strings and write the ids to `file` as 16-bit numbers. If they are `documents`, END stands
+    before each of them. Words are counted unless `n_words` says how many there are.
 
-    Returns (ids array, bytes, words).
+    Returns (number of ids, their digest, bytes, words).
     """
-    counts = {"bytes": 0, "words": n_words or 0}
+    counts = {"ids": 0, "bytes": 0, "words": n_words or 0}
+    digest = hashlib.sha256()
 
-    def counted():
-        for text in stream:
+    def counted(pieces):
+        before = " "  # the last character
+        for text in pieces:
             n_bytes = len(text.encode("utf-8"))
             counts["bytes"] += n_bytes
             if n_words is None:
-                counts["words"] += len(text.split()) + text.count("\n")
+                goes_on = not before.isspace() and not text[:1].isspace() and text != ""  # a word in two pieces
+                counts["words"] += len(text.split()) + text.count("\n") - goes_on
+                before = text[-1:] or before
             bar.update(n_bytes)
             yield text
 
-    encode = tokenizer.encode_documents if documents else tokenizer.encode_stream
-    ids = np.concatenate(list(encode(counted())))
-    return ids, counts["bytes"], counts["words"]
+    if documents:
+        texts = (counted(text) if isinstance(text, Iterator) else next(counted([text])) for text in stream)
+    for ids in (tokenizer.encode_documents(texts) if documents else tokenizer.encode_stream(counted(stream))):
+        content = ids.astype("<u2", copy=False).tobytes()
+        digest.update(content)
+        with writing("the dataset folder"):
+            file.write(content)
+        counts["ids"] += len(ids)
+    return counts["ids"], digest.hexdigest()[:16], counts["bytes"], counts["words"]
+
+
+def save(content, ids, file):
+    """Write a token file as torch.save does, with the ids that the file `ids` holds: they never are in memory whole."""
+    with torch.serialization.skip_data():
+        torch.save({**content, "ids": torch.empty(content["n_tokens"], dtype=torch.uint16)}, file)
+    file.flush()
+    with zipfile.ZipFile(file.name) as archive:
+        (place,) = [info.header_offset for info in archive.infolist() if info.filename.endswith("/data/0")]
+    with open(file.name, "rb") as written:
+        written.seek(place)
+        place += 30 + sum(struct.unpack("<26xHH", written.read(30)))  # past the header, a name and padding
+    file.seek(place)
+    ids.seek(0)
+    shutil.copyfileobj(ids, file, 1 << 20)
 
 
 @contextlib.contextmanager
@@ -332,7 +352,7 @@ def learn_vocabulary(source, vocabulary, vocab_size, folder="data", pattern="gpt
     says, if the text has no more pairs to merge."""
     texts = source["train"][1]()
     with tqdm(total=vocab_size, desc=f"learning {vocabulary}", unit="token", disable=None) as bar:
-        tokenizer = BPETokenizer.train(texts if source.documents else "".join(texts), vocab_size, pattern=pattern,
+        tokenizer = BPETokenizer.train(texts if source.documents else [iter(texts)], vocab_size, pattern=pattern,
                                        progress=lambda _: bar.update())  # fmt: skip
     if tokenizer.vocab_size < vocab_size:
         say(f"The text has no more pairs to merge: {folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens instead "
@@ -360,29 +380,33 @@ def _tokenize_source(source, name, tokenizers, write_one, folder):
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
     preparation = secrets.token_hex(8)  # tells files that belong together
     words = {}  # of each split
-    with tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar:
+    with (contextlib.ExitStack() as stack,
+          tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar):  # fmt: skip
         for vocabulary, tokenizer in tokenizers.items():
             start = None
             for split in data.SPLITS:
-                ids, n_bytes, n_words = tokenize(source[split][1](), tokenizer, bar, words.get(split), source.documents)
+                ids = stack.enter_context(temporary_file(data.dataset_dir(folder)))
+                n_tokens, digest, n_bytes, n_words = tokenize(source[split][1](), tokenizer, ids, bar, words.get(split),
+                                                              source.documents)  # fmt: skip
                 words[split] = n_words
-                if len(ids) < 2 or n_words < 1:
+                if n_tokens < 2 or n_words < 1:
                     advice = "give a longer text" if source.own else "give the files as published"
                     raise UserError(f"the {split} split of this source is too short: it needs two tokens and a word, "
-                                    f"and has {len(ids)} and {n_words}; {advice}")
+                                    f"and has {n_tokens} and {n_words}; {advice}")
                 if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
-                    words_removed = any("<unk>" in text for text in source[split][1]())
+                    words_removed = any("<unk>" in text for text in source[split][1]() if isinstance(text, str))
                     name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
                 start = start or _beginning(source, tokenizer)
                 path = data.token_file(split, vocabulary, folder)
                 content = {
                     "format": data.FORMAT, "version": data.VERSION, "preparation": preparation, "dataset": name,
-                    "split": split, "ids": torch.from_numpy(ids), "n_tokens": len(ids), "n_bytes": n_bytes,
-                    "n_words": n_words, "start": start, "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
+                    "split": split, "n_tokens": n_tokens, "digest": digest, "n_bytes": n_bytes, "n_words": n_words,
+                    "start": start, "tokenizer": vocabulary, "fingerprint": tokenizer.fingerprint,
                 }  # fmt: skip
-                write_one(path, lambda file: torch.save(content, file))
-                yield (f"{folder}/{path.name}: {name}, {len(ids):,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
-                       f"{n_bytes / len(ids):.2f} bytes per token")
+                write_one(path, lambda file: save(content, ids, file))
+                ids.close()
+                yield (f"{folder}/{path.name}: {name}, {n_tokens:,} tokens, {n_bytes:,} bytes, {n_words:,} words, "
+                       f"{n_bytes / n_tokens:.2f} bytes per token")
 
 
 def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab_sizes=None, only_missing=False,
@@ -473,8 +497,8 @@ def _choose_vocabularies(parser, args):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the token files that the rungs train on.")
-    parser.add_argument("--from", dest="paths", metavar="PATH", nargs="+", help="read text files, or folders of them: "
-                        "WikiText's, or a text of your own")  # fmt: skip
+    parser.add_argument("--from", dest="paths", metavar="PATH", nargs="+", action="extend", help="read text files, "
+                        "tables, archives, or folders of them: WikiText's, or a text of your own")  # fmt: skip
     parser.add_argument("--to", dest="folder", metavar="DIR", default="data", help="dataset folder, for token files "
                         "and vocabularies (default: data)")  # fmt: skip
     parser.add_argument("--dataset", choices=DATASETS, help=f"which WikiText (default: {DATASETS[0]})")
@@ -486,26 +510,39 @@ def main(argv=None):
     parser.add_argument("--pattern", choices=PATTERNS, help="how a vocabulary that is learned cuts the text into words "
                         "(default: gpt2)")  # fmt: skip
     parser.add_argument("--separator", metavar="TEXT", help=f"what separates documents in text files, such as {END!r}")
-    parser.add_argument("--column", metavar="NAME", help="the column of .jsonl and .parquet files (default: text)")
+    parser.add_argument("--column", metavar="NAME", help="the column of tables, such as .jsonl and .parquet files "
+                        "(default: text)")  # fmt: skip
     parser.add_argument("--encoding", metavar="NAME", help="encoding of text files (default: utf-8)")
     parser.add_argument("--errors", choices=("strict", "replace"), help="replace: read on over bytes that are no text")
     args = parser.parse_args(argv)
+    args.folder = os.path.expanduser(args.folder)
+    args.vocabulary = args.vocabulary and os.path.expanduser(args.vocabulary)
     if args.sample and (args.paths is not None or args.dataset):
         parser.error("--sample is a text of its own: leave --from and --dataset out, or --sample")
-    given = {name: value for name in ("separator", "column", "encoding", "errors") if (value := vars(args)[name])}
+    given = {name: value for name in ("separator", "column", "encoding", "errors")
+             if (value := vars(args)[name]) is not None}  # fmt: skip
     if given and args.paths is None:
         parser.error(f"--{next(iter(given))} says how files are read: name them with --from")
-    if args.separator == "":
-        parser.error("--separator must not be empty")
-    try:
-        bytes(8).decode(args.encoding or "utf-8", "replace")
-    except LookupError as error:
-        parser.error(f"--encoding: {error}")
+    if "" in given.values():
+        parser.error(f"--{next(name for name, value in given.items() if value == '')} must not be empty")
+    if args.separator:
+        given["separator"] = separator_of(args.separator)
+    if args.encoding:
+        name = args.encoding.strip().lower()
+        given["encoding"] = ENCODING_NAMES.get(name, name)
+        try:
+            bytes(8).decode(given["encoding"], "replace")
+        except (LookupError, ValueError) as error:
+            parser.error(f"--encoding: {error}")
     vocabularies, vocab_sizes, files = _choose_vocabularies(parser, args)  # before the text is fetched
     if args.pattern and not vocab_sizes:
         parser.error("--pattern is for a vocabulary that is learned: name another dataset folder with --to, or give "
                      "--vocab-size")  # fmt: skip
-    source, name = open_source(args.paths, args.dataset, args.sample, ReadOptions(**given))
+    directory = data.dataset_dir(args.folder)  # of a folder that is not there yet, the one that it will be in
+    scratch = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.is_dir())
+    source, name = open_source(args.paths, args.dataset, args.sample, ReadOptions(**given), scratch)
+    for split, shards in source.files.items():
+        say(f"{split}: {', '.join(map(str, shards))}", error=True)
     if given and not source.own:
         parser.error(f"--{next(iter(given))} is of a text of your own, and this is WikiText")
     in_data = data.dataset_dir(args.folder) == data.DATA_DIR

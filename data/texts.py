@@ -1,43 +1,92 @@
 """Texts of one's own: files become documents, documents become splits.
 
-A document is a row of a .jsonl or .parquet file, one of several text files, or what lies between two separators of a
-text file. A single text file without separators is one text, which is cut into three.
+A document is a row of a table, one of several text files, or what lies between two separators of a text file. A single
+text file without separators is one text, which is cut into three.
 
-Texts are kept as bytes of UTF-8, exactly as they are, line ends included; only a byte order mark is taken off.
+All texts are copied into one temporary file as UTF-8, exactly as they are, line ends included; only a byte order mark
+is taken off. So memory does not grow with the text, and a pipe or an archive is read once.
 """
 
 import codecs
-import gzip
-import io
-import json
+import glob
+import hashlib
 import os
 import re
-import reprlib
-import zlib
-from dataclasses import dataclass
-from pathlib import Path
+import sys
+import urllib.parse
+import urllib.request
+from array import array
+from pathlib import Path, PurePosixPath
 
-from harness.cli import first_line
+import numpy as np
+
+from data.formats import (DECODED, TABLES, File, Unread, ending, is_hidden, look_into, read, read_once,
+                          temporary_file, writing)  # fmt: skip
 from harness.errors import FileError, MissingFileError, UserError
 
+END = "<|endoftext|>"  # stands before each document
+END_BYTES = END.encode()
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
-               "test": "test"}  # fmt: skip
-TEXT_ENDINGS = (".txt", ".md", ".text", ".tokens", ".raw", ".csv", ".tsv", ".jsonl", ".ndjson", ".parquet")
+               "test": "test", "testing": "test"}  # fmt: skip
 HELD_OUT = 0.05  # share of each of the two held-out splits
 FEWEST_BYTES = 200  # of a held-out split, if the text is long enough
-BYTE_ORDER_MARKS = {codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}
+SLACK = 8 << 20  # bytes around a place where a text may be cut instead, at most
+BLOCK = 1 << 20  # bytes of a long text given at a time
+GIVE = "give --from text files or folders of them"
+STDIN = ("-", "/dev/stdin")
+# Names of programs say what they do and not which split they are: train.py, test.c
+CODE = set(".py .ipynb .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .scala .go .rs .rb .php .pl .lua .sh .bat "
+           ".r .jl .m .swift .cs .hs .ml .sql .css .toml .yaml .yml .ini .cfg .lock".split())  # fmt: skip
+OUR_FILES = re.compile(r"bpe_vocab.*\.json|.*_ids.*\.pt|prepared.*\.txt|prepare\.lock|writing-.*")  # of prepare.py
 
 
-@dataclass
-class ReadOptions:
-    """How files are read: their encoding, what happens to bytes that do not fit ("strict" or "replace"), the column of
-    rows that holds the text, and what separates the documents of a text (None: nothing does)."""
+# ----------------------------------------------------------------------------------------------------------
+# Names
+# ----------------------------------------------------------------------------------------------------------
 
-    encoding: str = "utf-8"
-    errors: str = "strict"
-    column: str = "text"
-    separator: str | None = None
+
+def _readings(name):
+    """What a user may mean by a name that the shell did not change, in the order to try: lists of names."""
+    yield [name]
+    bare = name.strip().strip("\"'")
+    if bare.lower().startswith("file:"):
+        bare = urllib.request.url2pathname(urllib.parse.urlsplit(bare).path)
+    for each in (bare, os.path.expanduser(os.path.expandvars(bare))):
+        yield [each]
+        yield [each.replace("\\", "/")]
+        yield sorted(glob.glob(each, recursive=True))
+        yield [os.path.expanduser(part.strip()) for part in each.split(",")]
+
+
+def as_paths(names):
+    """The files and folders that `names` mean: ~ and patterns such as *.txt are resolved, if no shell has done it, and
+    quotes and file:// taken off, unless a file has just this name. Raises FileNotFoundError for those of nothing."""
+    paths = []
+    for name in map(os.fspath, names):
+        if name == "":
+            raise MissingFileError(f"'' is no name; {GIVE}")
+        if re.match(r"(https?|ftp|s3|gs|hf)://", name):
+            raise MissingFileError(f"{name} is an address, and files are read from the disk; download it first")
+        try:
+            found = next((some for some in _readings(name) if some and all(map(_is_there, some))), None)
+        except PermissionError as error:
+            raise FileError(f"{name} cannot be read ({error.strerror})") from None
+        if found is None and glob.has_magic(name):
+            raise MissingFileError(f"no file has a name like {name!r}; {GIVE}")
+        if found is None:
+            raise MissingFileError(f"there is no {name!r}; {GIVE}")
+        paths += map(Path, found)
+    return paths
+
+
+def _is_there(name):
+    return name in STDIN or name != "" and "\0" not in name and os.path.exists(name)
+
+
+def separator_of(text):
+    r"""The separator that `text` stands for: in a shell, \n is not the end of a line."""
+    return re.sub(r"\\([nrtf\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}.get(match[1], "\\"), text)
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -45,175 +94,263 @@ class ReadOptions:
 # ----------------------------------------------------------------------------------------------------------
 
 
-def _read_bytes(path):
-    """The contents of a file, unpacked if its name ends in .gz. Raises OSError in one line."""
+def _walk(folder, left_out):
+    """The files of a folder, in the order of their names. Links to folders are followed, but not in a circle."""
+    seen = {_identity(each) for each in (folder, *folder.resolve().parents)}
+
+    def fail(error):
+        raise FileError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
+
+    for here, names, inside in os.walk(folder, onerror=fail, followlinks=True):
+        here = Path(here)
+        left_out += [Unread(here / name, "hidden", "") for name in sorted(names + inside) if is_hidden(Path(name))]
+        names[:] = sorted(name for name in names if not is_hidden(Path(name)))
+        for name in names[:]:
+            if (key := _identity(here / name)) in seen and key is not None:
+                left_out.append(Unread(here / name, "a link to a folder that is read", ""))
+                names.remove(name)
+            seen.add(key)
+        made = "prepare.lock" in inside  # a dataset folder of prepare.py
+        for name in sorted(name for name in inside if not is_hidden(Path(name))):
+            if made and OUR_FILES.fullmatch(name):
+                left_out.append(Unread(here / name, "made by prepare.py", ""))
+            elif not (here / name).is_file():
+                left_out.append(Unread(here / name, "no file", ""))
+            else:
+                yield here / name
+
+
+def _identity(path):
+    """What tells a file from any other, whatever links lead to it."""
     try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            return file.read()
-    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise FileError(f"{path} is no whole gzip file ({error}); unpack it, or fetch it again") from None
-    except OSError as error:
-        raise FileError(f"{path} cannot be read ({error.strerror or error})") from None
+        state = os.stat(path)
+    except OSError:
+        return None
+    return (state.st_dev, state.st_ino) if state.st_ino else str(Path(path).resolve())
 
 
-def _utf8(data, path, options):
-    """`data` as bytes of UTF-8 without a byte order mark. Raises ValueError, with line and byte, if it is not text in
-    the encoding of `options`."""
-    try:
-        if codecs.lookup(options.encoding).name == "utf-8":
-            data = data.removeprefix(codecs.BOM_UTF8)
-            if options.errors == "strict":
-                data.decode()
-                return data
-        text = data.decode(options.encoding, options.errors).removeprefix("\ufeff")
-        return text.encode("utf-8", options.errors)
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        mark = next((name for mark, name in BYTE_ORDER_MARKS.items() if data.startswith(mark)), None)
-        advice = f"--encoding {mark}, whose mark it begins with," if mark else "--encoding NAME (such as cp1252)"
-        raise UserError(f"{path}, line {line}: byte 0x{data[error.start]:02X} at offset {error.start} is not "
-                        f"{options.encoding} text; {advice} or --errors replace reads on") from None  # fmt: skip
-    except UnicodeError as error:  # a lone surrogate in UTF-16, or an encoding that knows no places
-        raise UserError(f"{path} is not {options.encoding} text ({error}); --errors replace reads on") from None
+def find_files(paths, options, say, scratch=None):
+    """The `File`s of text in files, folders and archives, those of a folder in the order of their names.
 
-
-def _check_row(value, place, column):
-    """Raise ValueError if the value of a row is no text. A missing one is none, and allowed."""
-    if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")
-
-
-def _encode_row(value, place, options):
-    """The text of a row as bytes: none for a missing one. Raises ValueError if UTF-8 cannot express it."""
-    try:
-        return (value or "").encode("utf-8", options.errors)
-    except UnicodeEncodeError:
-        raise UserError(f"{place}: the text holds half of a surrogate pair, which UTF-8 has not; --errors replace "
-                        "reads on") from None  # fmt: skip
-
-
-def _no_column(place, names, column):
-    known = ", ".join(map(str, names)) or "none"
-    return UserError(f"{place} has no column {column}; it has {known}; --column NAME takes another")
-
-
-def _read_jsonl(content, path, options):
-    for number, line in enumerate(_utf8(content, path, options).split(b"\n"), 1):
-        if not line.strip():
-            continue
-        place = f"{path}, line {number}"
-        try:
-            row = json.loads(line)
-        except (ValueError, RecursionError):
-            raise UserError(f"{place} is no JSON; a .jsonl file has an object in each line") from None
-        if not isinstance(row, dict) or options.column not in row:
-            raise _no_column(place, row if isinstance(row, dict) else (), options.column)
-        _check_row(row[options.column], place, options.column)
-        yield _encode_row(row[options.column], place, options)
-
-
-def read_parquet(path, column="text", content=None):
-    """Stream the rows of a column of a parquet file in lists of some thousand: strings, and None where one is missing.
-    content: the bytes of the file, if it is not to be opened. Raises ValueError, in one line, if it is damaged or has
-    no such column of text."""
-    import pyarrow
-    import pyarrow.parquet
-
-    try:
-        file = pyarrow.parquet.ParquetFile(path if content is None else io.BytesIO(content))
-        if column not in file.schema_arrow.names:
-            raise _no_column(path, file.schema_arrow.names, column)
-        for batch in file.iter_batches(batch_size=4096, columns=[column]):
-            rows = batch.column(0).to_pylist()
-            for row in rows:
-                _check_row(row, path, column)
-            yield rows
-    except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UserError(f"{path} is no whole parquet file ({first_line(error)}); fetch it again") from None
-
-
-def _ending(path):
-    """The ending of a file, that of what is packed if it is packed: x.jsonl.gz -> .jsonl."""
-    return Path(path.stem if path.suffix == ".gz" else path.name).suffix.lower()
-
-
-def read_documents(path, options):
-    """The documents of one file, a list of bytes, but for empty ones. Raises OSError and ValueError in one line."""
-    content, ending = _read_bytes(path), _ending(path)
-    if ending in (".jsonl", ".ndjson"):
-        documents = _read_jsonl(content, path, options)
-    elif ending == ".parquet":
-        rows = (row for rows in read_parquet(path, options.column, content) for row in rows)
-        documents = (_encode_row(row, path, options) for row in rows)
-    else:
-        text = _utf8(content, path, options)
-        documents = [text] if options.separator is None else text.split(options.separator.encode())
-    return [document for document in documents if document]
-
-
-def _is_binary(path):
-    """Whether a file of a folder is not worth reading: pictures and programs have zero bytes, texts have not."""
-    try:
-        with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-            start = file.read(8192)
-    except (EOFError, zlib.error, gzip.BadGzipFile):
-        return True
-    except OSError as error:
-        raise FileError(f"{path} cannot be read ({error.strerror or error})") from None
-    return _ending(path) != ".parquet" and b"\0" in start and not start.startswith(tuple(BYTE_ORDER_MARKS))
-
-
-def find_files(paths, say):
-    """[(file, its path below what was named)] of files and folders, those of a folder in the order of their names.
-
-    Hidden files are left out, as are links that lead nowhere and files that are no text, which `say` tells.
-    Raises FileNotFoundError if there is nothing to read.
+    What is left out is said. Raises FileNotFoundError if there is nothing to read, ValueError if a file that was named
+    is not read.
     """
     files, left_out = [], []
-    if "" in map(str, paths):
-        raise MissingFileError("'' is no name; give --from text files or folders of them")
-    for path in map(Path, paths):
-        if not path.exists():
-            raise MissingFileError(f"there is no {str(path)!r}; give --from text files or folders of them")
-        if not path.is_dir():
-            files.append((path, Path(path.name)))
-            continue
-        for folder, names, inside in os.walk(path):
-            names[:] = sorted(name for name in names if not name.startswith("."))
-            for file in (Path(folder, name) for name in sorted(inside) if not name.startswith(".")):
-                if not file.is_file() or _is_binary(file):
-                    left_out.append(file)
+    for path in paths:
+        if str(path) in STDIN or not (path.is_dir() or path.is_file()):  # a pipe
+            name, place = ("standard input", "stdin") if str(path) in STDIN else (str(path), path.name)
+            file = File(name, PurePosixPath(place), lambda path=path: _open(path))
+            named = [read_once(file, scratch)]
+        elif path.is_dir():
+            named = [_file(each, each.relative_to(path)) for each in _walk(path, left_out)]
+        else:
+            named = [_file(path, path.name)]
+        for file in named:
+            for found in look_into(file, options, scratch):
+                if not isinstance(found, Unread):
+                    files.append(found)
+                elif path.is_dir() or found.name != file.name:
+                    left_out.append(found)
                 else:
-                    files.append((file, file.relative_to(path)))
+                    raise found
     if left_out:
-        others = f" and {len(left_out) - 1} more" * (len(left_out) > 1)
-        say(f"Left out, since it is no text: {left_out[0]}{others}")
+        left_out.sort(key=lambda each: each.what == "hidden")  # they matter least
+        shown = ", ".join(f"{each.name} ({each.what})" for each in left_out[:3])
+        say(f"Left out: {shown}{f' and {len(left_out) - 3} more' * (len(left_out) > 3)}")
     if not files:
-        raise MissingFileError(f"there is no text in {', '.join(map(str, paths))}; give --from text files or folders "
-                               "of them")  # fmt: skip
+        raise MissingFileError(f"there is no text in {', '.join(map(str, paths))}; {GIVE}")
     return files
+
+
+def _file(path, place):
+    return File(str(path), PurePosixPath(Path(place).as_posix()), lambda: open(path, "rb"), path)
+
+
+def _open(path):
+    if str(path) != "-":
+        return open(path, "rb")
+    if sys.stdin is None or sys.stdin.closed:
+        raise FileError("there is no standard input to read; give --from a file")
+    return open(sys.stdin.fileno(), "rb", closefd=False)
+
+
+def check_options(options, files):
+    """Raise ValueError if an option says how to read what is not there."""
+    kinds = {file.kind for file in files}
+    uses = {"separator": {"text"}, "encoding": DECODED, "errors": DECODED, "column": TABLES}
+    what = {"separator": "plain text", "encoding": "text files", "errors": "text files",
+            "column": "tables (.jsonl, .json, .csv, .tsv, .parquet, .arrow)"}  # fmt: skip
+    for option, some in uses.items():
+        if getattr(options, option) is not None and not some & kinds:
+            others = f" and {len(files) - 1} more" * (len(files) > 1)
+            raise UserError(f"--{option} is for {what[option]}, and {files[0].name}{others} is none; leave it out")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Documents
+# ----------------------------------------------------------------------------------------------------------
+
+
+class Copy:
+    """All documents, end to end, in a temporary file. `ends`: where each of them ends; `digests`: what tells it from
+    the others; `empty`: how many had no text; `counted`: how often END occurs."""
+
+    def __init__(self, scratch=None):
+        self.file, self.scratch = temporary_file(scratch), scratch
+        self.ends, self.digests, self.empty, self.counted = array("q", [0]), array("Q"), 0, 0
+
+    def add(self, pieces):
+        """Append the documents that a reader gives. Returns how many there are, with the empty ones."""
+        n, size, digest, before = 0, self.ends[-1], hashlib.blake2b(digest_size=8), b""
+        with writing(self.scratch):
+            for piece, ends in pieces:
+                if piece:
+                    self.file.write(piece)
+                    digest.update(piece)
+                    size += len(piece)
+                    around = before + piece
+                    self.counted += around.count(END_BYTES)
+                    before = around[1 - len(END_BYTES) :]
+                if not ends:
+                    continue
+                n += 1
+                if size > self.ends[-1]:
+                    self.ends.append(size)
+                    self.digests.append(int.from_bytes(digest.digest(), "little"))
+                    digest, before = hashlib.blake2b(digest_size=8), b""
+                else:
+                    self.empty += 1
+            self.file.flush()
+        return n
+
+    def documents(self, first, last):
+        ends = np.array(self.ends[first : last + 1])
+        return Documents(self.file, np.stack([ends[:-1], ends[1:]], axis=1))
+
+    def digests_of(self, documents):
+        """(digest, bytes) of those of `documents` that were not cut, two arrays."""
+        ends, starts = np.array(self.ends[1:]), np.array(self.ends[:-1])
+        which = np.searchsorted(starts, documents.spans[:, 0], side="right") - 1
+        whole = (starts[which] == documents.spans[:, 0]) & (ends[which] == documents.spans[:, 1])
+        return np.array(self.digests, np.uint64)[which[whole]], documents.sizes[whole]
+
+
+class Documents:
+    """Documents of a file, as bytes. spans: (n, 2), where each begins and ends."""
+
+    def __init__(self, file, spans):
+        self.file, self.spans = file, spans
+
+    def __len__(self):
+        return len(self.spans)
+
+    @property
+    def sizes(self):
+        return self.spans[:, 1] - self.spans[:, 0]
+
+    @property
+    def n_bytes(self):
+        return int(self.sizes.sum())
+
+    def read(self, start, end):
+        self.file.seek(start)
+        return self.file.read(end - start)
+
+    def __iter__(self):
+        return (self.read(start, end) for start, end in self._pairs())
+
+    def _pairs(self):
+        for first in range(0, len(self.spans), 4096):
+            yield from self.spans[first : first + 4096].tolist()
+
+    def texts(self):
+        """The documents as str. A long one is an iterator of its pieces."""
+        for start, end in self._pairs():
+            yield self.read(start, end).decode() if end - start <= BLOCK else self._pieces(start, end)
+
+    def pieces(self):
+        """The text of all documents, in pieces."""
+        for start, end in self._pairs():
+            yield from self._pieces(start, end)
+
+    def _pieces(self, start, end):
+        decoder = codecs.getincrementaldecoder("utf-8")()
+        for first in range(start, end, BLOCK):
+            yield decoder.decode(self.read(first, min(first + BLOCK, end)))
+
+    def chosen(self, which):
+        return Documents(self.file, self.spans[which])
 
 
 # ----------------------------------------------------------------------------------------------------------
 # Splits
 # ----------------------------------------------------------------------------------------------------------
 
+_SPLIT_WORD = re.compile(rf"(?<![^\W_])({'|'.join(sorted(SPLIT_NAMES, key=len, reverse=True))})(?=\d*(?:[\W_]|$))")
 
-def _split_of(place):
-    """The split that a file is named after (train.txt, valid.jsonl.gz, test-00000-of-00001.parquet, train/x.txt), or
-    None."""
-    if len(place.parts) > 1:
-        return SPLIT_NAMES.get(place.parts[0].lower())
-    if _ending(place) not in TEXT_ENDINGS:
-        return None
-    name = place.name.lower().removesuffix(".gz").removesuffix(_ending(place))
-    return SPLIT_NAMES.get(re.sub(r"-\d+-of-\d+$", "", name))
+
+def _split_words(place):
+    """[(a key that the splits of one text share, the split)] of the parts of a place that carry the name of a split,
+    the last part first: ptb.valid.txt and ptb.test.txt share ptb.*, train/x.txt and test/y.txt share */. A part with
+    several such names carries none."""
+    found = []
+    for k in reversed(range(len(place.parts))):
+        name = place.parts[k].lower()
+        if k == len(place.parts) - 1:
+            if ending(name) in CODE:
+                continue
+            if ending(name).removeprefix(".") not in SPLIT_NAMES:
+                name = name.removesuffix(ending(name))
+        name = re.sub(r"[-_.]\d+([-_.]of[-_.]\d+)?([-_.][0-9a-f]{8,})?$", "", name)  # a shard
+        words = _SPLIT_WORD.findall(name)
+        if len(set(words)) == 1 == len(words):
+            found.append(((place.parts[:k], _SPLIT_WORD.sub("*", name).rstrip("0123456789")), SPLIT_NAMES[words[0]]))
+    return found
+
+
+def _all_split_words(places):
+    """`_split_words` of each of `places`. Programs have folders named test beside others, which say nothing."""
+    words = [_split_words(place) for place in places]
+    if any(len(place.parts) > 1 and not some for place, some in zip(places, words)):
+        words = [[] if ending(place) in CODE else some for place, some in zip(places, words)]
+    return words
+
+
+def splits_of(places):
+    """The split that each of `places` is named after, or None. A name says so only if there is another one like it for
+    another split: "The Girl on the Train.txt" among other books is no split."""
+    words, together = _all_split_words(places), {}
+    for key, split in (pair for some in words for pair in some):
+        together.setdefault(key, set()).add(split)
+    sure = {key for key, splits in together.items() if "train" in splits and len(splits) > 1}
+    if not sure:
+        return [None] * len(places)
+    return [next((split for key, split in some if key in sure), some[0][1] if some else None) for some in words]
+
+
+def _check_held_out(places):
+    """Raise FileNotFoundError if files are named after held-out splits, and none like them after that for training."""
+    words = _all_split_words(places)
+    for key in dict.fromkeys(key for some in words for key, _ in some):
+        folder, pattern = key
+        named = {place: split for place, some in zip(places, words) for other, split in some if other == key}
+        others = [place for place in places if place not in named]
+        if "train" in named.values() or len(places) == 1:
+            continue
+        whole = re.sub(r"[\W_]*\*[\W_]*", "", pattern)  # x.txt is the training text of x.test.txt
+        beside = any(place.parts[:-1] == folder and whole in ("", place.stem.lower()) for place in others)
+        if others and not all(place.parts[:-1] == folder for place in named):  # folders beside other folders
+            continue
+        if len(set(named.values())) > 1 or beside:
+            names = " and ".join(sorted(place.name for place in named)[:3])
+            raise MissingFileError(f"there is {names}, and no file is named train; name the training text so, or give "
+                                   f"{names} another name")  # fmt: skip
 
 
 def assign(sizes, shares):
     """Index of the share to which each document goes: to the one that lacks most bytes, so that all have their part of
     whatever the text goes through. sizes: bytes of each document; shares: of the whole, they sum to 1."""
-    got, total, places = [0] * len(shares), 0, []
+    got, total, places = [0] * len(shares), 0, bytearray()
     for size in sizes:
         total += size
         k = max(range(len(shares)), key=lambda k: shares[k] * total - got[k])
@@ -228,8 +365,10 @@ def cut_place(text, target, slack):
     low = max(0, target - slack)
     window = text[low : target + slack]
     for end in (rb"\n(?:[ \t\r]*\n)+", rb"\n", rb"[ \t]"):
-        if places := [low + match.end() for match in re.finditer(end, window) if low + match.end() < len(text)]:
-            return min(places, key=lambda place: abs(place - target))
+        places = (low + match.end() for match in re.finditer(end, window))
+        places = (place for place in places if place < len(text))
+        if (place := min(places, key=lambda place: abs(place - target), default=None)) is not None:
+            return place
     while target > 0 and text[target] & 0xC0 == 0x80:  # the middle of a character
         target -= 1
     return target
@@ -237,59 +376,130 @@ def cut_place(text, target, slack):
 
 def _cut(documents, target, slack):
     """Two lists of documents, of which the first has about `target` bytes; the document there is cut in two."""
-    for k, document in enumerate(documents):
-        if target < len(document):
-            place = cut_place(document, target, slack)
-            left, right = document[:place], document[place:]
-            return documents[:k] + [left] * bool(left), [right] * bool(right) + documents[k + 1 :]
-        target -= len(document)
-    return documents, []
+    ends = np.cumsum(documents.sizes)
+    k = int(np.searchsorted(ends, target, side="right"))
+    if k == len(ends):
+        return documents, documents.chosen(slice(0, 0))
+    start, end = documents.spans[k].tolist()
+    target = start + target - (int(ends[k]) - (end - start))
+    low = max(start, target - slack - 4)
+    place = low + cut_place(documents.read(low, min(end, target + slack + 1)), target - low, slack)
+    left = np.concatenate([documents.spans[:k], [[start, place]]])[: k + (place > start)]
+    right = np.concatenate([[[place, end]], documents.spans[k + 1 :]])
+    return Documents(documents.file, left), Documents(documents.file, right)
 
 
 def split_documents(documents, names):
     """{name: documents} for the splits `names`, the first of which gets what the others, with HELD_OUT of the bytes
     each, leave. Many documents stay whole; few, or a single text, are cut where a paragraph or a line ends."""
-    n_bytes = sum(map(len, documents))
+    n_bytes = documents.n_bytes
     held_out = max(HELD_OUT, min(0.25, FEWEST_BYTES / max(1, n_bytes)))
     shares = [1 - held_out * (len(names) - 1)] + [held_out] * (len(names) - 1)
-    places = assign(map(len, documents), shares)
-    parts = {name: [d for d, place in zip(documents, places) if place == k] for k, name in enumerate(names)}
-    if all(0.8 * share < sum(map(len, part)) / max(1, n_bytes) < 1.2 * share
+    places = np.frombuffer(assign((size for part in np.array_split(documents.sizes, 1 + len(documents) // 4096)
+                                   for size in part.tolist()), shares), np.uint8)  # fmt: skip
+    parts = {name: documents.chosen(np.flatnonzero(places == k)) for k, name in enumerate(names)}
+    if all(0.8 * share < part.n_bytes / max(1, n_bytes) < 1.2 * share
            for share, part in list(zip(shares, parts.values()))[1:]):  # fmt: skip
         return parts
     parts, rest = {}, documents
     for name, share in list(zip(names, shares))[:-1]:
-        parts[name], rest = _cut(rest, round(share * n_bytes), n_bytes // 60)
+        parts[name], rest = _cut(rest, round(share * n_bytes), min(n_bytes // 60, SLACK))
     return {**parts, names[-1]: rest}
 
 
-def read_texts(paths, options, say):
+def _names(files):
+    """Names of files for a line: all of a few."""
+    names = list(dict.fromkeys(file.name for file in files))
+    return ", ".join(names[:4]) + f" and {len(names) - 4:,} more" * (len(names) > 4)
+
+
+def _say_splits(splits, sources, say):
+    several = any(len(documents) > 1 for documents in splits.values())
+    for split, documents in splits.items():
+        size = f"{documents.n_bytes:,} bytes" + f" in {len(documents):,} documents" * several
+        say(f"{split}: {sources[split]} ({size})")
+
+
+def _say_copies(copy, splits, say):
+    """Say which part of a held-out split is in another split, too."""
+    digests = {split: copy.digests_of(documents) for split, documents in splits.items()}
+    for split in SPLITS[1:]:
+        for other in SPLITS[: SPLITS.index(split)]:
+            shared = int(digests[split][1][np.isin(digests[split][0], digests[other][0])].sum())
+            share = shared / max(1, splits[split].n_bytes)
+            if share > 0.01:
+                say(f"{share:.0%} of {split} is text that {other} holds as well: its loss tells little.")
+
+
+def read_texts(paths, options, say, scratch=None):
     """({"train": documents, "val": documents, "test": documents}, whether they are documents) of files and folders.
 
     Files named after the splits are taken as they are; what is missing beside "train" is taken from it. Otherwise
-    the text is split. Documents are bytes; if they are none, each split is one text, a list of one.
+    the text is split. Documents are bytes; if they are none, each split is one text, a list of one. `say` is told which
+    files became which split, and what was left out. `scratch`: the folder of the temporary copy.
     Raises OSError if a file cannot be read, ValueError if one is not what its name says, both in one line.
     """
-    files = find_files(paths, say)
-    if any(len(place.parts) > 1 and _split_of(place) is None for _, place in files):
-        splits_of = [None if len(place.parts) > 1 else _split_of(place) for _, place in files]  # a folder among others
+    files = find_files(paths, options, say, scratch)
+    check_options(options, files)
+    found = splits_of([file.place for file in files])
+    named = {split: [file for file, name in zip(files, found) if name == split] for split in SPLITS}
+    if not named["train"]:
+        _check_held_out([file.place for file in files])
+        used = {None: files}
     else:
-        splits_of = [_split_of(place) for _, place in files]
-    named = {split: [file for (file, _), name in zip(files, splits_of) if name == split] for split in SPLITS}
-    if named["val"] and named["test"] and not named["train"]:
-        raise MissingFileError(f"there are {named['val'][0].name} and {named['test'][0].name}, and no file is named "
-                               "train; add it, or give the others another name")  # fmt: skip
-    if named["train"] and (named["val"] or named["test"]):
-        used = [file for some in named.values() for file in some]
-        if other := [str(file) for (file, _), name in zip(files, splits_of) if name is None]:
-            say(f"The splits are {', '.join(file.name for file in used[:5])}{' ...' * (len(used) > 5)}; left out is "
-                f"{other[0]}{f' and {len(other) - 1} more' * (len(other) > 1)}.")  # fmt: skip
-        splits = {split: [d for file in some for d in read_documents(file, options)] for split, some in named.items()}
-        if missing := [split for split, some in named.items() if not some]:
-            splits.update(split_documents(splits["train"], ["train", *missing]))
+        used = {split: some for split, some in named.items() if some}
+        if others := [file for file, name in zip(files, found) if name is None]:
+            say(f"Left out, since the splits are named: {_names(others)}")
+    copy, parts, sections = Copy(scratch), {}, False
+    for split, some in used.items():
+        first, seen, twice = len(copy.digests), set(), []
+        for file in some:
+            key = file.path and (_identity(file.path), file.name.removeprefix(str(file.path)))
+            if key in seen:
+                twice.append(file)
+                continue
+            seen |= {key} - {None}
+            sections |= _copy_one(copy, file, options, scratch) > 1
+        if twice:
+            say(f"Read once, though it is given twice: {_names(twice)}")
+        parts[split] = copy.documents(first, len(copy.digests))
+    if not copy.digests:
+        raise UserError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
+    if copy.empty and any(file.kind in TABLES for file in files):
+        say(f"Left out: {copy.empty:,} of {copy.empty + len(copy.digests):,} rows, since they are empty")
+    if options.separator is not None and not sections:
+        say(f"The separator {options.separator!r} occurs nowhere in the text.")
+    if options.separator is None and copy.counted:
+        say(f"The text holds {END} {copy.counted:,} times, as plain text; --separator '{END}' makes documents of it.")
+    sources = {split: _names(some) for split, some in used.items()}
+    if None in used:
+        splits = split_documents(parts[None], SPLITS)
+        sources = {split: f"a part of {sources[None]}" for split in SPLITS}
     else:
-        documents = [document for file, _ in files for document in read_documents(file, options)]
-        if not documents:
-            raise UserError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
-        splits = split_documents(documents, SPLITS)
+        splits = parts
+        if missing := [split for split in SPLITS if split not in splits]:
+            splits = splits | split_documents(splits["train"], ["train", *missing])
+            sources |= {split: f"a part of {sources['train']}" for split in ("train", *missing)}
+        splits = {split: splits[split] for split in SPLITS}
+    _say_splits(splits, sources, say)
+    _say_copies(copy, splits, say)
     return splits, any(len(documents) > 1 for documents in splits.values())
+
+
+def _copy_one(copy, file, options, scratch):
+    """Copy the documents of a file. Returns how many there are."""
+
+    def state():
+        return file.path and (lambda s: (s.st_ino, s.st_size, s.st_mtime_ns))(os.stat(file.path))
+
+    try:
+        before = state()
+        n = copy.add(read(file, options, scratch))
+        after = state()
+    except FileNotFoundError as error:
+        if isinstance(error, UserError):
+            raise
+        raise MissingFileError(f"{file.name} was removed while it was read; try again") from None
+    if before != after:
+        raise UserError(f"{file.name} changed while it was read; try again once it is complete")
+    return n

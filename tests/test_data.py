@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import hashlib
 import io
 import os
 import pickle
@@ -165,6 +166,19 @@ def bar():
     return tqdm(disable=True)
 
 
+def tokenize(stream, tokenizer):
+    """(ids, bytes, words) of a stream, with the digest checked against its definition."""
+    file = io.BytesIO()
+    n, digest, n_bytes, n_words = prepare.tokenize(stream, tokenizer, file, bar())
+    ids = np.frombuffer(file.getvalue(), "<u2")
+    assert len(ids) == n and digest == digest_of(ids)
+    return ids, n_bytes, n_words
+
+
+def digest_of(ids):
+    return hashlib.sha256(b"".join(int(i).to_bytes(2, "little") for i in ids)).hexdigest()[:16]
+
+
 # ----------------------------------------------------------------------------------------------------------
 # The sample
 # ----------------------------------------------------------------------------------------------------------
@@ -295,7 +309,7 @@ def test_wikitext_has_the_published_counts_and_decodes_exactly(tokenizer, split)
         n_words += 1 + sum(1 for word in line.decode().split(" ") if word)
     assert (len(path.read_bytes()), n_words) == PUBLISHED[split]
 
-    ids, *counts = prepare.tokenize(prepare._read_text(path), tokenizer, bar())
+    ids, *counts = tokenize(prepare._read_text(path), tokenizer)
     assert tuple(counts) == PUBLISHED[split]
     assert tokenizer.decode_bytes(ids.tolist()).decode() == text
 
@@ -316,8 +330,7 @@ def test_wikitext_is_recognized(data_dir):
 
 def test_a_stream_gives_what_the_whole_text_gives(tokenizer, expected):
     lines = re.findall(r"[^\n]*\n", TEXTS["train"])
-    ids, n_bytes, n_words = prepare.tokenize((line for line in lines), tokenizer, bar())
-    assert ids.dtype == np.uint16
+    ids, n_bytes, n_words = tokenize((line for line in lines), tokenizer)
     assert (ids.tolist(), n_bytes, n_words) == expected["train"]
 
 
@@ -338,7 +351,7 @@ def test_a_stream_is_read_bit_by_bit(tokenizer, monkeypatch):
                 read_at_yield.append(len(read))
                 yield ids
 
-    prepare.tokenize(stream(), Watched(), bar())
+    prepare.tokenize(stream(), Watched(), io.BytesIO(), bar())
     assert len(read) == n_pieces
     assert read_at_yield[0] < n_pieces // 2
     assert len(set(read_at_yield)) > 2
@@ -498,8 +511,8 @@ def test_token_files_hold_what_they_say(files, tokenizer, expected):
         ids, n_bytes, n_words = expected[split]
         assert content.pop("ids").tolist() == ids
         assert content == {
-            "format": data.FORMAT, "version": 3, "preparation": preparation, "dataset": "text", "split": split,
-            "n_tokens": len(ids), "n_bytes": n_bytes, "n_words": n_words, "tokenizer": SMALL,
+            "format": data.FORMAT, "version": 4, "preparation": preparation, "dataset": "text", "split": split,
+            "n_tokens": len(ids), "digest": digest_of(ids), "n_bytes": n_bytes, "n_words": n_words, "tokenizer": SMALL,
             "fingerprint": tokenizer.fingerprint, "start": tokenizer.encode(" \n ="),
         }  # fmt: skip
 
@@ -587,7 +600,12 @@ def test_files_of_a_preparation_that_was_cut_short_are_refused(files, tmp_path, 
 
 def test_nothing_is_printed_before_all_files_are_in_their_places(data_dir, tmp_path, monkeypatch):
     lines = []
-    monkeypatch.setattr(prepare, "say", lambda line, file=None: lines.append((line, len(list(data_dir.glob("*.pt"))))))
+
+    def say(line, error=False):
+        if not error:
+            lines.append((line, len(list(data_dir.glob("*.pt")))))
+
+    monkeypatch.setattr(prepare, "say", say)
     prepare.main(["--from", str(write_text(tmp_path / "text")), "--vocab-size", "300"])
     assert len(lines) == 4 and all(n == 3 for _, n in lines)
 
@@ -826,7 +844,8 @@ def test_foreign_torch_file(files, kind):
 
 
 @pytest.mark.parametrize(
-    "key", ["version", "fingerprint", "preparation", "ids", "n_tokens", "split", "n_bytes", "n_words", "dataset"]
+    "key", ["version", "fingerprint", "preparation", "ids", "n_tokens", "split", "n_bytes", "n_words", "dataset",
+            "digest"]
 )
 def test_missing_entry(files, key):
     change(without=(key,))
@@ -839,7 +858,7 @@ def test_ids_that_are_no_tensor(files, ids):
     assert_refused()
 
 
-@pytest.mark.parametrize("version", [1, 2, 4, "3", True, 3.0, torch.tensor([3, 3])], ids=repr)
+@pytest.mark.parametrize("version", [1, 2, 3, 5, "4", True, 4.0, torch.tensor([4, 4])], ids=repr)
 def test_wrong_version(files, version):
     change(version=version)
     assert "version" in assert_refused()
@@ -871,6 +890,21 @@ def test_number_of_ids_does_not_match(files, cut):
     ids = torch.load(data.token_file("train", SMALL), weights_only=True)["ids"]
     change(ids=ids[:-cut].clone())
     assert_refused()
+
+
+def test_ids_that_are_not_those_that_were_written(files):
+    """One of them is another one of the vocabulary."""
+    path = data.token_file("train", SMALL)
+    ids = torch.load(path, weights_only=True)["ids"].numpy().copy()
+    ids[len(ids) // 2] = (ids[len(ids) // 2] + 1) % 500
+    change(ids=torch.from_numpy(ids))
+    assert "not those that were written" in assert_refused()
+
+
+def test_digests_are_loaded(files, expected):
+    assert {split: some.digest for split, some in data.load_tokens(SMALL).items()} == {
+        split: digest_of(ids) for split, (ids, _, _) in expected.items()
+    }
 
 
 def test_token_files_of_another_tokenizer(files):
@@ -1363,11 +1397,12 @@ def test_a_text_with_too_few_pairs_gives_a_smaller_vocabulary_and_says_so(data_d
     out, err = capfd.readouterr()
     size = BPETokenizer.load(data.vocabulary_file("bpe_vocab_5000.json")).vocab_size
     assert size < 300
-    assert len(err.splitlines()) == 1 and f"{size} tokens instead of 5,000" in err
+    *files, line = err.splitlines()
+    assert [file.split(":")[0] for file in files] == list(data.SPLITS) and f"{size} tokens instead of 5,000" in line
     assert len(out.splitlines()) == 4 and f"bpe_vocab_5000.json: {size} tokens" in out
     assert int(data.load_tokens("bpe_vocab_5000.json")["train"].ids.numpy().max()) < size
     prepare.main(["--from", str(folder), "--vocab-size", "260"])
-    assert capfd.readouterr().err == ""
+    assert capfd.readouterr().err.splitlines() == files
 
 
 @pytest.mark.parametrize("size", ["5", "0", "-1", "256", "65537", "many"])

@@ -1,5 +1,6 @@
 """Texts of one's own: data/texts.py and dataset folders, against the definitions and other readers."""
 
+import codecs
 import gzip
 import json
 import os
@@ -18,8 +19,9 @@ import data
 import forks
 import harness
 from bpe_tokenizer import BPETokenizer
-from data import prepare, texts
-from data.texts import ReadOptions, assign, cut_place, read_documents, read_texts, split_documents
+from data import formats, prepare, texts
+from data.formats import File, ReadOptions
+from data.texts import assign, cut_place, read_texts, split_documents
 from test_data import as_data_dir, no_network  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -58,6 +60,35 @@ def texts_of(folder, vocabulary="bpe_vocab.json"):
     """What the token files of a dataset folder decode to, {split: text}."""
     tokens, tokenizer = tokens_of(folder, vocabulary)
     return {split: tokenizer.decode(some.ids.tolist()) for split, some in tokens.items()}
+
+
+def in_a_file(documents):
+    """`texts.Documents` of a list of bytes."""
+    copy = texts.Copy()
+    copy.add((document, True) for document in documents)
+    return copy.documents(0, len(documents))
+
+
+def lists(splits):
+    return {split: list(documents) for split, documents in splits.items()}
+
+
+def read_documents(path, options):
+    """The documents of a file."""
+    (file,) = texts.find_files([path], options, print)
+    return list_of(formats.read(file, options))
+
+
+def list_of(pieces):
+    """The documents that a reader gives, but for empty ones."""
+    documents, parts = [], []
+    for piece, ends in pieces:
+        parts.append(piece)
+        if ends:
+            documents.append(b"".join(parts))
+            parts = []
+    assert not parts
+    return [document for document in documents if document]
 
 
 def refusal(capfd, *args):
@@ -99,7 +130,7 @@ def test_a_text_is_cut_into_three_where_paragraphs_end(here):
     ("天地玄黄宇宙洪荒" * 2000, ""), ("\U0001f600" * 3000, ""), ("x" * 9999, ""), ("a\n" * 20, "\n"),
 ])  # fmt: skip
 def test_where_a_text_may_be_cut(text, end):
-    parts = split_documents([text.encode()], SPLITS)
+    parts = lists(split_documents(in_a_file([text.encode()]), SPLITS))
     assert "".join(document.decode() for split in SPLITS for document in parts[split]) == text
     assert all(len(parts[split]) == 1 for split in SPLITS)
     assert all(parts[split][0].decode().endswith(end) for split in SPLITS)
@@ -109,7 +140,7 @@ def test_where_a_text_may_be_cut(text, end):
 
 @pytest.mark.parametrize("n", [40, 200, 1000, 3999, 4001, 100_000])
 def test_held_out_splits_of_short_texts_are_not_too_short(n):
-    parts = {split: len(b"".join(some)) for split, some in split_documents([b"ab " * (n // 3)], SPLITS).items()}
+    parts = {split: len(b"".join(some)) for split, some in split_documents(in_a_file([b"ab " * (n // 3)]), SPLITS).items()}
     assert sum(parts.values()) == n // 3 * 3
     assert all(size >= min(0.15 * n, 100) for size in parts.values())
 
@@ -139,7 +170,7 @@ def test_cut_place_against_every_place():
 def test_documents_stay_whole_and_every_split_has_its_share():
     r = random.Random(2)
     documents = [bytes([65 + i % 26]) * r.randint(1, 400) for i in range(1000)]
-    parts = split_documents(documents, SPLITS)
+    parts = lists(split_documents(in_a_file(documents), SPLITS))
     assert sorted(d for some in parts.values() for d in some) == sorted(documents)
     total = sum(map(len, documents))
     assert np.allclose([sum(map(len, parts[s])) / total for s in SPLITS], (0.9, 0.05, 0.05), atol=0.002)
@@ -302,9 +333,11 @@ def test_files_of_a_folder_are_documents(here):
     lines = []
     splits, documents = read_texts([folder], ReadOptions(), lines.append)
     assert documents
-    expected = [text.encode() for text in contents.values() if text] + [b"x" * 50]
+    expected = [text.encode() for text in contents.values() if text]
     assert sorted(d for some in splits.values() for d in some) == sorted(expected)
-    assert len(lines) == 1 and re.search("and [12] more", lines[0])
+    left_out = next(line for line in lines if line.startswith("Left out: "))
+    assert re.search(r"picture.png \(a picture\).* and 2 more$", left_out)
+    assert any("given twice: " in line and "linked.txt" in line for line in lines)
 
 
 def test_separators_in_a_text(here):
@@ -388,12 +421,18 @@ def test_bytes_that_are_no_utf8(here, capfd):
 def test_utf16(here, capfd):
     text = story(60)
     (here / "wide.txt").write_bytes(text.encode("utf-16"))
+    (here / "plain.txt").write_text(text)
+    for mark, codec in ((codecs.BOM_UTF16_LE, "utf-16-le"), (codecs.BOM_UTF16_BE, "utf-16-be"),
+                        (codecs.BOM_UTF32_LE, "utf-32-le"), (codecs.BOM_UTF8, "utf-8")):  # fmt: skip
+        for encoding in ([], ["--encoding", "UTF-16"], ["--encoding", codec], ["--encoding", "utf8"]):
+            (here / "wide.txt").write_bytes(mark + text.encode(codec))
+            prepare.main(["--from", "wide.txt", "--to", "own", "--vocab-size", "300", *encoding])
+            assert "".join(texts_of("own", "bpe_vocab_300.json").values()) == text
+    (here / "wide.txt").write_bytes(text.encode("utf-16-le"))
     message = refusal(capfd, "--from", "wide.txt", "--to", "own")
-    assert "--encoding utf-16" in message
-    for encoding in ("utf-16", "utf-16-le"):  # the second one takes the mark for a character
-        (here / "wide.txt").write_bytes(b"\xff\xfe" + text.encode("utf-16-le"))
-        prepare.main(["--from", "wide.txt", "--to", "own", "--encoding", encoding])
-        assert "".join(texts_of("own").values()) == text
+    assert "--encoding utf-16-le" in message
+    prepare.main(["--from", "wide.txt", "--to", "own", "--encoding", "utf-16-le"])
+    assert "".join(texts_of("own").values()) == text
 
 
 @pytest.mark.parametrize("name, content, words", [
@@ -401,7 +440,7 @@ def test_utf16(here, capfd):
     ("x.parquet", b"PAR1 nothing PAR1", "parquet"), ("x.jsonl", b'{"text": "a"}\nnonsense\n', "line 2"),
     ("x.jsonl", b'{"text": 5}\n', "no text"), ("x.jsonl", b"[" * 100_000, "no JSON"),
     ("x.jsonl", b'{"text": "\\ud800 alone"}\n', "surrogate"), ("x.jsonl", b'["a"]\n', "column text"),
-    ("x.txt", b"\xff\xfea\0", "utf-16"), ("x.jsonl", b"\xe9", "0xE9"),
+    ("x.txt", b"\xff\xfea\0b", "utf-16"), ("x.jsonl", b"\xe9", "0xE9"),
 ])  # fmt: skip
 def test_damaged_files(here, capfd, name, content, words):
     (here / name).write_bytes(content)
@@ -624,9 +663,11 @@ def test_reading_leaves_nothing_behind_of_a_failed_preparation(here, capfd):
     assert {path.name: path.read_bytes() for path in (here / "own").iterdir()} == before
 
 
-def test_binary_files_are_told_from_texts(here):
-    (here / "a.bin").write_bytes(b"\0\1")
-    (here / "b.txt").write_bytes(b"text")
-    (here / "c.txt").write_bytes("wide".encode("utf-16"))
-    (here / "d.gz").write_bytes(gzip.compress(b"\0"))
-    assert [texts._is_binary(here / name) for name in ("a.bin", "b.txt", "c.txt", "d.gz")] == [True, False, False, True]
+@pytest.mark.parametrize("content, encoding, binary", [
+    (b"\0\1", "utf-8", True), (b"text", "utf-8", False), ("wide".encode("utf-16"), "utf-16", False),
+    (bytes(range(256)) * 50, "latin-1", True), (bytes(range(256)) * 50, "cp1252", True),
+    ("Éloïse à l'école".encode("latin-1") * 50, "latin-1", False), ("Привет".encode("cp1251") * 50, "utf-8", False),
+    (b"a text with one \0 in it, and more", "utf-8", False), (b"\x1b[31mred\x1b[0m text of a log\n" * 9, "utf-8", False),
+])  # fmt: skip
+def test_binary_files_are_told_from_texts(content, encoding, binary):
+    assert formats.is_binary(content, encoding) == binary
