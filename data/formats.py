@@ -74,24 +74,24 @@ class File:
 class Unread(UserError):
     """A file that is not read, though it is whole: among others it is left out. `what` it is, in a few words."""
 
-    def __init__(self, name, what, message):
-        super().__init__(f"{name} {message}")
-        self.name, self.what = name, what
+    def __init__(self, name, what, message=None):
+        super().__init__(message or f"{name} is {what}")
+        self.name, self.what = str(name), what
 
 
 class NotText(Unread):
     """A file is in a format that is not read."""
 
     def __init__(self, name, what, advice):
-        super().__init__(name, what, f"is {what}, which is not read here; {advice}")
+        super().__init__(name, what, f"{name} is {what}, which is not read here; {advice}")
 
 
 class NoColumn(Unread):
     """A table does not have the column."""
 
     def __init__(self, name, names, column):
-        known = ", ".join(str(name) for name in list(names)[:20]) or "none"
-        message = f"has no column {column}; it has {known}; --column NAME takes another"
+        known = ", ".join(reprlib.repr(name).strip("'") for name in list(names)[:20]) or "none"
+        message = f"{name} has no column {column}; it has {known}; --column NAME takes another"
         if PurePosixPath(name).suffix.lower() in (".csv", ".tsv", ".json"):
             message += ", or give it the ending .txt to read it as plain text"
         super().__init__(name, f"without a column {column}", message)
@@ -101,8 +101,8 @@ class NoJson(Unread):
     """A file is no JSON, as its name says."""
 
     def __init__(self, name, why):
-        super().__init__(name, "no JSON", f"is no JSON ({why}); correct it, or give it the ending .txt to read it as "
-                         "plain text")  # fmt: skip
+        super().__init__(name, "no JSON", f"{name} is no JSON ({why}); correct it, or give it the ending .txt to read "
+                         "it as plain text")  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -336,6 +336,8 @@ def look_into(file, options, scratch, depth=0):
     else:
         try:
             found = replace(file, kind=_kind(file, head, options))
+            if not head and found.kind in DECODED:
+                raise Unread(file.name, "empty")
             if found.kind in ("json", "csv"):
                 next(read(found, options, scratch), None)  # is there the column?
             yield found
@@ -428,7 +430,8 @@ def _encoded(text, place, options):
 def _check_row(value, place, column):
     """Raise ValueError if the value of a row is no text. A missing one is none, and allowed."""
     if value is not None and not isinstance(value, str):
-        raise UserError(f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")
+        raise Unread(place, f"without text in its column {column}",
+                     f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")  # fmt: skip
 
 
 def _split(pieces, separator):

@@ -528,7 +528,7 @@ def main(argv=None):
     if args.separator:
         given["separator"] = separator_of(args.separator)
     if args.encoding:
-        name = args.encoding.strip().lower()
+        name = re.sub(r"^utf[-_ ]?(8|16|32)[-_ ]?(?=.)", r"utf-\1-", args.encoding.strip().lower())  # UTF16LE
         given["encoding"] = ENCODING_NAMES.get(name, name)
         try:
             bytes(8).decode(given["encoding"], "replace")

@@ -10,6 +10,7 @@ is taken off. So memory does not grow with the text, and a pipe or an archive is
 import codecs
 import glob
 import hashlib
+import itertools
 import os
 import re
 import sys
@@ -103,19 +104,19 @@ def _walk(folder, left_out):
 
     for here, names, inside in os.walk(folder, onerror=fail, followlinks=True):
         here = Path(here)
-        left_out += [Unread(here / name, "hidden", "") for name in sorted(names + inside) if is_hidden(Path(name))]
+        left_out += [Unread(here / name, "hidden") for name in sorted(names + inside) if is_hidden(Path(name))]
         names[:] = sorted(name for name in names if not is_hidden(Path(name)))
         for name in names[:]:
             if (key := _identity(here / name)) in seen and key is not None:
-                left_out.append(Unread(here / name, "a link to a folder that is read", ""))
+                left_out.append(Unread(here / name, "a link to a folder that is read"))
                 names.remove(name)
             seen.add(key)
         made = "prepare.lock" in inside  # a dataset folder of prepare.py
         for name in sorted(name for name in inside if not is_hidden(Path(name))):
             if made and OUR_FILES.fullmatch(name):
-                left_out.append(Unread(here / name, "made by prepare.py", ""))
+                left_out.append(Unread(here / name, "made by prepare.py"))
             elif not (here / name).is_file():
-                left_out.append(Unread(here / name, "no file", ""))
+                left_out.append(Unread(here / name, "no file"))
             else:
                 yield here / name
 
@@ -140,6 +141,8 @@ def find_files(paths, options, say, scratch=None):
         if str(path) in STDIN or not (path.is_dir() or path.is_file()):  # a pipe
             name, place = ("standard input", "stdin") if str(path) in STDIN else (str(path), path.name)
             file = File(name, PurePosixPath(place), lambda path=path: _open(path))
+            if str(path) not in STDIN and path.is_char_device() and not os.path.samefile(path, os.devnull):
+                raise UserError(f"{path} is a device; {GIVE}")
             named = [read_once(file, scratch)]
         elif path.is_dir():
             named = [_file(each, each.relative_to(path)) for each in _walk(path, left_out)]
@@ -149,16 +152,18 @@ def find_files(paths, options, say, scratch=None):
             for found in look_into(file, options, scratch):
                 if not isinstance(found, Unread):
                     files.append(found)
-                elif path.is_dir() or found.name != file.name:
+                elif path.is_dir() or found.name != file.name or found.what == "empty":
                     left_out.append(found)
                 else:
                     raise found
+    left_out.sort(key=lambda each: each.what == "hidden")  # they matter least
+    if not files:
+        why = f": {left_out[0]}" if left_out else ""
+        advice = f"; {GIVE}" * (";" not in why)
+        raise MissingFileError(f"there is no text in {', '.join(map(str, paths))}{why}{advice}")
     if left_out:
-        left_out.sort(key=lambda each: each.what == "hidden")  # they matter least
         shown = ", ".join(f"{each.name} ({each.what})" for each in left_out[:3])
         say(f"Left out: {shown}{f' and {len(left_out) - 3} more' * (len(left_out) > 3)}")
-    if not files:
-        raise MissingFileError(f"there is no text in {', '.join(map(str, paths))}; {GIVE}")
     return files
 
 
@@ -224,15 +229,16 @@ class Copy:
         return n
 
     def documents(self, first, last):
-        ends = np.array(self.ends[first : last + 1])
-        return Documents(self.file, np.stack([ends[:-1], ends[1:]], axis=1))
+        """Those documents, once all have been added."""
+        ends = np.frombuffer(self.ends, np.int64)[first : last + 1]
+        return Documents(self.file, np.lib.stride_tricks.sliding_window_view(ends, 2))  # no copy of the numbers
 
     def digests_of(self, documents):
         """(digest, bytes) of those of `documents` that were not cut, two arrays."""
-        ends, starts = np.array(self.ends[1:]), np.array(self.ends[:-1])
-        which = np.searchsorted(starts, documents.spans[:, 0], side="right") - 1
-        whole = (starts[which] == documents.spans[:, 0]) & (ends[which] == documents.spans[:, 1])
-        return np.array(self.digests, np.uint64)[which[whole]], documents.sizes[whole]
+        ends, digests = np.frombuffer(self.ends, np.int64), np.frombuffer(self.digests, np.uint64)
+        which = np.searchsorted(ends[:-1], documents.spans[:, 0], side="right") - 1
+        whole = (ends[which] == documents.spans[:, 0]) & (ends[which + 1] == documents.spans[:, 1])
+        return digests[which[whole]], documents.sizes[whole]
 
 
 class Documents:
@@ -322,6 +328,12 @@ def splits_of(places):
     words, together = _all_split_words(places), {}
     for key, split in (pair for some in words for pair in some):
         together.setdefault(key, set()).add(split)
+    for (folder, pattern), splits in list(together.items()):  # train.txt and x.test.txt
+        if pattern != "*" and "*" in [other for here, other in together if here == folder]:
+            whole = together[folder, "*"]
+            if "train" in whole and splits - {"train"} or "train" in splits and whole - {"train"}:
+                whole |= splits
+                together[folder, pattern] = whole
     sure = {key for key, splits in together.items() if "train" in splits and len(splits) > 1}
     if not sure:
         return [None] * len(places)
@@ -343,8 +355,8 @@ def _check_held_out(places):
             continue
         if len(set(named.values())) > 1 or beside:
             names = " and ".join(sorted(place.name for place in named)[:3])
-            raise MissingFileError(f"there is {names}, and no file is named train; name the training text so, or give "
-                                   f"{names} another name")  # fmt: skip
+            raise MissingFileError(f"there is {names}, and no file is named train; rename the training text to "
+                                   f"train{PurePosixPath(list(named)[0]).suffix}, or give {names} another name")
 
 
 def assign(sizes, shares):
@@ -416,19 +428,24 @@ def _names(files):
 def _say_splits(splits, sources, say):
     several = any(len(documents) > 1 for documents in splits.values())
     for split, documents in splits.items():
-        size = f"{documents.n_bytes:,} bytes" + f" in {len(documents):,} documents" * several
+        size = f"{documents.n_bytes:,} bytes"
+        size += f" in {len(documents):,} document{'s' * (len(documents) != 1)}" * several
         say(f"{split}: {sources[split]} ({size})")
 
 
 def _say_copies(copy, splits, say):
     """Say which part of a held-out split is in another split, too."""
-    digests = {split: copy.digests_of(documents) for split, documents in splits.items()}
-    for split in SPLITS[1:]:
-        for other in SPLITS[: SPLITS.index(split)]:
-            shared = int(digests[split][1][np.isin(digests[split][0], digests[other][0])].sum())
-            share = shared / max(1, splits[split].n_bytes)
-            if share > 0.01:
-                say(f"{share:.0%} of {split} is text that {other} holds as well: its loss tells little.")
+    for other, split in itertools.combinations([split for split in SPLITS if split in splits], 2):
+        digests, sizes = copy.digests_of(splits[split])
+        known, number = np.unique(digests, return_inverse=True)
+        seen = np.zeros(len(known) + 1, bool)
+        for first in range(0, len(splits[other]), 1 << 20):
+            others = copy.digests_of(splits[other].chosen(slice(first, first + (1 << 20))))[0]
+            place = np.searchsorted(known, others)
+            seen[place[np.append(known, np.uint64(0))[place] == others]] = True
+        share = int(sizes[seen[:-1][number]].sum()) / max(1, splits[split].n_bytes)
+        if share > 0.01:
+            say(f"{share:.0%} of {split} is text that {other} holds as well: its loss tells little.")
 
 
 def read_texts(paths, options, say, scratch=None):
@@ -450,7 +467,7 @@ def read_texts(paths, options, say, scratch=None):
         used = {split: some for split, some in named.items() if some}
         if others := [file for file, name in zip(files, found) if name is None]:
             say(f"Left out, since the splits are named: {_names(others)}")
-    copy, parts, sections = Copy(scratch), {}, False
+    copy, ranges, sections = Copy(scratch), {}, False
     for split, some in used.items():
         first, seen, twice = len(copy.digests), set(), []
         for file in some:
@@ -462,7 +479,7 @@ def read_texts(paths, options, say, scratch=None):
             sections |= _copy_one(copy, file, options, scratch) > 1
         if twice:
             say(f"Read once, though it is given twice: {_names(twice)}")
-        parts[split] = copy.documents(first, len(copy.digests))
+        ranges[split] = first, len(copy.digests)
     if not copy.digests:
         raise UserError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
     if copy.empty and any(file.kind in TABLES for file in files):
@@ -471,6 +488,7 @@ def read_texts(paths, options, say, scratch=None):
         say(f"The separator {options.separator!r} occurs nowhere in the text.")
     if options.separator is None and copy.counted:
         say(f"The text holds {END} {copy.counted:,} times, as plain text; --separator '{END}' makes documents of it.")
+    parts = {split: copy.documents(*places) for split, places in ranges.items()}
     sources = {split: _names(some) for split, some in used.items()}
     if None in used:
         splits = split_documents(parts[None], SPLITS)
@@ -482,7 +500,7 @@ def read_texts(paths, options, say, scratch=None):
             sources |= {split: f"a part of {sources['train']}" for split in ("train", *missing)}
         splits = {split: splits[split] for split in SPLITS}
     _say_splits(splits, sources, say)
-    _say_copies(copy, splits, say)
+    _say_copies(copy, splits if None in used else parts, say)
     return splits, any(len(documents) > 1 for documents in splits.values())
 
 

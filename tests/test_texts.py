@@ -1,16 +1,28 @@
 """Texts of one's own: data/texts.py and dataset folders, against the definitions and other readers."""
 
+import bz2
 import codecs
+import csv
 import gzip
+import io
 import json
+import lzma
 import os
+import pickle
 import random
 import re
 import shlex
-from pathlib import Path
+import sqlite3
+import sys
+import tarfile
+import zipfile
+from pathlib import Path, PurePosixPath
 
+import datasets
 import numpy as np
 import pyarrow
+import pyarrow.feather
+import pyarrow.orc
 import pyarrow.parquet
 import pytest
 import torch
@@ -20,7 +32,7 @@ import forks
 import harness
 from bpe_tokenizer import BPETokenizer
 from data import formats, prepare, texts
-from data.formats import File, ReadOptions
+from data.formats import ReadOptions
 from data.texts import assign, cut_place, read_texts, split_documents
 from test_data import as_data_dir, no_network  # noqa: F401 - a fixture
 
@@ -140,7 +152,7 @@ def test_where_a_text_may_be_cut(text, end):
 
 @pytest.mark.parametrize("n", [40, 200, 1000, 3999, 4001, 100_000])
 def test_held_out_splits_of_short_texts_are_not_too_short(n):
-    parts = {split: len(b"".join(some)) for split, some in split_documents(in_a_file([b"ab " * (n // 3)]), SPLITS).items()}
+    parts = {split: some.n_bytes for split, some in split_documents(in_a_file([b"ab " * (n // 3)]), SPLITS).items()}
     assert sum(parts.values()) == n // 3 * 3
     assert all(size >= min(0.15 * n, 100) for size in parts.values())
 
@@ -207,6 +219,70 @@ def test_files_named_after_the_splits_are_the_splits(here, names, capfd):
     prepare.main(["--from", "text", "--to", "own"])
     assert texts_of("own") == wanted
     assert "README.md" in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("names, splits", [
+    ("ptb.train.txt ptb.valid.txt ptb.test.txt", "train val test"), ("x-train.txt x-dev.txt", "train val"),
+    ("train-00000-of-00002-a09b74b3ef9c3b56.parquet train-00001-of-00002-ff9b74b3ef9c3b56.parquet "
+     "test-00000-of-00001-a09b74b3ef9c3b56.parquet", "train train test"),
+    ("data/train-00000-of-00001.parquet data/validation-00000-of-00001.parquet README.md", "train val -"),
+    ("ds/train/data-00000-of-00001.arrow ds/test/data-00000-of-00001.arrow", "train test"),
+    ("imdb/train/pos/0_1.txt imdb/train/neg/1_1.txt imdb/test/pos/2_1.txt", "train train test"),
+    ("wiki.train.raw wiki.valid.raw", "train val"), ("train valid", "train val"), ("a.train a.test", "train test"),
+    ("train.en valid.en", "train val"), ("en/train.txt de/train.txt en/test.txt", "train train test"),
+    ("Train1.txt TRAIN2.txt Test1.txt", "train train test"), ("c.zip/train.csv c.zip/test.csv", "train test"),
+    ("x-train.zip/a.txt x-test.zip/a.txt", "train test"), ("train.txt x.test.txt", "train test"),
+    ("a-train.txt test.txt other.txt", "train test -"), ("train_data.jsonl test_data.jsonl", "train test"),
+    ("The Girl on the Train.txt|A Test of Wills.txt|Emma.txt", "- - -"), ("training.txt retest.txt", "- -"),
+    ("latest.txt trained.txt contest-train.txt", "- - -"), ("train_test.txt train.txt", "- -"),
+    ("train.py test.py", "- -"),
+    ("src/a.py train/a.py test/a.py", "- - -"), ("train.txt", "-"), ("test.txt", "-"),
+])  # fmt: skip
+def test_names_that_carry_a_split(names, splits):
+    places = list(map(PurePosixPath, names.split("|" if "|" in names else None)))
+    assert texts.splits_of(places) == [None if split == "-" else split for split in splits.split()]
+    order = random.Random(0).sample(range(len(places)), len(places))  # whatever the order
+    assert texts.splits_of([places[i] for i in order]) == [
+        None if split == "-" else split for split in (splits.split()[i] for i in order)]  # fmt: skip
+
+
+@pytest.mark.parametrize("names", ["essays.txt essays.test.txt", "novel.md test.md", "a.valid.txt a.test.txt"])
+def test_held_out_text_without_training_text_is_refused_with_advice_that_works(here, capfd, names):
+    for k, name in enumerate(names.split()):
+        (here / name).write_text(story(90, seed=k))
+    message = refusal(capfd, "--from", *names.split(), "--to", "own")
+    assert "no file is named train" in message
+    if "valid" not in names:
+        new = re.search(r"rename the training text to (\S+),", message)[1]
+        os.rename(names.split()[0], new)
+        prepare.main(["--from", new, names.split()[1], "--to", "own", "--vocab-size", "300"])
+        assert texts_of("own", "bpe_vocab_300.json")["test"] == story(90, seed=1)
+
+
+def test_it_says_which_files_became_which_split(here, capfd):
+    for k, name in enumerate(("x.train.txt", "x.valid.txt", "novel.txt")):
+        (here / name).write_text(story(60, seed=k))
+    prepare.main(["--from", "x.train.txt", "x.valid.txt", "--to", "own", "--vocab-size", "300"])
+    parts, lines = texts_of("own", "bpe_vocab_300.json"), capfd.readouterr().err.splitlines()
+    assert lines == [f"train: a part of x.train.txt ({len(parts['train'].encode()):,} bytes)",
+                     f"val: x.valid.txt ({len(parts['val'].encode()):,} bytes)",
+                     f"test: a part of x.train.txt ({len(parts['test'].encode()):,} bytes)"]  # fmt: skip
+    prepare.main(["--from", "novel.txt", "--to", "own", "--vocab-size", "300"])
+    assert [line.split(" (")[0] for line in capfd.readouterr().err.splitlines()] == [
+        f"{split}: a part of novel.txt" for split in SPLITS]  # fmt: skip
+
+
+@pytest.mark.parametrize("shared, told", [(0, False), (1, True), (10, True)])
+def test_text_that_two_splits_share_is_told(here, capfd, shared, told):
+    rows = [f"row number {i} of the training text" for i in range(100)]
+    for name, some in (("train", rows), ("test", rows[:shared] + [f"a new row {i}" for i in range(10 - shared)])):
+        (here / f"{name}.jsonl").write_text("".join(json.dumps({"text": row}) + "\n" for row in some))
+    lines = []
+    read_texts([here], ReadOptions(), lines.append)
+    found = [line for line in lines if "holds as well" in line]
+    assert bool(found) == told
+    if shared == 10:
+        assert found == ["100% of test is text that train holds as well: its loss tells little."]
 
 
 @pytest.mark.parametrize("missing, left", [("test", ("train", "valid")), ("valid", ("train", "test"))])
@@ -336,8 +412,8 @@ def test_files_of_a_folder_are_documents(here):
     expected = [text.encode() for text in contents.values() if text]
     assert sorted(d for some in splits.values() for d in some) == sorted(expected)
     left_out = next(line for line in lines if line.startswith("Left out: "))
-    assert re.search(r"picture.png \(a picture\).* and 2 more$", left_out)
-    assert any("given twice: " in line and "linked.txt" in line for line in lines)
+    assert re.search(r"around \(a link .*, .*nowhere \(no file\), .* and 3 more$", left_out)
+    assert any("given twice: " in line and "x.md" in line for line in lines)
 
 
 def test_separators_in_a_text(here):
@@ -393,6 +469,437 @@ def test_bad_parquet_files_named_as_the_hub_names_them(here, capfd, kind):
     if kind != "damaged":
         prepare.main(["--from", str(here), "--to", "own", "--column", "body", "--vocab-size", "300"])
         assert "a row of test 5" in texts_of("own", "bpe_vocab_300.json")["test"]
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Formats
+# ----------------------------------------------------------------------------------------------------------
+
+LINES = ["first", 'with "quotes", commas; and\ttabs', "two\nlines", "  spaces  ", "天地", "café 😀"] * 5
+TABLE = {"id": list(range(len(LINES))), "text": LINES}
+
+
+def write_csv(path, delimiter):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file, delimiter=delimiter)
+        writer.writerows([("id", "text"), *zip(TABLE["id"], LINES)])
+
+
+def write_stream(path):
+    table = pyarrow.table(TABLE)
+    with pyarrow.OSFile(str(path), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+        writer.write_table(table, max_chunksize=7)
+
+
+RECORDS = [{"id": i, "text": line} for i, line in enumerate(LINES)]
+TABLES = {
+    "x.csv": lambda path: write_csv(path, ","), "semicolons.csv": lambda path: write_csv(path, ";"),
+    "x.TSV": lambda path: write_csv(path, "\t"),
+    "x.json": lambda path: path.write_text(json.dumps(RECORDS)),
+    "indented.json": lambda path: path.write_text(json.dumps(RECORDS, indent=2, ensure_ascii=False)),
+    "columns.json": lambda path: path.write_text(json.dumps(TABLE)),
+    "strings.json": lambda path: path.write_text(json.dumps(LINES)),
+    "pandas.json": lambda path: path.write_text(json.dumps({"text": dict(enumerate(LINES))})),
+    "lines.json": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+    "x.NDJSON": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+    "wiki_00": lambda path: path.write_text("\n".join(map(json.dumps, RECORDS))),
+    "x.feather": lambda path: pyarrow.feather.write_feather(pyarrow.table(TABLE), path),
+    "x.arrow": write_stream,
+    "x.orc": lambda path: pyarrow.orc.write_table(pyarrow.table(TABLE), path),
+    "no ending": lambda path: pyarrow.parquet.write_table(pyarrow.table(TABLE), path),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", TABLES)
+def test_rows_of_tables_of_every_format(here, name):
+    TABLES[name](here / name)
+    assert read_documents(here / name, ReadOptions()) == [line.encode() for line in LINES]
+    if name != "strings.json":
+        assert read_documents(here / name, ReadOptions(column="text")) == [line.encode() for line in LINES]
+        with pytest.raises(ValueError, match="no column body; it has .*--column|is none; leave it out"):
+            find_and_check([here / name], ReadOptions(column="body"))
+
+
+def find_and_check(paths, options):
+    files = texts.find_files(paths, options, print)
+    texts.check_options(options, files)
+    for file in files:
+        list(formats.read(file, options))
+
+
+def test_what_datasets_saves_to_a_disk(here):
+    saved = datasets.Dataset.from_dict(TABLE)
+    saved.save_to_disk(here / "one", num_shards=2)
+    datasets.DatasetDict(train=saved, validation=saved.select(range(9)), test=saved.select(range(7))).save_to_disk(
+        here / "several")  # fmt: skip
+    lines = []
+    splits, documents = read_texts([here / "one"], ReadOptions(), lines.append)
+    assert documents and sorted(d for some in splits.values() for d in some) == sorted(line.encode() for line in LINES)
+    assert any("Left out" in line and "dataset_info.json" in line for line in lines)
+    splits, documents = read_texts([here / "several"], ReadOptions(), lines.append)
+    for split, n in zip(SPLITS, (len(LINES), 9, 7)):
+        assert list(splits[split]) == [line.encode() for line in LINES[:n]]
+
+
+def test_wikitext_that_datasets_saved_to_a_disk_is_wikitext(here):
+    from test_data import HUB_NAMES, TEXTS
+
+    rows = {name: ["" if line == " \n" else line for line in re.findall(r"[^\n]*\n", TEXTS[split])]
+            for split, name in HUB_NAMES.items()}  # fmt: skip
+    saved = {name: datasets.Dataset.from_dict({"text": some}) for name, some in rows.items()}
+    datasets.DatasetDict(saved).save_to_disk(here / "wiki")
+    prepare.main(["--from", "wiki", "--to", "own", "--vocab-size", "300"])
+    assert texts_of("own", "bpe_vocab_300.json") == TEXTS
+
+
+def pyarrow_compress(codec):
+    def compress(content):
+        sink = pyarrow.BufferOutputStream()
+        with pyarrow.CompressedOutputStream(sink, codec) as file:
+            file.write(content)
+        return sink.getvalue().to_pybytes()
+
+    return compress
+
+
+PACKERS = {"gz": gzip.compress, "bz2": bz2.compress, "xz": lzma.compress, "zst": pyarrow_compress("zstd"),
+           "lz4": pyarrow_compress("lz4"),
+           "lzma": lambda content: lzma.compress(content, format=lzma.FORMAT_ALONE)}  # fmt: skip
+
+
+@pytest.mark.parametrize("ending", PACKERS)
+def test_packed_files(here, ending, capfd):
+    text = story(300)
+    packed = PACKERS[ending](text.encode())
+    for name in (f"x.txt.{ending}", f"X.TXT.{ending.upper()}", *(["packed"] if ending != "lzma" else [])):
+        (here / name).write_bytes(packed)
+        assert read_documents(here / name, ReadOptions()) == [text.encode()]
+    TABLES["no ending"](here / "x.parquet")
+    (here / f"x.parquet.{ending}").write_bytes(PACKERS[ending]((here / "x.parquet").read_bytes()))
+    assert read_documents(here / f"x.parquet.{ending}", ReadOptions()) == [line.encode() for line in LINES]
+    (here / f"cut.txt.{ending}").write_bytes(packed[: len(packed) // 2])
+    message = refusal(capfd, "--from", f"cut.txt.{ending}", "--to", "own")
+    assert "not complete" in message and formats.PACKINGS[f".{ending}"] in message
+    if ending != "lzma":
+        (here / f"plain.txt.{ending}").write_text(text)
+        assert "as its name says" in refusal(capfd, "--from", f"plain.txt.{ending}", "--to", "own")
+
+
+def write_archive(path, contents):
+    if ".zip" in path.name:
+        with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+            for name, content in contents.items():
+                archive.writestr(name, content)
+        return
+    with tarfile.open(path, {"gz": "w:gz", "tgz": "w:gz", "xz": "w:xz", "bz2": "w:bz2"}.get(
+            path.name.lower().rpartition(".")[2], "w")) as archive:  # fmt: skip
+        for name, content in contents.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            archive.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("name", ["x.zip", "x.tar", "x.tar.gz", "x.tgz", "x.tar.xz", "X.TAR.BZ2", "archive"])
+def test_archives_are_read_in_place(here, name, capfd):
+    names = [f"ptb/ptb.{split}.txt" for split in ("train", "valid", "test")]
+    contents = {name: story(40, seed=k).encode() for k, name in enumerate(names)}
+    extra = {"ptb/picture.png": b"\x89PNG\r\n\x1a\n\0\0", "__MACOSX/ptb/._ptb.train.txt": b"\0\5\x16\7",
+             "../outside.txt": b"left out, since it is of no split"}  # fmt: skip
+    (here / "from").mkdir()
+    path = here / "from" / name
+    write_archive(path, contents | extra)
+    before = sorted(here.rglob("*"))
+    for given in (path, path.parent):
+        prepare.main(["--from", str(given), "--to", "own", "--vocab-size", "300"])
+        assert list(texts_of("own", "bpe_vocab_300.json").values()) == [text.decode() for text in contents.values()]
+        said = capfd.readouterr().err
+        assert f"{name}/ptb/ptb.valid.txt" in said and "picture.png (a picture)" in said and "outside.txt" in said
+    assert sorted(each for each in here.rglob("*") if "own" not in each.parts) == before
+    assert not (here.parent / "outside.txt").exists()
+
+
+def test_archives_in_archives(here, capfd):
+    inner = {"a.txt": b"a text\n" * 90, "b.jsonl.gz": gzip.compress(b'{"text": "a row"}\n' * 9)}
+    write_archive(here / "inner.tar.gz", inner)
+    write_archive(here / "outer.zip", {"inner.tar.gz": (here / "inner.tar.gz").read_bytes()})
+    splits, _ = read_texts([here / "outer.zip"], ReadOptions(), print)
+    assert b"".join(d for some in splits.values() for d in some) == b"a text\n" * 90 + b"a row" * 9
+    content = b"text"
+    for _ in range(9):
+        write_archive(here / "deep.zip", {"x.zip": content})
+        content = (here / "deep.zip").read_bytes()
+    assert "archive in archives" in refusal(capfd, "--from", "deep.zip", "--to", "own")
+
+
+def torch_file(path):
+    torch.save({"a": torch.ones(3)}, path)
+
+
+def zip_of(**contents):
+    def make(path):
+        write_archive(path.with_name("made.zip"), {name.replace("__", "/"): text for name, text in contents.items()})
+        path.with_name("made.zip").rename(path)
+
+    return make
+
+
+REFUSED = {  # what it is called, and how it is made
+    "x.pdf": ("PDF", b"%PDF-1.7\n%\xe2\xe3\n"), "x.7z": ("7z", b"7z\xbc\xaf\x27\x1c\0\4" + bytes(99)),
+    "x.rar": ("RAR", b"Rar!\x1a\7\1\0" + bytes(9)), "x.rtf": ("Rich Text", b"{\\rtf1 hello}"),
+    "x.doc": ("Office", b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1" + bytes(99)),
+    "x.docx": ("Office", zip_of(**{"[Content_Types].xml": "<x/>", "word__document.xml": "<x/>"})),
+    "x.xlsx": ("Excel", zip_of(**{"[Content_Types].xml": "<x/>", "xl__workbook.xml": "<x/>"})),
+    "x.odt": ("OpenDocument", zip_of(mimetype="application/vnd.oasis.opendocument.text")),
+    "x.epub": ("EPUB", zip_of(**{"mimetype": "application/epub+zip", "META-INF__container.xml": "<x/>"})),
+    "x.db": ("SQLite", lambda path: sqlite3.connect(path).executescript("create table t(text)").close()),
+    "x.pkl": ("pickle", pickle.dumps(LINES)), "x.npy": ("numpy", lambda path: np.save(path, np.arange(9))),
+    "x.npz": ("numpy", lambda path: np.savez(path, a=np.arange(9))), "x.pt": ("torch", torch_file),
+    "x.safetensors": ("safetensors", (16).to_bytes(8, "little") + b'{"a": [1, 2, 3]}' + bytes(50)),
+    "x.png": ("picture", b"\x89PNG\r\n\x1a\n\0\0\0"), "x.txt": ("binary", random.Random(1).randbytes(5000)),
+    "zeros.txt": ("binary", bytes(5000)), "x.Z": ("compress", b"\x1f\x9d\x90abc"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_what_is_no_text_is_refused_by_its_name_and_left_out_of_folders(here, capfd, name):
+    what, content = REFUSED[name]
+    path = here / "folder" / name
+    path.parent.mkdir()
+    content(path) if callable(content) else path.write_bytes(content)
+    for options in ([], ["--errors", "replace"], ["--encoding", "latin-1"]):
+        message = refusal(capfd, "--from", path, "--to", "own", *options)
+        assert name in message and what in message and ";" in message
+    assert what in refusal(capfd, "--from", path.parent, "--to", "own")
+    (path.parent / "novel.md").write_text(story(20))
+    lines = []
+    splits, _ = read_texts([path.parent], ReadOptions(), lines.append)
+    assert b"".join(d for some in splits.values() for d in some) == story(20).encode()
+    assert "Left out" in lines[0] and name in lines[0] and what in lines[0]
+
+
+def test_tables_without_the_column_in_a_folder_are_left_out(here):
+    """As package.json and numbers.csv in a folder of programs."""
+    contents = {"a.txt": "a text\n" * 99, "package.json": "{}", "broken.json": "{// comment\n}", "n.csv": "a,b\n1,2\n",
+                "count.json": '{"text": 5}', "empty.json": ""}  # fmt: skip
+    for name, content in contents.items():
+        (here / name).write_text(content)
+    lines = []
+    splits, documents = read_texts([here], ReadOptions(), lines.append)
+    assert not documents and b"".join(d for some in splits.values() for d in some) == contents["a.txt"].encode()
+    assert "and 2 more" in lines[0]
+
+
+@pytest.mark.parametrize("name, content, words", [
+    ("x.csv", "id,text\n1,a,b\n", "line 2"), ("x.csv", 'id,text\n1,"a\n', "no row"), ("x.json", "[{", "no JSON"),
+    ("x.json", '[{"text": "a"}, {"text": "b"', "no JSON"), ("x.json", "[" * 100_000, "JSON"),
+    ("x.json", '[{"text": "a"}, {"body": "b"}]', "item 2"), ("x.csv", "id,body\n1,a\n", "it has id, body"),
+    ("x.json", '{"data": [{"text": "a"}]}', "it has data"), ("x.tsv", "id\tbody\n", "it has id, body"),
+    ("x.feather", "ARROW1 nothing", "arrow"), ("x.orc", "ORC nothing", "orc"), ("x.zip", "PK\3\4 nothing", "damaged"),
+])  # fmt: skip
+def test_damaged_tables_and_archives(here, capfd, name, content, words):
+    (here / name).write_text(content)
+    message = refusal(capfd, "--from", name, "--to", "own")
+    assert name in message and words in message
+
+
+def test_options_that_apply_to_nothing(here, capfd):
+    (here / "a.txt").write_text(story(20))
+    (here / "b.md").write_text(story(20))
+    TABLES["no ending"](here / "x.parquet")
+    for args, words in ((["a.txt", "--column", "body"], "--column"), (["a.txt", "b.md", "--column", "text"], "1 more"),
+                        (["x.parquet", "--separator", "x"], "--separator"),
+                        (["x.parquet", "--encoding", "cp1252"], "--encoding"),
+                        (["x.parquet", "--errors", "replace"], "--errors")):  # fmt: skip
+        message = refusal(capfd, "--from", *args, "--to", "own")
+        assert words in message and "leave it out" in message
+    prepare.main(["--from", "a.txt", "x.parquet", "--column", "text", "--to", "own", "--vocab-size", "260"])
+    prepare.main(["--from", "a.txt", "--separator", "nowhere", "--to", "own", "--vocab-size", "260"])
+    assert "'nowhere' occurs nowhere" in capfd.readouterr().err
+
+
+def test_a_column_asks_for_json_in_a_text_file(here):
+    (here / "x.txt").write_text(json.dumps([{"body": line} for line in LINES]))
+    (here / "y.txt").write_text("\n".join(json.dumps({"body": line}) for line in LINES))
+    for name in ("x.txt", "y.txt"):
+        assert read_documents(here / name, ReadOptions(column="body")) == [line.encode() for line in LINES]
+        assert len(read_documents(here / name, ReadOptions())) == 1  # not asked for: plain text
+
+
+def test_rows_that_are_empty_are_told(here):
+    (here / "x.jsonl").write_text('{"text": "a row"}\n{"text": ""}\n{"text": null}\n' * 9)
+    lines = []
+    read_texts([here / "x.jsonl"], ReadOptions(), lines.append)
+    assert "Left out: 18 of 27 rows, since they are empty" in lines
+
+
+def random_json(r, depth=0):
+    kinds = [None, True, -1.5e3, 7, "", 'te"xt \\ \n', "天地", "😀", "\u2028"]
+    if depth < 3 and r.random() < 0.4:
+        return [random_json(r, depth + 1) for _ in range(r.randrange(4))]
+    if depth < 3 and r.random() < 0.4:
+        return {str(i): random_json(r, depth + 1) for i in range(r.randrange(4))}
+    return r.choice(kinds)
+
+
+def test_json_in_pieces_of_any_size():
+    r = random.Random(0)
+    for _ in range(300):
+        values = [value for value in (random_json(r, 1) for _ in range(5)) if not isinstance(value, float)]
+        in_list = r.random() < 0.5 or any(isinstance(value, list) for value in values[:1])
+        text = json.dumps(values, indent=r.choice([None, 2]), ensure_ascii=r.random() < 0.5)
+        text = text if in_list else "\n".join(json.dumps(value, indent=r.choice([None, 1])) for value in values)
+        size = r.randint(1, 30)
+        pieces = iter([text[i : i + size] for i in range(0, len(text), size)])
+        assert list(formats._json_values(pieces, "x")) == values, text
+
+
+@pytest.mark.parametrize("separator", ["x", "\n", "---", "aab", "\n\n"])
+def test_separators_in_pieces_of_any_size(separator):
+    r = random.Random(1)
+    for _ in range(300):
+        text = "".join(r.choice(["a", "b", "-", "\n", separator]) for _ in range(40))
+        size = r.randint(1, 12)
+        pieces = (text[i : i + size] for i in range(0, len(text), size))
+        found = list_of((piece.encode(), ends) for piece, ends in formats._split(pieces, separator))
+        assert found == [part.encode() for part in text.split(separator) if part]
+
+
+def test_files_are_read_in_chunks_of_any_size(here, monkeypatch):
+    """With characters, lines, quotes and bytes that are no text across the ends of chunks."""
+    for name in ("x.csv", "x.json", "x.NDJSON"):
+        TABLES[name](here / name)
+    text = story(9) + "天地😀"
+    for encoding in ("utf-8", "utf-16", "utf-32", "cp1252"):
+        (here / f"{encoding}.txt").write_bytes(text.encode(encoding, "replace"))
+    wrong = "line\n" * 20 + "天" * 7
+    (here / "wrong.txt").write_bytes(wrong.encode() + b"\xff")
+    for size in (1, 2, 3, 7, 64):
+        monkeypatch.setattr(formats, "BLOCK", size)
+        for name in ("x.csv", "x.json", "x.NDJSON"):
+            assert read_documents(here / name, ReadOptions()) == [line.encode() for line in LINES]
+        for encoding in ("utf-8", "utf-16", "utf-32", "cp1252"):
+            expected = text.encode(encoding, "replace").decode(encoding).encode()
+            options = ReadOptions(encoding=encoding)
+            monkeypatch.setattr(formats, "encoding_of", lambda head, options: options.encoding)
+            assert read_documents(here / f"{encoding}.txt", options) == [expected]
+            monkeypatch.undo()
+            monkeypatch.setattr(formats, "BLOCK", size)
+        with pytest.raises(ValueError, match=f"line 21: byte 0xFF at offset {len(wrong.encode())} "):
+            read_documents(here / "wrong.txt", ReadOptions())
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Arguments
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", [
+    "~/here/a b.txt", "$HOME/here/a b.txt", "'a b.txt'", '"a b.txt"', " a b.txt\n", "a*.txt", "sub/../a b.txt",
+    ".\\a b.txt", "file://{here}/a%20b.txt", "FILE:{here}/a%20b.txt", "{here}/a b.txt", "**/a?b.txt",
+])  # fmt: skip
+def test_names_mean_what_people_mean_by_them(here, monkeypatch, name):
+    monkeypatch.setenv("HOME", str(here.parent))
+    (here / "sub").mkdir()
+    (here / "a b.txt").write_text("x")
+    (found,) = texts.as_paths([name.format(here=here)])
+    assert found.samefile(here / "a b.txt")
+
+
+def test_several_names_in_one_argument(here):
+    for name in ("a.txt", "b.txt", "c,d.txt", "[e].txt"):
+        (here / name).write_text("x")
+    assert texts.as_paths(["a.txt,b.txt"]) == texts.as_paths(["a.txt, b.txt"]) == [Path("a.txt"), Path("b.txt")]
+    assert texts.as_paths(["c,d.txt", "[e].txt"]) == [Path("c,d.txt"), Path("[e].txt")]  # there are such files
+    assert texts.as_paths(["[ab].txt"]) == [Path("a.txt"), Path("b.txt")]
+
+
+@pytest.mark.parametrize("name", ["https://example.org/x.txt", "x*.txt", "~/gone", "a,b", "gone/", "x\0y", "hf://a/b"])
+def test_names_of_nothing(here, capfd, name):
+    assert repr(name).strip("'") in refusal(capfd, "--from", name, "--to", "own").replace("'", "")
+
+
+def test_from_may_be_given_twice(here):
+    for name in "ab":
+        (here / f"{name}.txt").write_text(story(40, seed=ord(name)))
+    prepare.main(["--from", "a.txt", "--from", "b.txt", "--to", "own", "--vocab-size", "300"])
+    whole = "".join(texts_of("own", "bpe_vocab_300.json").values()).replace(END, "")
+    assert whole == story(40, seed=ord("a")) + story(40, seed=ord("b"))
+
+
+def test_separators_as_a_shell_passes_them(here):
+    parts = [f"story number {i:04}" for i in range(400)]
+    (here / "x.txt").write_text("\n---\n".join(parts))
+    (here / "windows.txt").write_bytes("\r\n---\r\n".join(parts).encode())
+    for name in ("x.txt", "windows.txt"):
+        prepare.main(["--from", name, "--to", "own", "--separator", "\\n---\\n", "--vocab-size", "300"])
+        found = "".join(texts_of("own", "bpe_vocab_300.json").values()).split(END)[1:]
+        assert sorted(found) == sorted(parts)
+    assert texts.separator_of("a\\tb\\\\n") == "a\tb\\n"
+
+
+@pytest.mark.parametrize("name", ["utf8", "utf_8", "Utf16", "UTF-16LE", "utf16_le", "ansi", "Latin1", " cp1252"])
+def test_names_of_encodings(here, name):
+    codec = {"utf16": "utf-16", "utf-16le": "utf-16-le", "utf16_le": "utf-16-le", "ansi": "cp1252"}.get(
+        name.lower(), name.strip())  # fmt: skip
+    (here / "x.txt").write_bytes(story(30).encode(codec))
+    prepare.main(["--from", "x.txt", "--to", "own", "--encoding", name, "--vocab-size", "300"])
+    assert "".join(texts_of("own", "bpe_vocab_300.json").values()) == story(30)
+
+
+def test_the_home_folder_in_the_name_of_a_dataset_folder(here, monkeypatch):
+    monkeypatch.setenv("HOME", str(here))
+    (here / "x.txt").write_text(story(30))
+    prepare.main(["--from=~/x.txt", "--to=~/own", "--vocab-size", "300"])
+    assert len(data.load_tokens("bpe_vocab_300.json", "~/own")["train"]) > 0
+    assert (here / "own" / "train_ids_300.pt").is_file()
+
+
+@pytest.mark.parametrize("content", [story(60).encode(), gzip.compress(story(60).encode())])
+@pytest.mark.skipif(os.name == "nt", reason="Windows has no such pipes")
+def test_standard_input_and_pipes(here, monkeypatch, content):
+    (here / "x").write_bytes(content)
+    os.mkfifo(here / "pipe")
+    for name in ("-", "pipe"):
+        if name == "pipe":
+            import threading
+
+            writer = threading.Thread(target=(here / "pipe").write_bytes, args=(content,))
+            writer.start()
+        else:
+            monkeypatch.setattr(sys, "stdin", open(here / "x", encoding="utf-8"))
+        prepare.main(["--from", name, "--to", "own", "--vocab-size", "300"])
+        assert "".join(texts_of("own", "bpe_vocab_300.json").values()) == story(60)
+        assert data.load_tokens("bpe_vocab_300.json", "own")["train"].dataset == "stdin"
+    writer.join()
+
+
+def test_no_standard_input(here, monkeypatch, capfd):
+    monkeypatch.setattr(sys, "stdin", None)
+    assert "no standard input" in refusal(capfd, "--from", "-", "--to", "own")
+
+
+def test_text_in_the_dataset_folder_itself(here, capfd):
+    """What was made there before is no text."""
+    (here / "own").mkdir()
+    (here / "own" / "novel.txt").write_text(story(60))
+    for _ in range(2):
+        prepare.main(["--from", "own", "--to", "own", "--vocab-size", "300"])
+        assert "".join(texts_of("own", "bpe_vocab_300.json").values()) == story(60)
+    assert "bpe_vocab_300.json (made by prepare.py)" in capfd.readouterr().err
+
+
+def test_links_to_folders_are_followed_once(here):
+    (here / "a").mkdir()
+    (here / "elsewhere").mkdir()
+    (here / "a" / "x.txt").write_text("x" * 300)
+    (here / "elsewhere" / "y.txt").write_text("y" * 300)
+    for name, target in (("far", "../elsewhere"), ("far2", "../elsewhere"), ("up", ".."), ("self", "."), ("b", "c"),
+                         ("c", "b")):  # fmt: skip
+        (here / "a" / name).symlink_to(target)
+    lines = []
+    splits, _ = read_texts([here / "a"], ReadOptions(), lines.append)
+    assert b"".join(d for some in splits.values() for d in some) == b"x" * 300 + b"y" * 300
+    assert "up (a link to a folder that is read)" in lines[0] or "and 2 more" in lines[0]
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -667,7 +1174,37 @@ def test_reading_leaves_nothing_behind_of_a_failed_preparation(here, capfd):
     (b"\0\1", "utf-8", True), (b"text", "utf-8", False), ("wide".encode("utf-16"), "utf-16", False),
     (bytes(range(256)) * 50, "latin-1", True), (bytes(range(256)) * 50, "cp1252", True),
     ("Éloïse à l'école".encode("latin-1") * 50, "latin-1", False), ("Привет".encode("cp1251") * 50, "utf-8", False),
-    (b"a text with one \0 in it, and more", "utf-8", False), (b"\x1b[31mred\x1b[0m text of a log\n" * 9, "utf-8", False),
+    (b"a text with one \0 in it, and more", "utf-8", False), (b"\x1b[31mred\x1b[0m of a log\n" * 9, "utf-8", False),
 ])  # fmt: skip
 def test_binary_files_are_told_from_texts(content, encoding, binary):
     assert formats.is_binary(content, encoding) == binary
+
+
+MEASURED = """
+import os, sys
+from pathlib import Path
+sys.path.insert(0, sys.argv[1])
+import pyarrow.parquet
+from data import prepare
+
+def peak():
+    return int(next(line.split()[1] for line in open("/proc/self/status") if line.startswith("VmHWM"))) >> 10
+
+for name in sys.argv[2:]:
+    prepare.main(["--from", name, "--to", "own", "--vocab-size", "280"])
+    print("peak", peak())
+"""
+
+
+@pytest.mark.skipif(not os.path.exists("/proc/self/status"), reason="the system does not tell the memory in use")
+@pytest.mark.parametrize("ending", ["txt", "jsonl"])
+def test_memory_does_not_grow_with_the_text(here, ending):
+    text = story(1000)
+    row = text if ending == "txt" else "".join(
+        json.dumps({"text": text[i : i + 3000]}, ensure_ascii=False) + "\n" for i in range(0, len(text), 3000))
+    for name, size in (("small", 5), ("large", 50)):
+        (here / f"{name}.{ending}").write_text(row * round(size * 1e6 / len(row.encode())), encoding="utf-8")
+    done = forks.run(["-c", MEASURED, ROOT, f"small.{ending}", f"large.{ending}"], cwd=here)
+    assert done.returncode == 0, done.stderr
+    small, large = (int(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("peak"))
+    assert large - small < 25, (small, large)  # MB; held whole, the larger text takes 45 MB more, its ids another 60
