@@ -230,6 +230,8 @@ class Copy:
 
     def documents(self, first, last):
         """Those documents, once all have been added."""
+        if first == last:
+            return Documents(self.file, np.empty((0, 2), np.int64))
         ends = np.frombuffer(self.ends, np.int64)[first : last + 1]
         return Documents(self.file, np.lib.stride_tricks.sliding_window_view(ends, 2))  # no copy of the numbers
 

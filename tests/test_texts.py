@@ -34,6 +34,7 @@ from bpe_tokenizer import BPETokenizer
 from data import formats, prepare, texts
 from data.formats import ReadOptions
 from data.texts import assign, cut_place, read_texts, split_documents
+from harness.errors import UserError
 from test_data import as_data_dir, no_network  # noqa: F401 - a fixture
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -105,7 +106,7 @@ def list_of(pieces):
 
 def refusal(capfd, *args):
     """The one line with which the command line refuses `args`, exit code 1 or 2 (its usage aside)."""
-    with pytest.raises((OSError, ValueError, SystemExit)) as caught:
+    with pytest.raises((UserError, SystemExit)) as caught:
         prepare.main([str(arg) for arg in args])
     if isinstance(caught.value, SystemExit):
         assert caught.value.code == 2
