@@ -39,7 +39,8 @@ STDIN = ("-", "/dev/stdin")
 # Names of programs say what they do and not which split they are: train.py, test.c
 CODE = set(".py .ipynb .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .scala .go .rs .rb .php .pl .lua .sh .bat "
            ".r .jl .m .swift .cs .hs .ml .sql .css .toml .yaml .yml .ini .cfg .lock".split())  # fmt: skip
-OUR_FILES = re.compile(r"bpe_vocab.*\.json|.*_ids.*\.pt|prepared.*\.txt|prepare\.lock|writing-.*")  # of prepare.py
+OURS = "made by prepare.py"
+OUR_FILES = re.compile(r"bpe_vocab.*\.json|.*_ids.*\.pt|prepared.*\.txt|prepare\.lock|writing-.*")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -69,10 +70,7 @@ def as_paths(names):
             raise MissingFileError(f"'' is no name; {GIVE}")
         if re.match(r"(https?|ftp|s3|gs|hf)://", name):
             raise MissingFileError(f"{name} is an address, and files are read from the disk; download it first")
-        try:
-            found = next((some for some in _readings(name) if some and all(map(_is_there, some))), None)
-        except PermissionError as error:
-            raise FileError(f"{name} cannot be read ({error.strerror})") from None
+        found = next((some for some in _readings(name) if some and all(map(_is_there, some))), None)
         if found is None and glob.has_magic(name):
             raise MissingFileError(f"no file has a name like {name!r}; {GIVE}")
         if found is None:
@@ -97,7 +95,8 @@ def separator_of(text):
 
 def _walk(folder, left_out):
     """The files of a folder, in the order of their names. Links to folders are followed, but not in a circle."""
-    seen = {_identity(each) for each in (folder, *folder.resolve().parents)}
+    root = folder.resolve()
+    seen = {_identity(each) for each in (root, *root.parents)}
 
     def fail(error):
         raise FileError(f"{error.filename} cannot be read ({error.strerror}); make it readable")
@@ -107,14 +106,16 @@ def _walk(folder, left_out):
         left_out += [Unread(here / name, "hidden") for name in sorted(names + inside) if is_hidden(Path(name))]
         names[:] = sorted(name for name in names if not is_hidden(Path(name)))
         for name in names[:]:
-            if (key := _identity(here / name)) in seen and key is not None:
+            inner = (here / name).is_symlink() and (here / name).resolve().is_relative_to(root)  # read in its place
+            if inner or (key := _identity(here / name)) in seen and key is not None:
                 left_out.append(Unread(here / name, "a link to a folder that is read"))
                 names.remove(name)
-            seen.add(key)
+            else:
+                seen.add(key)
         made = "prepare.lock" in inside  # a dataset folder of prepare.py
         for name in sorted(name for name in inside if not is_hidden(Path(name))):
             if made and OUR_FILES.fullmatch(name):
-                left_out.append(Unread(here / name, "made by prepare.py"))
+                left_out.append(Unread(here / name, OURS))
             elif not (here / name).is_file():
                 left_out.append(Unread(here / name, "no file"))
             else:
@@ -156,7 +157,7 @@ def find_files(paths, options, say, scratch=None):
                     left_out.append(found)
                 else:
                     raise found
-    left_out.sort(key=lambda each: each.what == "hidden")  # they matter least
+    left_out.sort(key=lambda each: each.what in ("hidden", OURS))  # they matter least
     if not files:
         why = f": {left_out[0]}" if left_out else ""
         advice = f"; {GIVE}" * (";" not in why)

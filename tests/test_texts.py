@@ -894,13 +894,16 @@ def test_links_to_folders_are_followed_once(here):
     (here / "elsewhere").mkdir()
     (here / "a" / "x.txt").write_text("x" * 300)
     (here / "elsewhere" / "y.txt").write_text("y" * 300)
+    (here / "a" / "train").mkdir()
+    (here / "a" / "train" / "z.txt").write_text("z" * 300)
     for name, target in (("far", "../elsewhere"), ("far2", "../elsewhere"), ("up", ".."), ("self", "."), ("b", "c"),
-                         ("c", "b")):  # fmt: skip
+                         ("c", "b"), ("another", "train")):  # fmt: skip
         (here / "a" / name).symlink_to(target)
     lines = []
     splits, _ = read_texts([here / "a"], ReadOptions(), lines.append)
-    assert b"".join(d for some in splits.values() for d in some) == b"x" * 300 + b"y" * 300
-    assert "up (a link to a folder that is read)" in lines[0] or "and 2 more" in lines[0]
+    assert b"".join(d for some in splits.values() for d in some) == b"x" * 300 + b"y" * 300 + b"z" * 300
+    assert "/another (a link to a folder that is read)" in lines[0] and "and 3 more" in lines[0]
+    assert "/a/train/z.txt" in lines[-1]
 
 
 # ----------------------------------------------------------------------------------------------------------
