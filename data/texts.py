@@ -39,6 +39,7 @@ STDIN = ("-", "/dev/stdin")
 # Names of programs say what they do and not which split they are: train.py, test.c
 CODE = set(".py .ipynb .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .scala .go .rs .rb .php .pl .lua .sh .bat "
            ".r .jl .m .swift .cs .hs .ml .sql .css .toml .yaml .yml .ini .cfg .lock".split())  # fmt: skip
+DOCUMENTATION = {".md", ".rst", ".html", ".tex"}  # which has chapters about tests
 OURS = "made by prepare.py"
 OUR_FILES = re.compile(r"bpe_vocab.*\.json|.*_ids.*\.pt|prepared.*\.txt|prepare\.lock|writing-.*")
 
@@ -332,8 +333,7 @@ def splits_of(places):
     for key, split in (pair for some in words for pair in some):
         together.setdefault(key, set()).add(split)
     for (folder, pattern), splits in list(together.items()):  # train.txt and x.test.txt
-        if pattern != "*" and "*" in [other for here, other in together if here == folder]:
-            whole = together[folder, "*"]
+        if pattern != "*" and (whole := together.get((folder, "*"))):
             if "train" in whole and splits - {"train"} or "train" in splits and whole - {"train"}:
                 whole |= splits
                 together[folder, pattern] = whole
@@ -345,21 +345,23 @@ def splits_of(places):
 
 def _check_held_out(places):
     """Raise FileNotFoundError if files are named after held-out splits, and none like them after that for training."""
-    words = _all_split_words(places)
-    for key in dict.fromkeys(key for some in words for key, _ in some):
-        folder, pattern = key
-        named = {place: split for place, some in zip(places, words) for other, split in some if other == key}
-        others = [place for place in places if place not in named]
+    by_key, by_folder = {}, {}
+    for place, some in zip(places, _all_split_words(places)):
+        by_folder.setdefault(place.parts[:-1], []).append(place)
+        for key, split in some if ending(place) not in DOCUMENTATION else ():
+            by_key.setdefault(key, {})[place] = split
+    for (folder, pattern), named in by_key.items():
         if "train" in named.values() or len(places) == 1:
             continue
+        others = [place for place in by_folder.get(folder, ()) if place not in named]
+        if len(named) < len(places) and not all(place.parts[:-1] == folder for place in named):
+            continue  # folders beside other folders
         whole = re.sub(r"[\W_]*\*[\W_]*", "", pattern)  # x.txt is the training text of x.test.txt
-        beside = any(place.parts[:-1] == folder and whole in ("", place.stem.lower()) for place in others)
-        if others and not all(place.parts[:-1] == folder for place in named):  # folders beside other folders
-            continue
+        beside = any(whole in ("", place.stem.lower()) for place in others)
         if len(set(named.values())) > 1 or beside:
             names = " and ".join(sorted(place.name for place in named)[:3])
             raise MissingFileError(f"there is {names}, and no file is named train; rename the training text to "
-                                   f"train{PurePosixPath(list(named)[0]).suffix}, or give {names} another name")
+                                   f"train{next(iter(named)).suffix}, or give {names} another name")  # fmt: skip
 
 
 def assign(sizes, shares):

@@ -247,7 +247,7 @@ def test_names_that_carry_a_split(names, splits):
         None if split == "-" else split for split in (splits.split()[i] for i in order)]  # fmt: skip
 
 
-@pytest.mark.parametrize("names", ["essays.txt essays.test.txt", "novel.md test.md", "a.valid.txt a.test.txt"])
+@pytest.mark.parametrize("names", ["essays.txt essays.test.txt", "novel.txt test.txt", "a.valid.txt a.test.txt"])
 def test_held_out_text_without_training_text_is_refused_with_advice_that_works(here, capfd, names):
     for k, name in enumerate(names.split()):
         (here / name).write_text(story(90, seed=k))
@@ -258,6 +258,13 @@ def test_held_out_text_without_training_text_is_refused_with_advice_that_works(h
         os.rename(names.split()[0], new)
         prepare.main(["--from", new, names.split()[1], "--to", "own", "--vocab-size", "300"])
         assert texts_of("own", "bpe_vocab_300.json")["test"] == story(90, seed=1)
+
+
+def test_chapters_about_tests_are_no_held_out_text(here):
+    for name in ("install.md", "dev.md", "test.md"):
+        (here / name).write_text(story(20, seed=len(name)))
+    splits, documents = read_texts([here], ReadOptions(), print)
+    assert documents and len(splits["train"]) == 3
 
 
 def test_it_says_which_files_became_which_split(here, capfd):
