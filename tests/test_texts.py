@@ -611,7 +611,7 @@ def write_archive(path, contents):
 def test_archives_are_read_in_place(here, name, capfd):
     names = [f"ptb/ptb.{split}.txt" for split in ("train", "valid", "test")]
     contents = {name: story(40, seed=k).encode() for k, name in enumerate(names)}
-    extra = {"ptb/picture.png": b"\x89PNG\r\n\x1a\n\0\0", "__MACOSX/ptb/._ptb.train.txt": b"\0\5\x16\7",
+    extra = {"ptb/picture.png": b"\x89PNG\r\n\x1a\n\0\0", "ptb/.ptb.train.txt": b"hidden " * 99,
              "../outside.txt": b"left out, since it is of no split"}  # fmt: skip
     (here / "from").mkdir()
     path = here / "from" / name
