@@ -260,27 +260,28 @@ class Documents:
 
     @property
     def n_bytes(self):
-        return int(self.sizes.sum())
+        return int(self.spans[:, 1].sum() - self.spans[:, 0].sum())
 
     def read(self, start, end):
         self.file.seek(start)
         return self.file.read(end - start)
 
     def __iter__(self):
-        return (self.read(start, end) for start, end in self._pairs())
+        return (self.read(start, end) for start, end in self.pairs())
 
-    def _pairs(self):
+    def pairs(self):
+        """(where it begins, where it ends) of each."""
         for first in range(0, len(self.spans), 4096):
             yield from self.spans[first : first + 4096].tolist()
 
     def texts(self):
         """The documents as str. A long one is an iterator of its pieces."""
-        for start, end in self._pairs():
+        for start, end in self.pairs():
             yield self.read(start, end).decode() if end - start <= BLOCK else self._pieces(start, end)
 
     def pieces(self):
         """The text of all documents, in pieces."""
-        for start, end in self._pairs():
+        for start, end in self.pairs():
             yield from self._pieces(start, end)
 
     def _pieces(self, start, end):
@@ -412,9 +413,8 @@ def split_documents(documents, names):
     n_bytes = documents.n_bytes
     held_out = max(HELD_OUT, min(0.25, FEWEST_BYTES / max(1, n_bytes)))
     shares = [1 - held_out * (len(names) - 1)] + [held_out] * (len(names) - 1)
-    places = np.frombuffer(assign((size for part in np.array_split(documents.sizes, 1 + len(documents) // 4096)
-                                   for size in part.tolist()), shares), np.uint8)  # fmt: skip
-    parts = {name: documents.chosen(np.flatnonzero(places == k)) for k, name in enumerate(names)}
+    places = np.frombuffer(assign((end - start for start, end in documents.pairs()), shares), np.uint8)
+    parts = {name: documents.chosen(places == k) for k, name in enumerate(names)}
     if all(0.8 * share < part.n_bytes / max(1, n_bytes) < 1.2 * share
            for share, part in list(zip(shares, parts.values()))[1:]):  # fmt: skip
         return parts
@@ -444,8 +444,8 @@ def _say_copies(copy, splits, say):
         digests, sizes = copy.digests_of(splits[split])
         known, number = np.unique(digests, return_inverse=True)
         seen = np.zeros(len(known) + 1, bool)
-        for first in range(0, len(splits[other]), 1 << 20):
-            others = copy.digests_of(splits[other].chosen(slice(first, first + (1 << 20))))[0]
+        for first in range(0, len(splits[other]), 1 << 17):
+            others = copy.digests_of(splits[other].chosen(slice(first, first + (1 << 17))))[0]
             place = np.searchsorted(known, others)
             seen[place[np.append(known, np.uint64(0))[place] == others]] = True
         share = int(sizes[seen[:-1][number]].sum()) / max(1, splits[split].n_bytes)
