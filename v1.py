@@ -96,6 +96,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
+        harness.check_ids(self, idx, targets)
         x = self.embedding(idx)  # (B, T, C)
         x = F.pad(x, (0, 0, self.context_size - 1, 0))  # left-pad: position t sees t - CONTEXT_SIZE + 1 to t
         x = x.unfold(1, self.context_size, 1).flatten(2)  # (B, T, C * CONTEXT_SIZE)
@@ -115,6 +116,7 @@ class LanguageModel(nn.Module):
 def evaluate(model, tokens):
     """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
     not depend on the vocabulary; the loss per token does. Windows have the model's size and do not overlap."""
+    harness.check_tokens(model, tokens)
     model.eval()
     nats, n, size = 0.0, len(tokens) - 1, model.block_size
     for start in range(0, n, BATCH_SIZE * size):
@@ -187,6 +189,7 @@ def draw(logits):
 @torch.no_grad()
 def generate(model, ids, n_tokens):
     """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
+    harness.check_prompt(model, ids)
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):

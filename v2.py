@@ -137,6 +137,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
+        harness.check_ids(self, idx, targets)
         x = self.embedding(idx) + self.position_embedding.weight[: idx.size(1)]  # (B, T, C)
         logits = self.head(self.blocks(x))  # (B, T, V)
         if targets is None:
@@ -153,6 +154,7 @@ class LanguageModel(nn.Module):
 def evaluate(model, tokens):
     """Metrics over a whole split: each token after the first is predicted once. Bits per byte and word perplexity do
     not depend on the vocabulary; the loss per token does. Windows have the model's size and do not overlap."""
+    harness.check_tokens(model, tokens)
     model.eval()
     nats, n, size = 0.0, len(tokens) - 1, model.block_size
     for start in range(0, n, MICRO_BATCH_SIZE * size):
@@ -228,6 +230,7 @@ def draw(logits):
 @torch.no_grad()
 def generate(model, ids, n_tokens):
     """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
+    harness.check_prompt(model, ids)
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):

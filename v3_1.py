@@ -169,6 +169,7 @@ class LanguageModel(nn.Module):
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""
+        harness.check_ids(self, idx, targets)
         x = norm(self.embedding(idx)) + self.position_embedding.weight[: idx.size(1)]  # (B, T, C)
         x = norm(self.blocks(self.dropout(x)))
         logits = kernels.linear(x, self.head.weight).float()  # self.head(x): (B, T, V)
@@ -215,6 +216,7 @@ def evaluate(model, tokens, stride=None, size=None):
     The calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) is the mean distance between confidence, the
     probability of the likeliest token, and accuracy, how often that token is right, in 15 bins of confidence.
     """
+    harness.check_tokens(model, tokens)
     model.eval()
     size = size or model.block_size
     n, nats, top_5 = len(tokens) - 1, 0.0, 0
@@ -382,6 +384,7 @@ def draw(logits):
 @torch.no_grad()
 def generate(model, ids, n_tokens):
     """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
+    harness.check_prompt(model, ids)
     model.eval()
     idx = torch.tensor([ids], device=DEVICE)  # (1, T)
     for _ in range(n_tokens):

@@ -248,6 +248,7 @@ class LanguageModel(nn.Module):
     def forward(self, idx, targets=None, cache=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats. With a
         KVCache, `idx` continues the tokens that the cache has seen."""
+        harness.check_ids(self, idx, targets)
         start = cache.length if cache else 0
         positions = torch.arange(start, start + idx.size(1), device=idx.device)
         x, rope = norm(self.embedding(idx)), None  # (B, T, C)
@@ -304,6 +305,7 @@ def evaluate(model, tokens, stride=None, size=None):
     The calibration error (Guo et al. 2017, arXiv:1706.04599, equation 3) is the mean distance between confidence, the
     probability of the likeliest token, and accuracy, how often that token is right, in 15 bins of confidence.
     """
+    harness.check_tokens(model, tokens)
     model.eval()
     size = size or model.block_size
     n, nats, top_5 = len(tokens) - 1, 0.0, 0
@@ -471,6 +473,7 @@ def draw(logits):
 @torch.inference_mode()
 def generate(model, ids, n_tokens):
     """Continue `ids`, a list of tokens: yields `n_tokens` more, one by one."""
+    harness.check_prompt(model, ids)
     model.eval()
     ids, size, cache, new = list(ids), model.block_size, None, None
     for _ in range(n_tokens):
@@ -547,7 +550,7 @@ def main():
     """Train every scheme of POSITION in a folder of its own, OUT_DIR/<scheme>, and compare those that are there.
     Returns {scheme: its summary}; with PROMPT the text."""
     harness.check_constants(globals())
-    positions = list(dict.fromkeys(POSITION.split(",")))
+    positions = list(dict.fromkeys(name.strip() for name in POSITION.split(",")))
     if unknown := [position for position in positions if position not in SCHEMES]:
         raise harness.UserError(f"POSITION={POSITION}: there is no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
     if PROMPT is not None:

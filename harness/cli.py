@@ -14,7 +14,8 @@ import time
 import traceback
 from pathlib import Path
 
-from harness.errors import UserError
+from harness.arguments import FOLDERS, RULES, read_arguments, read_value
+from harness.errors import InputError, UserError
 
 
 def read_source(path):
@@ -94,33 +95,16 @@ def say(text="", end="\n", error=False):
             os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
 
 
+def say_note(rung, text):
+    """Print a line about the constants of a rung: beside the text that PROMPT prints, not in it. Of several processes
+    the first one does it."""
+    if int(os.environ.get("RANK", 0)) == 0:
+        say(text, error=rung.get("PROMPT") is not None)
+
+
 def first_line(error):
     """The first line of an error's message, or the name of its class if it has none."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]
-
-
-_RULES = (  # names, type, what a value must be, whether a value of the type is possible
-    ("BATCH_SIZE MICRO_BATCH_SIZE CHUNK_SIZE BLOCK_SIZE CONTEXT_SIZE MAX_STEPS EVAL_INTERVAL PATIENCE N_HEAD N_EMBD "
-     "N_HIDDEN STRIDE SAMPLE_TOKENS", int, "a whole number from 1 to 2147483647", lambda v: 1 <= v < 2**31),
-    ("SEED WARMUP_STEPS TOP_K", int, "a whole number from 0 to 2147483647", lambda v: 0 <= v < 2**31),
-    ("N_LAYER", int, "a whole number from 1 to 10000", lambda v: 1 <= v <= 10000),
-    ("LEARNING_RATE LEARNING_RATE_ADAMW WEIGHT_DECAY GRAD_CLIP", float, "a number from 0 to 1e30",
-     lambda v: 0 <= v <= 1e30),  # Adam's first step divides it by 0.1
-    ("DROPOUT MOMENTUM", float, "a number from 0 to below 1", lambda v: 0 <= v < 1),
-    ("COOLDOWN", float, "a number from 0 to 1", lambda v: 0 <= v <= 1),
-    ("TEMPERATURE", float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
-    ("TOP_P", float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
-    ("ROPE_BASE", float, "a number above 1", lambda v: 1 < v <= 1e38),
-    ("COMPILE RESUME", bool, "True or False", lambda v: True),
-    ("VOCABULARY POSITION DEVICE", str, "a text", lambda v: True),
-    ("OUT_DIR DATA", str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v),
-    ("DTYPE", str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
-    ("PROMPT", type(None), "a text or None", lambda v: True),
-    ("INIT_FROM", type(None), "the name of a folder or None", lambda v: v is None or v.strip() and "\0" not in v),
-    ("EXTRAPOLATION", tuple, "whole numbers from 1 on, with commas between them",
-     lambda v: len(v) > 0 and all(type(n) is int and 1 <= n < 2**20 for n in v)),
-)  # fmt: skip
-RULES = {name: rule for names, *rule in _RULES for name in names.split()}
 
 
 def constants(rung):
@@ -128,31 +112,32 @@ def constants(rung):
     return {name: rung[name] for name in _source_as_loaded(rung["__file__"], rung["main"])[0]}
 
 
+COMMAND_LINE = {}  # {name: text} of the constants that `start` was given; empty in a notebook
+
+
 def set_constants(rung, arguments):
-    """Set constants from NAME=value arguments. Raises ValueError for an unknown name or a value of another type."""
-    known = constants(rung)
-    for argument in arguments:
-        name, _, text = argument.partition("=")
-        if name not in known:
-            raise UserError(f"there is no constant {name!r}; known are {', '.join(known)}")
+    """Set constants from NAME=value arguments; returns them, {name: text}. Raises ValueError for an unknown name or a
+    value of another type."""
+    known, given = constants(rung), {}
+    for name, text in read_arguments(known, arguments):
+        if given.get(name, text) != text:
+            say_note({"PROMPT": ""}, f"{name} is given twice: {name}={text} counts")
+        given[name] = text
         kind, must, _ = RULES.get(name, (type(known[name]), f"of type {type(known[name]).__name__}", None))
-        value = None if (name, text) == ("INIT_FROM", "None") else text
-        if kind not in (str, type(None)):
-            try:
-                value = ast.literal_eval(text)
-                value = (value,) if kind is tuple and type(value) is int else value
-                value = float(value) if kind is float and type(value) is int else value
-            except (ValueError, SyntaxError, TypeError, OverflowError, MemoryError, RecursionError):
-                value = None
-            if type(value) is not kind:
-                raise UserError(f"{name}={text}: {name} must be {must}")
+        value = read_value(name, text, known[name])
+        if kind not in (str, type(None)) and type(value) is not kind:
+            hint = "; give each constant an argument of its own" if re.search(r"\w=", text) else ""
+            raise UserError(f"{name}={text}: {name} must be {must}{hint}")
         rung[name] = value
+    return given
 
 
-def check_constants(rung):
-    """Raises ValueError if a constant has an impossible value, or one was set that the rung does not have, or DEVICE
-    cannot be used here."""
+def check_constants(rung, notes=True):
+    """Raises ValueError if a constant has an impossible value, or one was set that the rung does not have, if DEVICE
+    cannot be used here, or if constants contradict each other. Prints a line for each that has no effect."""
     import torch
+
+    from harness.checks import conflicts, process_count
 
     known, names = constants(rung), _source_as_loaded(rung["__file__"], rung["main"])[2]
     for name in rung.keys() - names:
@@ -165,12 +150,43 @@ def check_constants(rung):
             kinds = {float: (int, float), type(None): (str, type(None))}.get(kind, (kind,))
             if type(value) not in kinds or not possible(value):
                 raise UserError(f"{name}={value} must be {must}")
+    for name in FOLDERS:
+        if (known.get(name) or "").startswith("~"):  # on the command line it has been replaced
+            raise UserError(f"{name}={known[name]}: ~ is not replaced here; write the whole path")
+    device = known.get("DEVICE", "cpu")
     try:
-        torch.zeros(1, device=known["DEVICE"]).item()
+        torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds
-        raise UserError(f"DEVICE={known['DEVICE']} cannot be used here: {first_line(error).split('. ')[0]}") from None
-    if known["DEVICE"].startswith("cpu:"):  # torch would not load what it has saved from there
-        raise UserError(f"DEVICE={known['DEVICE']} must be cpu: there is one")
+        if is_out_of_memory(error):
+            raise UserError(f"DEVICE={device} has no memory left: another program uses it; end that, or set "
+                            f"DEVICE=cpu ({first_line(error)})") from None  # fmt: skip
+        raise UserError(f"DEVICE={device} cannot be used here: {first_line(error).split('. ')[0]}") from None
+    if device.startswith("cpu:"):  # torch would not load what it has saved from there
+        raise UserError(f"DEVICE={device} must be cpu: there is one")
+    lines = list(conflicts(known, _chosen(rung, known), process_count()))
+    for line in lines if notes and not _is_of_a_scheme(known) else ():
+        say_note(rung, line)
+    if "POSITION" in known and not _is_of_a_scheme(known):
+        _checked.update(known)
+
+
+def _chosen(rung, known):
+    """The constants of a rung that somebody has set: on the command line, or to another value than its file has."""
+    written, chosen = _source_as_loaded(rung["__file__"], rung["main"])[1], set(COMMAND_LINE)
+    for name in known.keys() & RULES.keys():
+        with contextlib.suppress(ValueError, SyntaxError):  # DEVICE is an expression
+            if ast.literal_eval(written[name]) != known[name]:
+                chosen.add(name)
+    return chosen
+
+
+_checked = {}  # constants of v4 with all its schemes, when they were last checked
+
+
+def _is_of_a_scheme(known):
+    """Whether these are the constants of one scheme of v4 within a run of several, which have been checked."""
+    schemes = [name.strip() for name in _checked.get("POSITION", "").split(",")]
+    return known.get("POSITION") in schemes and known["OUT_DIR"] == f"{_checked['OUT_DIR']}/{known['POSITION']}"
 
 
 @contextlib.contextmanager
@@ -190,14 +206,20 @@ PROCESS_ENDED = re.compile(
 )
 
 
+def is_out_of_memory(error):
+    """Whether it says that there was too little memory, on a CPU or a GPU."""
+    return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or (
+        isinstance(error, (RuntimeError, OSError)) and bool(OUT_OF_MEMORY.search(first_line(error))))  # fmt: skip
+
+
 def in_one_line(error, rung):
     """What to say of an error that the user can mend; None of any other, which may be a mistake in the rung."""
     text = first_line(error)
+    if isinstance(error, InputError):
+        return None
     if isinstance(error, UserError):
         return text
-    if isinstance(error, (MemoryError, RuntimeError, OSError)) and (
-        isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or OUT_OF_MEMORY.search(text)
-    ):
+    if is_out_of_memory(error):
         lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
                  if frame.filename == rung["__file__"]]  # fmt: skip
         place = f" in line {lines[-1]} of {Path(rung['__file__']).name}" if lines else ""
@@ -209,15 +231,25 @@ def in_one_line(error, rung):
 
 
 def _less_memory(rung):
-    """Which constants need less memory if they are lower: of those that this run may change."""
+    """Which constants need less memory if they are lower: of those that this run may change, and that can be lower."""
     if rung.get("PROMPT") is not None:
-        return "close other programs" + ("" if rung["DEVICE"] == "cpu" else ", or set DEVICE=cpu")
-    batch = "MICRO_BATCH_SIZE" if "MICRO_BATCH_SIZE" in rung else "BATCH_SIZE"
-    names = [batch, "CHUNK_SIZE", "BLOCK_SIZE", "N_EMBD", "N_HIDDEN", "N_LAYER"]
-    if rung["RESUME"] or rung.get("INIT_FROM") is not None:  # the model is what it is
-        names = ["MICRO_BATCH_SIZE", "CHUNK_SIZE"]
-    names = [name for name in names if name in rung]
-    return f"lower {' or '.join(filter(None, (', '.join(names[:-1]), names[-1])))}" if names else "close other programs"
+        return "close other programs" + ("" if rung.get("DEVICE") == "cpu" else ", or set DEVICE=cpu")
+    batch, processes = rung.get("BATCH_SIZE", 1 << 31), int(os.environ.get("WORLD_SIZE", 1))
+    names = ["CHUNK_SIZE", "BLOCK_SIZE", "N_EMBD", "N_HIDDEN", "N_LAYER"]
+    if rung.get("RESUME"):  # the model is what it is, and so are its batches
+        names = ["CHUNK_SIZE"]
+    elif rung.get("INIT_FROM") is not None:
+        names = ["CHUNK_SIZE", "BLOCK_SIZE"]
+    advice = [name for name in names if rung.get(name, 1) > 1]
+    if "MICRO_BATCH_SIZE" in rung:
+        windows = min(rung["MICRO_BATCH_SIZE"], batch // processes)
+        fits = [n for n in range(1, windows // 2 + 1) if batch // processes % n == 0]
+        advice = [f"MICRO_BATCH_SIZE to {fits[-1]}" if fits else "", *advice]
+    elif batch > processes and not rung.get("RESUME"):
+        advice = [f"BATCH_SIZE to {batch // processes // 2 * processes}", *advice]
+    advice = [part for part in advice if part]
+    return f"lower {' or '.join(filter(None, (', '.join(advice[:-1]), advice[-1])))}" if advice else (
+        "close other programs, or use a device with more memory")  # fmt: skip
 
 
 def start(rung):
@@ -228,7 +260,7 @@ def start(rung):
     robust_streams()
     name = Path(rung["__file__"]).name
     try:
-        set_constants(rung, sys.argv[1:])
+        COMMAND_LINE.update(set_constants(rung, sys.argv[1:]))
         with processes(rung):
             rung["main"]()
     except Exception as error:
@@ -240,3 +272,5 @@ def start(rung):
     except KeyboardInterrupt:
         say(f"{name}: stopped; RESUME=True goes on from the last checkpoint", error=True)
         sys.exit(130)
+    finally:
+        COMMAND_LINE.clear()

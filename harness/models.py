@@ -1,7 +1,6 @@
 """Trained models: read from the folder of a run, and used."""
 
 import ast
-import errno
 import importlib.util
 import itertools
 from pathlib import Path
@@ -9,7 +8,8 @@ from pathlib import Path
 import torch
 
 from bpe_tokenizer import BPETokenizer
-from harness.cli import check_constants, override, say
+from harness import cli
+from harness.cli import check_constants, is_out_of_memory, override, say
 from harness.distributed import like
 from harness.errors import FileError, MissingFileError, UserError
 
@@ -17,35 +17,37 @@ SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMB
 
 
 def read_file(path, keys):
-    """The contents of a file of a run, on the CPU. Raises FileNotFoundError if it is not there, ValueError if it is
-    damaged or without one of `keys`."""
+    """The contents of a file of a run, on the CPU. Raises FileNotFoundError if it is not there, OSError if it cannot be
+    read, ValueError if it is damaged or without one of `keys`."""
     try:
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
     except FileNotFoundError:
         raise MissingFileError(f"there is no {path}") from None
     except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        code = getattr(error, "errno", None)
-        if code not in (None, errno.ENOMEM, errno.EISDIR):
-            raise FileError(f"{path} cannot be read ({error.strerror}); make it readable for this user") from None
-        if code == errno.ENOMEM or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):
+        if is_out_of_memory(error):
             raise
-        raise UserError(f"{path} is damaged or no file of this program; delete it and train again") from None
+        if isinstance(error, OSError) and error.errno and path.is_file():
+            raise FileError(f"{path} cannot be read: {error.strerror}; make it readable") from None
+        raise UserError(f"{path} is damaged or no file of this program; name another run, or train again without "
+                        "RESUME, which moves it aside") from None  # fmt: skip
 
 
 def set_weights(model, weights, path):
     """Give `model` the weights that were read from `path`. Raises ValueError if they are those of another model."""
-    try:
-        parts = model.state_dict()
-        model.load_state_dict({name: like(x, parts.get(name)) for name, x in weights.items()})
-    except (RuntimeError, TypeError, AttributeError):
+    parts = model.state_dict()
+    shapes = {name: part.shape for name, part in parts.items()}
+    if not isinstance(weights, dict) or shapes != {name: getattr(v, "shape", None) for name, v in weights.items()}:
         raise UserError(f"the weights in {path} do not fit this model: they are of another rung, or the model has "
-                        "been changed since; choose another OUT_DIR, or train again") from None  # fmt: skip
+                        "been changed since; choose another OUT_DIR, or train again without RESUME")  # fmt: skip
+    model.load_state_dict({name: like(x, parts[name]) for name, x in weights.items()})
 
 
 def find_model(folders):
-    """The first of `folders`, below the current folder or the repository, with a trained model. Raises
-    FileNotFoundError."""
+    """The first of `folders`, below the current folder or the repository, with a trained model; its model.pt stands for
+    a folder. Raises FileNotFoundError."""
+    folders = [Path(folder).expanduser() for folder in folders]
+    folders = [folder.parent if folder.name == "model.pt" and not folder.is_dir() else folder for folder in folders]
     bases = dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1]))
     places = [base / folder for base in bases for folder in folders]
     for place in places:
@@ -120,13 +122,28 @@ def load(folder):
     return build(import_rung(saved["rung"], folder), saved, tokenizer, folder), tokenizer
 
 
+def without_effect(rung, saved, vocab_size):
+    """The constants of the command line, as NAME=text, that do not matter to a model that continues a text. `saved`:
+    the constants that it was trained with."""
+    used = ["PROMPT", "OUT_DIR", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED", "DEVICE"]
+    used += [name for name in SHAPE if name in saved and saved[name] == rung.get(name)]  # repeated, as it was trained
+    if saved.get("POSITION") in [name.strip() for name in rung.get("POSITION", "").split(",")]:
+        used.append("POSITION")
+    if rung["TOP_K"] >= vocab_size:
+        used.remove("TOP_K")
+    return [f"{name}={text}" for name, text in cli.COMMAND_LINE.items() if name not in used]
+
+
 def continue_prompt(rung, *folders):
     """Print PROMPT and, as it comes, what the trained model in the first of `folders` that has one makes of it. An
     empty one begins as the text that the model was trained on. Returns the text."""
-    check_constants(rung)
+    check_constants(rung, notes=len(folders) == 1)  # v4, which has several, has checked them
     folder = find_model(folders)
     saved, tokenizer = read_model(folder)
     model = build(rung, saved, tokenizer, folder)
+    if idle := without_effect(rung, saved["hyperparameters"], tokenizer.vocab_size):
+        cli.say_note(rung, f"PROMPT takes the model in {folder} as it is: {', '.join(idle)} "
+                           f"{'has' if len(idle) == 1 else 'have'} no effect")  # fmt: skip
     ids = tokenizer.encode(rung["PROMPT"], tokenizer.special_tokens) or saved["start"]
     torch.manual_seed(rung["SEED"])
     pieces = []

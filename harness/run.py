@@ -3,6 +3,7 @@
 import contextlib
 import json
 import math
+import shlex
 import signal
 import sys
 import threading
@@ -103,22 +104,30 @@ class Run:
 
     def init_from(self, *folders):
         """Start from the weights of the finished run in the first of `folders` that holds one, unless a checkpoint is
-        there to resume. Raises ValueError if its model has another shape or vocabulary."""
+        there to resume. Raises ValueError if its model has another shape or vocabulary. Where positions are learned,
+        shorter windows take the first of them."""
         if self.constants["RESUME"] and any(self.out_dir.glob("checkpoint*.pt")):
+            say(f"RESUME=True goes on from the checkpoint in {self.out_dir}: INIT_FROM has no effect")
             return
         folder = find_model(folders)
         saved, tokenizer = read_model(folder)
         if saved["rung"] != self.name:
             raise UserError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {self.name}.py")
-        may_differ = ("VOCABULARY",) if "position_embedding.weight" in saved["model"] else ("VOCABULARY", "BLOCK_SIZE")
-        differ = [f"{k}={v}" for k, v in saved["hyperparameters"].items()
-                  if k in SHAPE and k not in may_differ and v != self.constants[k]]  # fmt: skip
+        h, weights, shape = self.constants, saved["model"], saved["hyperparameters"]
+        positions, length = weights.get("position_embedding.weight"), h["BLOCK_SIZE"]
+        may_differ = ("VOCABULARY", *(("BLOCK_SIZE",) if positions is None or length < len(positions) else ()))
+        differ = [f"{k}={v}" for k, v in shape.items() if k in SHAPE and k not in may_differ and v != h[k]]
         if differ:
             raise UserError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
         if tokenizer.fingerprint != self.tokens["train"].fingerprint:
+            vocabulary = shlex.quote(str(folder / "vocabulary.json"))
             raise UserError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
-                            f"text with --vocabulary {folder / 'vocabulary.json'}")  # fmt: skip
-        set_weights(self.model, saved["model"], folder / "model.pt")
+                            f"text with it, python data/prepare.py --from TEXT --to DIR --vocabulary {vocabulary}, and "
+                            "set DATA=DIR")  # fmt: skip
+        if positions is not None and length < len(positions):
+            weights["position_embedding.weight"] = positions[:length]
+            say(f"of the {len(positions)} positions that the model has learned, the first {length} are kept")
+        set_weights(self.model, weights, folder / "model.pt")
         say(f"starting from the weights in {folder}")
 
     def resume(self, model, *optimizers):

@@ -54,8 +54,8 @@ RUNG = {"__file__": "v3.py", "MICRO_BATCH_SIZE": 4, "N_EMBD": 8, "DEVICE": "cuda
     RuntimeError("MPS backend out of memory (MPS allocated: 1 GB)"), OSError(12, "Cannot allocate memory"),
 ])  # fmt: skip
 def test_too_little_memory_says_what_to_lower(error):
-    assert in_one_line(error, RUNG).startswith("out of memory; lower MICRO_BATCH_SIZE or N_EMBD (")
-    assert "lower MICRO_BATCH_SIZE (" in in_one_line(error, RUNG | {"RESUME": True})  # the shape must stay
+    assert in_one_line(error, RUNG).startswith("out of memory; lower MICRO_BATCH_SIZE to 2 or N_EMBD (")
+    assert "lower MICRO_BATCH_SIZE to 2 (" in in_one_line(error, RUNG | {"RESUME": True})  # the shape must stay
     assert "set DEVICE=cpu (" in in_one_line(error, RUNG | {"PROMPT": "a"})  # which needs no batch
 
 

@@ -111,15 +111,15 @@ def names(folder):
 @pytest.mark.parametrize("name", RUNGS)
 def test_unknown_names_are_refused_with_the_known_ones(name, load, start):
     module = load(name)
-    for argument in ("NOSUCH=1", "batch_size=1", "Path=1", "=1", "", "--steps", "BATCH_SIZE 4", "__name__=x"):
+    for argument in ("NOSUCH=1", "batch_sizes=1", "Path=1", "=1", "", "--steps", "BATCH 4", "__name__=x"):
         assert_refused(start(module, argument), "there is no constant", "BATCH_SIZE", "BLOCK_SIZE", "OUT_DIR")
 
 
 IMPOSSIBLE = {  # values that no constant of the kind can have
-    int: ("-1", "8.0", "True", "1.5", "'4'", "four", "", "None", "[4]", "4 4", "{[]: 1}", "f(1)", "1e400", "9" * 5000,
-          "0x"),
-    float: ("-0.1", "nan", "True", "-1", "inf", "1e999", "1e300", "9" * 400, "a", "", "None", "1,2", "'1'"),
-    bool: ("1", "0", "true", "", "None", "yes"),
+    int: ("-1", "8.0", "True", "1.5", "four", "", "None", "[4]", "4 4", "{[]: 1}", "f(1)", "1e400", "9" * 5000, "0x",
+          "1,2", "1e-3"),
+    float: ("-0.1", "nan", "True", "-1", "inf", "1e999", "1e300", "9" * 400, "a", "", "None", "1,2"),
+    bool: ("2", "", "None", "maybe"),
     tuple: ("0", "1,0", "1.5", "1,a", "", "()", "True", "[1, 2]", "-1", "1,True", "9" * 30),
 }  # fmt: skip
 NO_ZERO = {"BATCH_SIZE", "MICRO_BATCH_SIZE", "CHUNK_SIZE", "BLOCK_SIZE", "CONTEXT_SIZE", "MAX_STEPS", "EVAL_INTERVAL",
@@ -241,8 +241,8 @@ def test_the_extrapolation_is_set_with_commas(load, start):
 
 def test_texts_are_taken_as_they_stand(load):
     module = load("v3")
-    harness.set_constants(vars(module), ["OUT_DIR='a=b'", "PROMPT=12 = 3 * 4", "LEARNING_RATE=1", "MAX_STEPS=1_000"])
-    assert (module.OUT_DIR, module.PROMPT, module.MAX_STEPS) == ("'a=b'", "12 = 3 * 4", 1000)
+    harness.set_constants(vars(module), ["OUT_DIR=a='b'", "PROMPT='12 = 3 * 4' ", "LEARNING_RATE=1", "MAX_STEPS=1_000"])
+    assert (module.OUT_DIR, module.PROMPT, module.MAX_STEPS) == ("a='b'", "'12 = 3 * 4' ", 1000)
     assert module.LEARNING_RATE == 1.0 and type(module.LEARNING_RATE) is float
 
 
@@ -1064,7 +1064,7 @@ def test_weights_of_another_shape_or_vocabulary_are_refused_in_one_line(name, tr
     assert_refused(start(module), "another shape; set N_LAYER=2 N_EMBD=32")
     load(name, **new, VOCABULARY="bpe_vocab.json")
     assert_refused(start(module), "another vocabulary", "--vocabulary", "vocabulary.json")
-    load(name, **new, BLOCK_SIZE=16)
+    load(name, **new, BLOCK_SIZE=64)
     if name == V4:
         assert start(module)[0] == 0
     else:  # the table of positions has a row for each token of a window

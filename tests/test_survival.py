@@ -628,7 +628,7 @@ def test_too_little_memory_to_load_a_checkpoint_is_not_called_damage(run, tmp_pa
     code, _, err = run("v3", tmp_path, **LARGE)
     assert code == 0, err
     code, _, err = run("v3", tmp_path, limit=30_000_000, RESUME=True, **LARGE)
-    assert_one_line(code, err, "v3.py: out of memory in line ", "; lower MICRO_BATCH_SIZE (")
+    assert_one_line(code, err, "v3.py: out of memory in line ", "; lower MICRO_BATCH_SIZE to 1 (")
     code, out, err = run("v3", tmp_path, RESUME=True, **LARGE)
     assert (code, err) == (0, "") and "going on from step 1\n" in out
 
