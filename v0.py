@@ -210,7 +210,7 @@ def main():
         run.load_best(model)
         trained, optimum = compare_with_counts(model, tokens["train"].ids)
         harness.say(f"loss on the training text: {trained:.4f} nats per token; the best that any table reaches, from "
-                    f"the counts: {optimum:.4f} ({100 * (trained / optimum - 1):+.2f}%)")
+                    f"the counts: {optimum:.4f} ({100 * (trained / max(optimum, 1e-9) - 1):+.2f}%)")
         torch.manual_seed(SEED)
         start = tokens["train"].start  # of a document
         sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])

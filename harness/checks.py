@@ -79,6 +79,12 @@ def _model(h, chosen):
     """Of positions, dropout and precision."""
     device, dropout, positions = h.get("DEVICE", "cpu"), h.get("DROPOUT", 0), h.get("POSITION", "")
     names = [name.strip() for name in positions.split(",")]
+    width, unit = h.get("N_EMBD", 0), h.get("N_HEAD", 1) * (2 if "rope" in names else 1)
+    unit *= 1 + ("sinusoidal" in names and unit % 2)
+    if "N_HEAD" in h and width % unit:
+        even = " twice" if unit > h["N_HEAD"] else ""
+        raise UserError(f"N_EMBD={width} is no multiple of{even} N_HEAD={h['N_HEAD']}, and the heads share the width"
+                        f"{', half of it for sines' if even else ''}; set N_EMBD={max(unit, width // unit * unit)}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
         yield f"POSITION={positions} names {', '.join(repeated)} twice: each scheme is trained once"
     if "ROPE_BASE" in chosen and not {"rope", "sinusoidal"} & set(names):

@@ -27,22 +27,24 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_models.py", "test_training.py", "test_kernels.py", "test_files.py", "test_errors.py", "test_harness.py",
          "test_processes.py", "test_survival.py", "test_identity.py", "test_flops.py",
-         "test_benchmark_training.py")  # fmt: skip
+         "test_benchmark_training.py", "test_checks.py")  # fmt: skip
 RESULTS_TESTS = ("test_experiments.py", "test_results.py")  # of faults in results/
 DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
 OWN_TESTS = {  # those to run first
     "kernels.py": "test_kernels.py", "harness/files.py": "test_files.py", "harness/identity.py": "test_identity.py",
     "harness/flops.py": "test_flops.py", "benchmarks/training.py": "test_benchmark_training.py",
-    "benchmarks/steps.py": "test_benchmark_training.py",
+    "benchmarks/steps.py": "test_benchmark_training.py", "harness/checks.py": "test_checks.py",
+    "harness/arguments.py": "test_checks.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
 SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fault asks for them
 
 V1, V11, V31, V4, LOOK = "v1.py", "v1_1.py", "v3_1.py", "v4_alibi_rope.py", "look.py"
+ARGUMENTS, CHECKS = "harness/arguments.py", "harness/checks.py"
 CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/models.py"
 REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
-IDENTITY, STORE, CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
+IDENTITY, STORE, RESULT_CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
 FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
 RESUMED = "resum or killed or finished or damaged"
 EVALUATED = '            metrics = evaluate(model, tokens["val"])\n'
@@ -374,8 +376,49 @@ FAULTS = [
      "            for hook in hooks:\n                hook.remove()\n", ""),
     # harness
     ("harness/__init__.py", "help is an unknown constant", "cli.answer_help()", "pass", "help"),
-    (CLI, "unknown constants are accepted", "        if name not in known:\n            raise",
-     "        if False:\n            raise", "refused"),
+    (ARGUMENTS, "unknown constants are accepted", "        if name not in known:\n            near",
+     "        if False:\n            near"),
+    (ARGUMENTS, "a list ends at its first comma", 'while name in ("POSITION", "EXTRAPOLATION") and', "while False and"),
+    (ARGUMENTS, "a flag alone needs a value", '            text = "True"\n', "            pass\n"),
+    (ARGUMENTS, "quotes that a shell left stay", "return text[1:-1] if re.fullmatch(", "return text if re.fullmatch("),
+    (ARGUMENTS, "a home folder is a name", "os.path.expanduser(text)", "text"),
+    (CHECKS, "micro-batches of two shapes", 'batch % micro and "COMPILE" in h:', "False:"),
+    (CHECKS, "advice that does not divide", "if batch % n == 0)", "if n < micro)"),
+    (CHECKS, "each process has the whole batch", 'h.get("BATCH_SIZE", 1) // processes,',
+     'h.get("BATCH_SIZE", 1),'),
+    (CHECKS, "a peak that is never reached", "        if peak < 1:\n", "        if peak < 0:\n"),
+    (CHECKS, "the peak of another step", "for step in (max(0, crossing), crossing + 1))",
+     "for step in (crossing + 1,))"),
+    (CHECKS, "sampling that is greedy says nothing", "    if greedy and idle:", "    if False:"),
+    (CHECKS, "defaults are noise", 'if "ROPE_BASE" in chosen and', "if"),
+    (CHECKS, "compiled code checks ids", "    if torch.compiler.is_compiling():\n        return\n",
+     ""),
+    (CHECKS, "more tokens than positions", "    if idx.size(1) > positions:", "    if False:"),
+    (CHECKS, "negative ids are looked up", "return lowest <= low.item() and", "return"),
+    (CHECKS, "a single id is not checked", "0 <= idx.item() < len(table)", "True"),
+    (CHECKS, "ids on another device", "    if idx.device != table.device:", "    if False:"),
+    (CHECKS, "training waits for a GPU", "elif idx.is_cpu or not model.training and (", "elif True or ("),
+    (CHECKS, "generation waits for a GPU", "(torch.is_grad_enabled() or len(idx) > 1)", "True"),
+    (CHECKS, "any vocabulary is evaluated", "    if own is not None and own != tokens.fingerprint:", "    if False:"),
+    (CHECKS, "a larger vocabulary is evaluated", "    if own is None and table is not None and (",
+     "    if False and ("),
+    ("harness/errors.py", "advice that processes cannot share", "batch = processes * 2 **", "batch = 2 **",
+     "advice"),
+    ("harness/errors.py", "advice in a circle", "n_tokens // (batch + 1)", "n_tokens // batch", "advice"),
+    (CLI, "v4 says everything for each scheme", "if notes and not _is_of_a_scheme(known) else ():",
+     "if notes else ():", "contradictions"),
+    (CLI, "a model's limit loses its traceback", "    if isinstance(error, InputError):\n        return None\n", "",
+     "mistake"),
+    (CLI, "what cannot be lower is named", "if rung.get(name, 1) > 1]", "if name in rung]", "lower"),
+    (MODELS, "an error of the device is another model", "    model.load_state_dict(weights)\n",
+     "    try:\n        model.load_state_dict(weights)\n    except RuntimeError:\n        raise UserError(path)\n",
+     "device"),
+    (MODELS, "a file that cannot be read is damaged", "        if isinstance(error, OSError) and error.errno",
+     "        if False and error.errno", "cannot_be_read"),
+    (MODELS, "constants without effect are not said", "    if idle := without_effect(", "    if idle := () and (",
+     "matter_to_a_prompt"),
+    (RUN, "shorter windows keep all positions", '            weights["position_embedding.weight"] = positions[:length]\n',
+     "", "fine_tuning"),
     (CLI, "any value is possible", "if type(value) not in kinds or not possible(value):",
      "if type(value) not in kinds:", "refused"),
     (CLI, "any type is possible", "if type(value) not in kinds or not possible(value):", "if not possible(value):",
@@ -387,7 +430,9 @@ FAULTS = [
      "pass", "output or pipe or reader"),
     (CLI, "characters that cannot be shown end a run",
      'str(text).encode(encoding, "backslashreplace").decode(encoding)', "str(text)", "another_encoding or stream"),
-    (CLI, "a mistake of the program has no traceback", "    if isinstance(error, UserError):\n        return text\n",
+    (CLI, "a mistake of the program has no traceback", "        if (message := in_one_line(error, rung)) is None:\n",
+     "        if (message := in_one_line(error, rung) or first_line(error)) is None:\n", "mistake"),
+    (CLI, "every error of a value is one for users", "    if isinstance(error, UserError):\n        return text\n",
      "    if isinstance(error, (ValueError, OSError)):\n        return text\n", "mistake"),
     (CLI, "every lack of a resource is one of memory", '"out of memory|', '"memory|out of memory|', "other_errors"),
     (CLI, "advice for a batch where there is none", '    if rung.get("PROMPT") is not None:\n', "    if False:\n",
@@ -434,8 +479,7 @@ FAULTS = [
     (MODELS, "any pickle is opened", 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
      "damaged"),
     (MODELS, "too little memory is called damage",
-     'if code == errno.ENOMEM or isinstance(error, MemoryError) or "DefaultCPUAllocator" in str(error):', "if False:",
-     "too_little_memory"),
+     "        if is_out_of_memory(error):\n            raise\n", "", "too_little_memory"),
     (MODELS, "runs of the repository are not found", "dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1]))",
      "[Path.cwd()]", "repository"),
     (MODELS, "any module is imported", "    if not is_rung(source):", "    if False:", "nothing_but"),
@@ -461,20 +505,20 @@ FAULTS = [
     (STORE, "results of other runs are shown", "    if line is None:", "    if True:", "left_out"),
     (STORE, "what is left out is not named", "        harness.say(line, error=True)", "        pass",
      "left_out"),
-    (CHECKS, "constants are not compared", "        if before != now:", "        if False:", "left_out"),
-    (CHECKS, "a constant that is new makes results wrong",
+    (RESULT_CHECKS, "constants are not compared", "        if before != now:", "        if False:", "left_out"),
+    (RESULT_CHECKS, "a constant that is new makes results wrong",
      'before = then.get(name, defaults.get(name, "not set"))', 'before = then.get(name, "not set")', "good_order"),
-    (CHECKS, "a seed is the name of a file", '    if summary["seed"] != seed:', "    if False:",
+    (RESULT_CHECKS, "a seed is the name of a file", '    if summary["seed"] != seed:', "    if False:",
      "left_out"),
-    (CHECKS, "edits are not compared", "    if OTHER_WORDS.get(then, then) != now:", "    if False:",
+    (RESULT_CHECKS, "edits are not compared", "    if OTHER_WORDS.get(then, then) != now:", "    if False:",
      "left_out or changed"),
-    (CHECKS, "a run that was broken off is a result",
+    (RESULT_CHECKS, "a run that was broken off is a result",
      '    if result["log"][-1]["step"] != summary["steps"] or (',
      "    if False and (", "left_out"),
-    (CHECKS, "as much text is not compared", "        if max_steps > 2 and abs(",
+    (RESULT_CHECKS, "as much text is not compared", "        if max_steps > 2 and abs(",
      "        if False and abs(", "plan_that_has_changed"),
-    (CHECKS, "code is not compared", "        if not reason:", "        if False:", "different_code"),
-    (CHECKS, "texts are not compared", "groups(found, texts_of).items()", "{}.items()", "different_code"),
+    (RESULT_CHECKS, "code is not compared", "        if not reason:", "        if False:", "different_code"),
+    (RESULT_CHECKS, "texts are not compared", "groups(found, texts_of).items()", "{}.items()", "different_code"),
     ("results/runner.py", "what was begun otherwise goes on", "    if differ and run.exists():", "    if False:",
      "begun or kept_apart"),
     ("results/runner.py", "another text of the rung goes on", '"rung_sha256": "the text of the rung was another"}', "}",
