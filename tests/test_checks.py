@@ -291,7 +291,8 @@ def test_ids_that_a_model_cannot_take_are_refused_in_plain_words(name, position,
     ids = random_ids(2, size)
     for idx, text in (
         (torch.tensor([[3, 50]]), "there is no token 50: the model's vocabulary has ids 0 to 49"),
-        (torch.tensor([[-1]]), "there is no token -1"), (torch.tensor([[10**12, 0]]), "no token 1000000000000"),
+        (torch.tensor([[-1]]), "there is no token -1"), (torch.tensor([[3, -7]]), "no token -7"),
+        (torch.tensor([[10**12, 0]]), "no token 1000000000000"),
         (torch.tensor([3, 4]), r"tensor \(B, T\).* have shape \(2,\); .* torch.tensor\(\[ids\]\)"),
         ([[3, 4]], "have type list"), (torch.tensor([[3.0]]), r"these are torch.float32; write idx.long\(\)"),
         (torch.tensor([[3]], dtype=torch.uint16), "torch.uint16"),
