@@ -4,6 +4,8 @@ and ids or texts that do not fit a model."""
 import math
 import os
 import platform
+import shlex
+from pathlib import Path
 
 import torch
 
@@ -19,6 +21,7 @@ def conflicts(h, chosen, processes=1):
     no effect, only about the ones in `chosen`, which somebody has set. Raises UserError for what cannot work."""
     if h.get("PROMPT") is None:
         _check_devices(h, processes)
+        yield from _text(h)
         yield from _batches(h, chosen, processes)
         yield from _schedule(h, chosen)
         yield from _model(h, chosen)
@@ -32,6 +35,17 @@ def _check_devices(h, processes):
         one = f"names one GPU, and each of the {processes} processes has one of its own; set DEVICE=cuda"
         none = "is for one process; set DEVICE=cpu, or start it without torchrun"
         raise UserError(f"DEVICE={device} {one if device.startswith('cuda') else none}")
+
+
+def _text(h):
+    """Of the folder of the text. Raises UserError if it is a file."""
+    folder, here, own = Path(h.get("DATA", "data")), Path.cwd() / "data", Path(__file__).absolute().parents[1] / "data"
+    if folder.is_file():
+        new = f"data/{folder.name.partition('.')[0]}"
+        raise UserError(f"DATA={folder} is a file, and DATA names a dataset folder; make one, python data/prepare.py "
+                        f"--from {shlex.quote(str(folder))} --to {new}, and set DATA={new}")  # fmt: skip
+    if folder == Path("data") and here.is_dir() and not here.samefile(own) and any(here.glob("bpe_vocab*.json")):
+        yield f"DATA=data is {own}, whatever the current folder is; for the folder here write DATA={here}"
 
 
 def _batches(h, chosen, processes):

@@ -172,6 +172,18 @@ def test_micro_batches_of_two_shapes_are_refused(name, load, start):
     assert not Path(module.OUT_DIR).exists()
 
 
+def test_the_folder_of_the_text_is_the_one_that_is_meant(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("novel.txt").write_text("a novel")
+    with pytest.raises(UserError, match="is a file, .* --from novel.txt --to data/novel, and set DATA=data/novel$"):
+        list(conflicts(defaults("v0") | {"DATA": "novel.txt"}, ()))
+    Path("data").mkdir()
+    assert list(conflicts(defaults("v0"), ())) == []
+    Path("data", "bpe_vocab.json").touch()
+    (line,) = conflicts(defaults("v0"), ())
+    assert line.startswith(f"DATA=data is {ROOT / 'data'}, ") and line.endswith(f" write DATA={tmp_path / 'data'}")
+
+
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
 def test_one_device_is_not_for_several_processes(device):
     with pytest.raises(UserError, match=f"^DEVICE={device} .*; set DEVICE="):
