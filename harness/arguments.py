@@ -53,13 +53,13 @@ def read_arguments(known, arguments):
             head, text = parts
         name = name_of(head)
         if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            hint = f"did you mean {near[0]}? " if near else "" if equals or not pairs else (
-                f'if it belongs to {pairs[-1][0]}, write {pairs[-1][0]}="...", with quotes; ')  # fmt: skip
+            near, hint = difflib.get_close_matches(name, known, 1), ""
+            if near:
+                hint = f"did you mean {near[0]}? "
+            elif pairs and not equals:
+                hint = f'if it belongs to {pairs[-1][0]}, write {pairs[-1][0]}="...", with quotes; '
             raise UserError(f"there is no constant {head!r}; {hint}known are {', '.join(known)}")
-        if not equals and not text and words[:1] == ["="]:
-            equals = words.pop(0)
-        elif not equals and not text and words and words[0].startswith("="):
+        if not equals and not text and words and words[0].startswith("="):
             equals, text = "=", words.pop(0)[1:]
         if type(known[name]) is bool and not text and (not words or words[0].lower() not in _BOOLS) and not equals:
             text = "True"
@@ -98,8 +98,8 @@ def read_value(name, text, before):
         return _BOOLS.get(text.rstrip(",").lower())
     if kind in (int, float):
         text = text.rstrip(",")
-        if re.fullmatch(r"\d{1,3}(,\d{3})+", text):
-            text = text.replace(",", "")
+    if kind is int and re.fullmatch(r"\d{1,3}(,\d{3})+", text):
+        text = text.replace(",", "")
     try:
         value = ast.literal_eval(text)
         if kind is int and type(value) is float and "e" in text.lower() and value.is_integer():

@@ -261,6 +261,7 @@ def test_arguments_mean_what_people_mean(words, meant, load, monkeypatch):
     (["SEED=3,N_LAYER=2"], "a whole number from 0 to 2147483647; give each constant an argument of its own"),
     (["SEED=3", "4"], "there is no constant '4'"), (["SEED", "N_LAYER=2"], "SEED must be a whole number"),
     (["COMPILE=perhaps"], "COMPILE must be True or False"), (["LEARNING_RATE=0,5"], "LEARNING_RATE must be a number"),
+    (["LEARNING_RATE=1,500"], "LEARNING_RATE must be a number"), (["SEED=12,34"], "SEED must be a whole number"),
 ])  # fmt: skip
 def test_arguments_that_mean_nothing_are_refused(words, said):
     with pytest.raises(UserError, match=re.escape(said)):
