@@ -19,7 +19,7 @@ _RULES = (  # names, type, what a value must be, whether a value of the type is 
     ("TEMPERATURE", float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
     ("TOP_P", float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
     ("ROPE_BASE", float, "a number above 1", lambda v: 1 < v <= 1e38),
-    ("COMPILE RESUME", bool, "True or False", lambda v: True),
+    ("COMPILE SHARD RESUME", bool, "True or False", lambda v: True),
     ("VOCABULARY POSITION DEVICE", str, "a text", lambda v: True),
     ("OUT_DIR DATA", str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v),
     ("DTYPE", str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
