@@ -9,11 +9,13 @@ import hashlib
 import itertools
 import os
 import re
+import signal
 import sys
 import time
 import traceback
 from pathlib import Path
 
+from harness import signals
 from harness.arguments import FOLDERS, RULES, read_arguments, read_value
 from harness.errors import InputError, UserError
 
@@ -63,11 +65,14 @@ def usage(path):
     return "\n".join(lines)
 
 
+HELP = {"-h", "--help"}
+
+
 def answer_help():
     """Print the help and end, if the program is a rung that was asked for it."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)
     with contextlib.suppress(OSError, ValueError):
-        if {"-h", "--help"} & set(sys.argv[1:]) and "\n    harness.start(globals())" in path.read_text("utf-8"):
+        if HELP & set(sys.argv[1:]) and "\n    harness.start(globals())" in path.read_text("utf-8"):
             robust_streams()
             say(usage(path))
             sys.exit()
@@ -254,23 +259,31 @@ def _less_memory(rung):
 
 def start(rung):
     """What `python v3.py NAME=value ...` does: set constants, then call the main() of the rung. What is wrong that the
-    user can mend ends in one line and exit code 1, Ctrl-C in 130; any other error keeps its traceback."""
+    user can mend ends in one line and exit code 1, a signal that ends a job in one line and 128 + its number (Ctrl-C:
+    130); any other error keeps its traceback."""
     from harness.distributed import processes
 
     robust_streams()
+    if HELP & set(sys.argv[1:]):  # a notebook has imported this file before
+        return say(usage(rung["__file__"]))
     name = Path(rung["__file__"]).name
     try:
-        COMMAND_LINE.update(set_constants(rung, sys.argv[1:]))
-        with processes(rung):
-            rung["main"]()
+        with signals.catch(signals.raise_stopped):
+            COMMAND_LINE.update(set_constants(rung, sys.argv[1:]))
+            with processes(rung):
+                rung["main"]()
     except Exception as error:
         if (message := in_one_line(error, rung)) is None:
             raise
         if isinstance(error, UserError) and int(os.environ.get("RANK", 0)):
             time.sleep(10)  # the first process says the same, and torchrun then ends the others
         sys.exit(f"{name}: {message}")
-    except KeyboardInterrupt:
-        say(f"{name}: stopped; RESUME=True goes on from the last checkpoint", error=True)
-        sys.exit(130)
+    except KeyboardInterrupt as stopped:
+        advice = "" if rung.get("PROMPT") is not None else "; RESUME=True goes on from the last checkpoint"
+        if not int(os.environ.get("RANK", 0)):
+            say(f"{name}: stopped{advice}", error=True)
+        sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     finally:
         COMMAND_LINE.clear()
+        for to_stderr in (False, True):
+            say(end="", error=to_stderr)  # an output that has been lost is no error when the program ends

@@ -289,12 +289,14 @@ def peak_memory_mb(device):
     """Peak resident memory of this process, or the accelerator's peak allocation, in MB."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated() / 1e6
-    with contextlib.suppress(OSError):
+    with contextlib.suppress(OSError, TypeError):  # not every /proc has this line
         return int(re.search(r"VmHWM:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024 / 1e6
-    if sys.platform == "win32":
-        import psutil
+    try:
+        import resource
+    except ImportError:  # Windows
+        with contextlib.suppress(Exception):  # a figure is not worth a run
+            import psutil
 
-        return psutil.Process().memory_info().peak_wset / 1e6
-    import resource
-
+            return psutil.Process().memory_info().peak_wset / 1e6
+        return 0.0
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e6 if sys.platform == "darwin" else 1e3)

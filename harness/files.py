@@ -2,29 +2,13 @@
 
 import contextlib
 import os
-import signal
-import threading
 from pathlib import Path
 
 import filelock
 
 from harness.cli import first_line, say
 from harness.errors import FileError
-
-
-@contextlib.contextmanager
-def uninterrupted():
-    """Within, Ctrl-C and SIGTERM wait; they take effect at its end."""
-    came, handlers = [], {}
-    if threading.current_thread() is threading.main_thread():  # only this thread handles signals
-        handlers = {n: signal.signal(n, lambda n, frame: came.append(n)) for n in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in handlers.items():
-            signal.signal(number, handler or signal.SIG_DFL)
-        for number in came[:1]:
-            signal.raise_signal(number)
+from harness.signals import uninterrupted
 
 
 def _cannot_write(path, error):
@@ -64,11 +48,13 @@ def atomic_writes():
                     aside.replace(path)
                 except OSError as error:
                     raise _cannot_write(path, error) from None
-            for folder in {path.parent for path in waiting.values()} if os.name == "posix" else ():
-                descriptor = os.open(folder, os.O_RDONLY)
-                with contextlib.suppress(OSError):  # some file systems have no such call
-                    os.fsync(descriptor)
-                os.close(descriptor)
+            for folder in {path.parent for path in waiting.values()}:
+                with contextlib.suppress(OSError):  # Windows opens no folders, some file systems cannot write them
+                    descriptor = os.open(folder, os.O_RDONLY)
+                    try:
+                        os.fsync(descriptor)
+                    finally:
+                        os.close(descriptor)
     finally:
         with uninterrupted():
             for aside in waiting:

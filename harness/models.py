@@ -3,34 +3,62 @@
 import ast
 import importlib.util
 import itertools
+import zipfile
 from pathlib import Path
 
 import torch
 
 from bpe_tokenizer import BPETokenizer
 from harness import cli
-from harness.cli import check_constants, is_out_of_memory, override, say
+from harness.cli import check_constants, first_line, is_out_of_memory, override, say
 from harness.distributed import like
 from harness.errors import FileError, MissingFileError, UserError
 
 SHAPE = ("VOCABULARY", "BLOCK_SIZE", "CONTEXT_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "N_HIDDEN", "POSITION", "ROPE_BASE")
 
 
+class DamagedFile(UserError):
+    """A file that is not whole, so that it is of no more use."""
+
+
+def _is_whole(path):
+    """Whether a file of torch has its checksums, at which torch.load does not look. Raises OSError."""
+    with open(path, "rb") as file:
+        try:
+            with zipfile.ZipFile(file) as archive:
+                return archive.testzip() is None
+        except Exception as error:  # of many kinds
+            if is_out_of_memory(error):
+                raise
+            file.seek(0)
+            while file.read(1 << 20):  # an error here is one of the disk
+                pass
+            return False
+
+
 def read_file(path, keys):
-    """The contents of a file of a run, on the CPU. Raises FileNotFoundError if it is not there, OSError if it cannot be
-    read, ValueError if it is damaged or without one of `keys`."""
+    """The contents of a file of a run, on the CPU. Raises DamagedFile if it is not whole, UserError if it is without
+    one of `keys` or cannot be read for another reason."""
     try:
+        if not _is_whole(path):
+            raise DamagedFile(f"{path} is damaged or cut short; if it is a copy, copy it again, else train again "
+                              "without RESUME=True")  # fmt: skip
         saved = torch.load(path, map_location="cpu", weights_only=True)
         return {key: saved[key] for key in keys}
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise MissingFileError(f"there is no {path}") from None
-    except Exception as error:  # torch and pickle raise many kinds for a damaged file
-        if is_out_of_memory(error):
+    except Exception as error:  # torch and pickle raise many kinds
+        if isinstance(error, UserError) or is_out_of_memory(error):
             raise
-        if isinstance(error, OSError) and error.errno and path.is_file():
-            raise FileError(f"{path} cannot be read: {error.strerror}; make it readable") from None
-        raise UserError(f"{path} is damaged or no file of this program; name another run, or train again without "
-                        "RESUME, which moves it aside") from None  # fmt: skip
+        if path.is_dir():
+            raise FileError(f"{path} is a folder, and a file must be in its place; move it away") from None
+        if isinstance(error, OSError):
+            advice = "let this user read it" if isinstance(error, PermissionError) else "try again, or copy the folder"
+            raise FileError(f"cannot read {path}: {error.strerror or error}; {advice}") from None
+        why = f"it has no {error}" if isinstance(error, KeyError) else first_line(error)
+        raise UserError(f"{path} is whole, but not what this version of the program writes ({why}); it is of another "
+                        "program, or of another version of this one or of torch: use that one, or train again in "
+                        "another OUT_DIR") from None  # fmt: skip
 
 
 def set_weights(model, weights, path):

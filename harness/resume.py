@@ -4,11 +4,15 @@ from types import SimpleNamespace
 
 from harness import distributed
 from harness.cli import say
+from harness.distributed import barrier, rank
 from harness.errors import UserError
-from harness.models import read_file, set_weights
+from harness.models import DamagedFile, read_file, set_weights
+from harness.signals import uninterrupted
 
-RUN_FILES = ("checkpoint.pt", "checkpoint_before.pt", "checkpoint_new.pt", "log.jsonl", "steps.csv", "summary.json",
-             "sample.txt", "model.pt", "vocabulary.json", "loss.png")  # fmt: skip
+CHECKPOINTS = ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt")  # new: a kill kept it from its place
+# In the order in which they are moved aside: a kill leaves the newest checkpoint or none.
+RUN_FILES = (*reversed(CHECKPOINTS), "log.jsonl", "steps.csv", "summary.json", "sample.txt", "model.pt",
+             "vocabulary.json", "loss.png")  # fmt: skip
 # What a resumed run may change. In silence: what only says how to run. With a line: what the next steps depend on. The
 # rest, shape and order of the data, must stay.
 MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STRIDE", "EXTRAPOLATION",
@@ -40,9 +44,10 @@ def move_aside(out_dir):
     numbered = {int(path.suffix[1:]): path for path in folder.parent.iterdir()
                 if path.suffix[1:].isdecimal() and path.stem == folder.name}  # fmt: skip
     aside = folder.with_name(f"{folder.name}.{max(numbered, default=0) + 1}")
-    aside.mkdir()
-    for path in there:
-        path.rename(aside / path.name)
+    with uninterrupted():
+        aside.mkdir()
+        for path in there:
+            path.rename(aside / path.name)
     runs = [aside, *(path for path in numbered.values() if any((path / name).exists() for name in RUN_FILES))]
     megabytes = sum(path.stat().st_size for run in runs for path in run.rglob("*") if path.is_file()) / 1e6
     count = "1 earlier run takes" if len(runs) == 1 else f"{len(runs)} earlier runs take"
@@ -50,19 +55,25 @@ def move_aside(out_dir):
 
 
 def load_checkpoint(run):
-    """Put the run in the state of its last checkpoint, or of the one before if that is damaged. Raises OSError if there
-    is none, ValueError if it is of another run."""
+    """Put the run in the state of its last checkpoint, or of the one before if that is damaged. Raises OSError if it
+    cannot be read, ValueError if all are damaged or it is of another run."""
     keys = ("model", "optimizers", "step", "best", "bad_evals", "log", "losses", "seconds", "rates", "dataset",
             "fingerprint", "hyperparameters", "dtype", "made_by")  # fmt: skip
-    new, before = run.out_dir / "checkpoint_new.pt", run.out_dir / "checkpoint_before.pt"
-    path = new if new.exists() else run.out_dir / "checkpoint.pt"  # new: a kill came before it took its place
-    try:
-        saved = read_file(path, keys)
-    except (OSError, ValueError) as error:
-        if not before.exists():
-            raise
-        say(f"{error}; going on from the checkpoint before it")
-        path, saved, run.damaged = before, read_file(before, keys), path
+    paths = [path for name in CHECKPOINTS if (path := run.out_dir / name).exists()]
+    for path in paths:
+        try:
+            saved = read_file(path, keys)
+            break
+        except DamagedFile:
+            if path == paths[-1]:
+                raise
+            say(f"{path} is damaged or cut short; going on from the checkpoint before it")
+    newest = run.out_dir / "checkpoint.pt"
+    run.damaged = newest if path.name == "checkpoint_before.pt" else None
+    if path.name == "checkpoint_new.pt":
+        barrier()  # all have read it
+        if rank() == 0:
+            path.replace(newest)
     run.before = {key: saved[key] for key in ("hyperparameters", "rates", "made_by")}
     check_same_run(run, saved)
     set_weights(run.model, saved["model"], path)

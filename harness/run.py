@@ -6,7 +6,6 @@ import math
 import shlex
 import signal
 import sys
-import threading
 import time
 from pathlib import Path
 from types import SimpleNamespace
@@ -15,9 +14,10 @@ import torch
 
 import kernels
 from data import vocabulary_file
-from harness import distributed, flops, report
+from harness import distributed, flops, report, signals
 from harness.cli import check_constants, constants, first_line, say
-from harness.distributed import barrier, peak_memory_mb, rank, world_size
+from harness.clock import Clock
+from harness.distributed import all_reduce, barrier, peak_memory_mb, rank, world_size
 from harness.errors import UserError
 from harness.files import Locked, atomic_write, file_lock
 from harness.identity import identity
@@ -43,7 +43,8 @@ class Run:
         self.before = self.progress = None  # before: what a checkpoint says of the run until then
         self.damaged = None  # a checkpoint that could not be read
         self.waiting = None  # the last step, while a GPU still computes it
-        self.compiled, self.signals, self.handlers, self.stack = False, [], {}, contextlib.ExitStack()
+        self.compiled, self.signals, self.stack = False, [], contextlib.ExitStack()
+        self.clock, self.caught = Clock(), contextlib.ExitStack()  # caught: what puts back the handlers of signals
 
     def __enter__(self):
         try:
@@ -58,12 +59,14 @@ class Run:
         except OSError as error:
             raise UserError(f"OUT_DIR={self.out_dir} cannot be used: {error.strerror or error}") from None
         self.stack.enter_context(distributed.deterministic(self.device))
+        self.stack.enter_context(self.clock)
         return self
 
     def __exit__(self, kind, error, traceback):
         if self.progress is not None:
             self.progress.bar.close()
-        self._restore_signals()
+        if world_size() == 1:  # else torchrun may be about to stop this process, which has to say first what happened
+            self.caught.close()
         self.stack.close()
         if kind is None:
             names = sorted(path.name for path in self.out_dir.glob("[!cw]*.*"))  # no checkpoints, nothing half written
@@ -149,7 +152,7 @@ class Run:
             self.write("steps.csv", "".join(row + "\n" for row in (report.STEP_COLUMNS, *rows)))
             self.steps = self.stack.enter_context(open(self.out_dir / "steps.csv", "a", encoding="utf-8", buffering=1))
         self.progress = report.Progress(self)
-        self.step_began = time.perf_counter()
+        self.step_began = self.clock()
         return self.state
 
     @property
@@ -191,7 +194,7 @@ class Run:
             trained = torch.compile(model) if self.compiled else model
             if not self.compiled:
                 say(f"training without torch.compile: {problem or 'it failed in another process'}")
-        self.step_began = time.perf_counter()
+        self.step_began = self.clock()
         return distributed.share(trained)
 
     # -- While it trains -----------------------------------------------------------------------------------
@@ -203,7 +206,7 @@ class Run:
         due = due and (step > 0 or self.constants.get("INIT_FROM") is not None)
         if due:
             self.read_waiting()
-        self.evaluation_began = time.perf_counter()
+        self.evaluation_began = self.clock()
         return due and not (self.records and self.records[-1]["step"] == step)
 
     def save_best(self):
@@ -231,7 +234,7 @@ class Run:
         kernels.trim_memory()
         if world_size() == 1:  # several processes agree on it in a step
             self._stop_if(len(self.signals))
-        self.step_began = time.perf_counter()
+        self.step_began = self.clock()
         self.progress.evaluation_seconds = self.step_began - self.evaluation_began
 
     def checkpoint(self):
@@ -258,8 +261,8 @@ class Run:
 
     def step(self, loss, grad_norm):
         """Count a step: its mean loss over the windows of this process, and the norm of its gradient, as tensors or
-        numbers. Raises UserError if the loss is not finite; after Ctrl-C or SIGTERM saves a checkpoint and ends the
-        program with exit code 130 or 143.
+        numbers. Raises UserError if the loss is not finite; after a signal that ends a job saves a checkpoint and ends
+        the program with exit code 128 + its number.
 
         To read a number from a GPU is to wait until it has computed it. So there a step is counted when the next one
         has been queued behind it, and the GPU never waits for the program.
@@ -285,7 +288,7 @@ class Run:
         if step is None:
             return 0
         loss, grad_norm, stop = step.numbers.read()
-        now = time.perf_counter()
+        now = self.clock()
         seconds, self.step_began = now - self.step_began, now
         self.seconds += seconds
         if rank() == 0:
@@ -301,21 +304,18 @@ class Run:
         return stop
 
     def _catch_signals(self):
-        """From now on Ctrl-C and SIGTERM let the step be finished; a Ctrl-C after that ends the program at once."""
+        """From now on a signal that ends a job lets the step be finished. It ends the program at once where no step
+        would be lost, and where it is a second one from the keyboard."""
+        first, times = self.state.step, []
 
         def receive(number, frame):
-            if self.signals and number == signal.SIGINT:  # a second SIGTERM may have been sent along with the first
-                raise KeyboardInterrupt
+            times.append(time.monotonic())
+            again = number in signals.KEYBOARD and times[-1] - times[0] > signals.TWICE
+            if again or self.state.step == first and world_size() == 1:
+                signals.raise_stopped(number, frame)
             self.signals.append(number)
 
-        if threading.current_thread() is threading.main_thread() and not self.handlers:  # others receive no signals
-            self.handlers = {n: signal.signal(n, receive) for n in (signal.SIGINT, signal.SIGTERM)}
-
-    def _restore_signals(self):
-        if world_size() == 1:  # else torchrun may be about to stop this process, which has to say first what happened
-            for number, handler in self.handlers.items():
-                signal.signal(number, handler)
-            self.handlers = {}
+        self.caught = signals.catch(receive)
 
     def _stop_if(self, stop):
         if stop:
@@ -333,7 +333,8 @@ class Run:
     def load_best(self, model):
         """Training is over: load the weights of the best evaluation."""
         self.progress.bar.close()
-        self._restore_signals()
+        self._stop_if(all_reduce(torch.tensor(len(self.signals))).item())  # what came after the last step
+        self.caught.close()
         if self.state.step < self.constants["MAX_STEPS"]:
             say(f"stopped early: no better validation loss in {self.constants['PATIENCE']} evaluations")
         self.peak_mb = peak_memory_mb(self.device)

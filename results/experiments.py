@@ -38,6 +38,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness  # noqa: E402
 from benchmarks.tables import machine, table  # noqa: E402
+from harness import signals  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from results import checks, measures, runner, step_time, store, texts  # noqa: E402
 from results.plan import EXPERIMENTS, SEEDS, all_constants, owner  # noqa: E402
@@ -121,8 +122,8 @@ def make_all(todo, overrides, gpu, jobs):
         try:
             tasks = [pool.submit(make_run, run, seed, overrides, gpu, jobs) for run, seed in todo]
             problems = [problem for task in tasks if (problem := task.result())]
-        except KeyboardInterrupt as reason:
-            if isinstance(reason, runner.Stopped):
+        except signals.Stopped as reason:
+            if reason.number != signal.SIGINT:
                 for worker in multiprocessing.active_children():
                     worker.terminate()
             pool.shutdown(cancel_futures=True)
@@ -304,13 +305,13 @@ def check_options(args, names, overrides):
 
 def program(argv=None):
     """main() that ends, stopped or failed, with one line and an exit code."""
-    signal.signal(signal.SIGTERM, runner.raise_stopped)
+    signals.catch(signals.raise_stopped)
     harness.cli.robust_streams()
     try:
         main(argv)
-    except KeyboardInterrupt as reason:
+    except signals.Stopped as reason:
         harness.say("experiments.py: stopped; the same command goes on from the last checkpoint", error=True)
-        sys.exit(143 if isinstance(reason, runner.Stopped) else 130)
+        sys.exit(128 + reason.number)
     except UserError as error:
         sys.exit(f"experiments.py: {error}")
 

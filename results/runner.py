@@ -8,6 +8,7 @@ import subprocess
 import sys
 
 import harness
+from harness import signals
 from harness.errors import FileError, UserError
 from harness.files import Locked, file_lock
 from results import store
@@ -15,28 +16,20 @@ from results.edits import edited
 from results.plan import HOW, ROOT
 
 RUNNING, SIGNALS = [], []  # the rung that this process has started; the signals to stop that it has got
+# Ctrl-C reaches a rung by itself, and a second one would end it at once. Other signals may have been sent to this
+# process alone: it passes them on as SIGTERM, of which a rung may get two.
 
 
-class Stopped(KeyboardInterrupt):
-    """SIGTERM. Unlike Ctrl-C it reaches this process only, not those that it has started."""
-
-
-def raise_stopped(*_):
-    """A handler of SIGTERM."""
-    raise Stopped
-
-
-def stop_this_worker(signum, _frame):
-    """A handler of both signals in a worker: end the rung that runs and begin no other."""
-    SIGNALS.append(signum)
-    for process in RUNNING if signum == signal.SIGTERM else ():  # Ctrl-C reaches it by itself
+def stop_this_worker(number, _frame):
+    """A handler in a worker: end the rung that runs and begin no other."""
+    SIGNALS.append(number)
+    for process in RUNNING if number != signal.SIGINT else ():
         process.terminate()
 
 
 def init_worker():
     """What a process that makes one run after the other does first."""
-    signal.signal(signal.SIGINT, stop_this_worker)
-    signal.signal(signal.SIGTERM, stop_this_worker)
+    signals.catch(stop_this_worker)
 
 
 def begin(folder, output, made_of):
@@ -112,15 +105,17 @@ def train(run, folder, constants, jobs=1):
         screen = None
         if jobs > 1:  # the lines of several runs would be mixed up
             screen = stack.enter_context(open(folder / "screen.txt", "w", encoding="utf-8"))
-        process = launch(words, jobs, screen)
-        RUNNING[:] = [process]
+        RUNNING.clear()
         try:
-            process.wait()
-        except KeyboardInterrupt as reason:
-            if isinstance(reason, Stopped):
-                process.terminate()
-            process.wait()
+            with signals.uninterrupted():
+                RUNNING.append(launch(words, jobs, screen))
+            code = RUNNING[0].wait()
+        except signals.Stopped as reason:
+            for process in RUNNING:
+                if reason.number != signal.SIGINT:
+                    process.terminate()
+                process.wait()
             raise
-    if process.returncode:
+    if code:
         place = f"in {folder / 'screen.txt'}" if screen else "above"
-        raise UserError(f"the run in {folder} has ended with exit code {process.returncode}; its message is {place}")
+        raise UserError(f"the run in {folder} has ended with exit code {code}; its message is {place}")

@@ -93,6 +93,7 @@ def call_in_group(function, arguments, folder, output):
         with open(path, "wb") as file:
             os.dup2(file.fileno(), number)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)
     os.chdir(folder)
     function(*arguments)
 

@@ -371,10 +371,12 @@ def program_of_long_runs(jobs, data_dir):
     experiments.program(["tiny", "DEVICE=cpu", "--jobs", str(jobs)])
 
 
-@pytest.mark.parametrize(("signum", "jobs"), [(signal.SIGTERM, 1), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+@pytest.mark.parametrize(("signum", "jobs"), [
+    (signal.SIGTERM, 1), (signal.SIGHUP, 2), (signal.SIGTERM, 2), (signal.SIGINT, 2),
+])  # fmt: skip
 def test_what_stops_it_stops_its_runs(signum, jobs, tmp_path, data_dir):
     """Each run that had begun has a checkpoint of the step that it had come to, no other has begun, and no process is
-    left. SIGTERM goes to the program alone, Ctrl-C to all of its processes, as a terminal sends it."""
+    left. SIGTERM goes to the program alone, Ctrl-C and SIGHUP to all of its processes, as a terminal sends them."""
     steps = [tmp_path / "work" / "tiny" / f"run-{k}-1337" / "run" / "steps.csv" for k in range(1, jobs + 1)]
     with forked.process_group(program_of_long_runs, (jobs, data_dir), tmp_path, tmp_path / "screen") as process:
         errors, until = tmp_path / "screen.err", time.monotonic() + 300

@@ -15,6 +15,7 @@ import forks
 from harness import files
 from harness.errors import FileError
 from harness.files import Locked, atomic_write, atomic_writes, file_lock
+from harness.signals import ENDING
 
 ROOT = Path(__file__).resolve().parents[1]
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -175,7 +176,7 @@ def test_files_that_belong_together_take_their_places_together(tmp_path, error):
     assert names(tmp_path) == ["a", "b"]
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", ENDING)
 def test_a_signal_between_two_places_waits(tmp_path, monkeypatch, number):
     came, replace = [], Path.replace
 

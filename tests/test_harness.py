@@ -1,6 +1,7 @@
 """The frame around a run, in this process: constants, --help, the run's folder, pictures, resuming, PROMPT."""
 
 import ast
+import builtins
 import contextlib
 import csv
 import dataclasses
@@ -16,6 +17,8 @@ import shutil
 import signal
 import subprocess
 import sys
+import threading
+import zipfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -34,6 +37,7 @@ import harness.files
 import harness.models
 import harness.report
 import harness.run
+import harness.signals
 from bpe_tokenizer import BPETokenizer
 
 SHORT = {"MAX_STEPS": 2, "EVAL_INTERVAL": 1}
@@ -482,7 +486,7 @@ def test_files_that_belong_together_are_written_together(error, tmp_path):
     assert contents(tmp_path) == {"a": "new", "b": "new"}
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("number", harness.signals.ENDING)
 def test_a_signal_while_files_take_their_places_waits(number, tmp_path, monkeypatch):
     def stop(number, frame):
         raise KeyboardInterrupt
@@ -671,8 +675,9 @@ def test_a_run_without_a_terminal_says_how_far_it_is(name, load, start, monkeypa
         now[0] += seconds
         return function(*arguments, **options)
 
-    for file in (harness.run, harness.report):
-        monkeypatch.setattr(file, "time", SimpleNamespace(perf_counter=lambda: now[0]))
+    times = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[0])  # it computes all the time
+    for file in (harness.clock, harness.report):
+        monkeypatch.setattr(file, "time", times)
     monkeypatch.setattr(harness.Run, "step", lambda *arguments: after(8, step, *arguments))
     monkeypatch.setattr(module, "evaluate", functools.partial(after, 6, evaluate))
     code, out, err = start(module)
@@ -855,10 +860,19 @@ def damage(path, kind, bomb):
         path.mkdir()
     else:
         path.write_bytes({"cut": content[: len(content) // 2], "empty": b"", "text": b"hello\n",
-                          "changed": content[:-2000] + bytes(2000)}[kind])  # fmt: skip
+                          "changed": content[:-2000] + bytes(2000),
+                          "bit": content[: len(content) // 2] + bytes([content[len(content) // 2] ^ 1])
+                          + content[len(content) // 2 + 1 :]}[kind])  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", ["cut", "empty", "text", "other", "model", "bomb", "folder", "changed"])
+WHOLE = "is whole, but not what this version of the program writes "
+NOT_USED = {"folder": "checkpoint.pt is a folder, and a file must be in its place; move it away",
+            "model": f"checkpoint.pt {WHOLE}(it has no 'optimizers'); it is of another program, or of another version",
+            "bomb": f"checkpoint.pt {WHOLE}(Weights only load failed",
+            "other": f"checkpoint.pt {WHOLE}(list indices must be "}
+
+
+@pytest.mark.parametrize("kind", ["cut", "empty", "text", "other", "model", "bomb", "folder", "changed", "bit"])
 @pytest.mark.parametrize("name", ["v0", V4])
 def test_damaged_files_are_refused_in_one_line(name, kind, trained, start, tmp_path):
     module = trained(name)
@@ -869,14 +883,63 @@ def test_damaged_files_are_refused_in_one_line(name, kind, trained, start, tmp_p
                 shutil.copy(folder / "model.pt", path)
         else:
             damage(path, kind, tmp_path / "went off")
-    assert_refused(start(module, "RESUME=True"), "checkpoint_before.pt is damaged")
+    damaged = "checkpoint_before.pt is damaged or cut short; if it is a copy, copy it again, else train again "
+    assert_refused(start(module, "RESUME=True"), NOT_USED.get(kind, damaged))
     if kind != "model":
         module.RESUME = False
-        assert_refused(start(module, "PROMPT=a"), "model.pt is damaged")
+        refused = NOT_USED.get(kind, damaged).partition(".pt ")[2][:20]
+        assert_refused(start(module, "PROMPT=a"), f"model.pt {refused}")
     assert not (tmp_path / "went off").exists()
     if kind != "folder":
         module.RESUME, module.PROMPT = False, None
         assert start(module)[0] == 0  # train again, as the message says
+
+
+@pytest.mark.parametrize(("number", "after", "said"), [
+    (errno.EACCES, 0, "cannot read {path}: Permission denied; let this user read it"),
+    (errno.EIO, 0, "cannot read {path}: Input/output error; try again, or copy the folder"),
+    (errno.EIO, 1000, "cannot read {path}: Input/output error; try again, or copy the folder"),
+    (errno.ESTALE, 1000, "cannot read {path}: Stale file handle; try again, or copy the folder"),
+    (errno.ENOMEM, 0, "out of memory in line "), (errno.ENOMEM, 1000, "out of memory in line "),
+])  # fmt: skip
+def test_a_checkpoint_that_cannot_be_read_is_kept(number, after, said, load, start, monkeypatch):
+    """And no older one takes its place: it may be whole. An error at the opening, or after some bytes."""
+    module = load("v3", **SHORT)
+    assert start(module)[0] == 0
+    path, usual = run_folder(module) / "checkpoint.pt", open
+
+    class Raw(io.FileIO):
+        def readinto(self, buffer):
+            if self.tell() + len(buffer) > after:
+                raise OSError(number, os.strerror(number))
+            return super().readinto(buffer)
+
+    def fail(name, *arguments, **options):
+        if name not in (path, str(path)):
+            return usual(name, *arguments, **options)
+        if not after:
+            raise OSError(number, os.strerror(number))
+        return io.BufferedReader(Raw(name), 100)
+
+    with monkeypatch.context() as patch:
+        for module_of_python in (builtins, io):
+            patch.setattr(module_of_python, "open", fail)
+        assert_refused(start(module, "RESUME=True", "MAX_STEPS=3"), said.format(path=path))
+    code, out, _ = start(module, "RESUME=True", "MAX_STEPS=3")
+    assert code == 0 and "going on from step 2\n" in out
+
+
+def test_a_checkpoint_of_a_newer_torch_says_so(load, start):
+    module = load("v3", **SHORT)
+    assert start(module)[0] == 0
+    path = run_folder(module) / "checkpoint.pt"
+    with zipfile.ZipFile(path) as archive:
+        content = {info: archive.read(info) for info in archive.infolist()}
+    with zipfile.ZipFile(path, "w") as archive:
+        for info, text in content.items():
+            archive.writestr(info, b"99" if info.filename.endswith("/version") else text)
+    ended = start(module, "RESUME=True", "MAX_STEPS=3")
+    assert_refused(ended, WHOLE, "Attempted to read a PyTorch file with version 99")
 
 
 @pytest.mark.parametrize("name", ["v1", "v3"])
@@ -1150,7 +1213,7 @@ def test_the_process_is_left_as_it_was(load):
     """A notebook or a test goes on in it, after a run and after one that failed."""
 
     def state():
-        signals = [signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)]
+        signals = [signal.getsignal(number) for number in harness.signals.ENDING], threading.active_count()
         return signals, torch.are_deterministic_algorithms_enabled(), harness.constants(vars(module))
 
     for constants, error in ((SHORT, None), ({**SHORT, "LEARNING_RATE": 1e30, "WARMUP_STEPS": 0}, ValueError)):

@@ -4,9 +4,12 @@ lost, nothing changes, and every advice that a message gives works.
 The runs are child processes, forked from one that has imported torch and the rungs: a start costs no imports.
 """
 
+import builtins
 import contextlib
 import ctypes
+import fcntl
 import importlib
+import io
 import json
 import math
 import multiprocessing
@@ -17,18 +20,24 @@ import resource
 import shutil
 import signal
 import socket
+import struct
 import subprocess
 import sys
+import termios
 import time
+import zipfile
 from collections import Counter
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 from common import COMPILED, LATE_RUNGS, MODERN, ROOT, RUNGS, V4
 
 import data
+import harness.clock
 import harness.report
+import harness.signals
 from data import prepare
 
 STEPS = 60
@@ -46,23 +55,30 @@ CONSTANTS = {
 
 
 def run_rung(name, arguments, folder, output, at=(), limit=0, threads=1, environ=None, disk=None, screen=None,
-             long_evaluation=False, infinite_at=None):  # fmt: skip
+             long_evaluation=False, infinite_at=None, ignored=(), twice=None, jumps=()):  # fmt: skip
     """What a child process does: what `python <name>.py <arguments>` does with the data folder `folder`, writing to
     `output`.out and .err.
 
-    `at`: {event: signal that the process sends itself there, or "hold"}. Events are "batch 7", that of step 7,
-    "evaluation 2", the second one, "rename checkpoint.pt 3", before a file takes this name for the third time, and
-    "event 40", the fortieth of all. A process that holds waits for `Child.let_go`, and says if a signal comes. `limit`
-    bytes of memory can be had. `disk` is (folder, size, whether read-only) of a small disk. `screen`: "full", where
-    nothing can be written, or "closed". `long_evaluation`: on the training text. At the step `infinite_at` the loss is
-    infinite.
+    `at`: {event: signal that the process sends itself there, or a list of them, or "hold"}. Events are "batch 7", that
+    of step 7, "evaluation 2", the second one, "rename checkpoint.pt 3", before a file takes this name for the third
+    time, "compile", and "event 40", the fortieth of all. A process that holds waits for `Child.let_go`, and says if a
+    signal comes. `limit` bytes of memory can be had. `disk` is (folder, size, whether read-only) of a small disk.
+    `screen`: "full", where nothing can be written, "closed", or the path of a terminal. `long_evaluation`: on the
+    training text. At the step `infinite_at` the loss is infinite. `ignored`: signals. `twice`: the seconds in which a
+    signal counts once. `jumps`: {event: (seconds that pass there, seconds of computing that do)}.
     """
     for number, path in ((1, f"{output}.out"), (2, f"{output}.err")):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)
+    notes = os.dup(1)
+    for number in harness.signals.ENDING:  # whatever the tests ignore
+        signal.signal(number, signal.SIG_DFL)
     signal.signal(signal.SIGINT, signal.default_int_handler)
+    for number in ignored:
+        signal.signal(number, signal.SIG_IGN)
     os.environ.update(environ or {})
+    harness.signals.TWICE = harness.signals.TWICE if twice is None else twice
     torch.set_num_threads(threads)
-    data.DATA_DIR, at = folder, dict(at)
+    data.DATA_DIR, at, jumps, jumped = folder, dict(at), dict(jumps), [0, 0]
     harness.report.draw_curves = lambda path, *_, **__: path.write_text("a picture")  # else most of the time goes there
     rung = importlib.import_module(name)
     get_batch, evaluate, load_tokens, replace = rung.get_batch, rung.evaluate, rung.load_tokens, Path.replace
@@ -71,18 +87,20 @@ def run_rung(name, arguments, folder, output, at=(), limit=0, threads=1, environ
 
     def happens(event):
         seen["event"] += 1
+        jumped[:] = [a + b for a, b in zip(jumped, jumps.get(event, (0, 0)))]
         for action in (at.get(event), at.get(f"event {seen['event']}")):
             if action == "hold":
                 hold(event)
             elif action:
-                signal.raise_signal(action)
+                for number in action if isinstance(action, list) else [action]:
+                    signal.raise_signal(number)
 
     def hold(event):
-        os.write(1, f"holds at {event}\n".encode())  # not by print(), which would flush what the run has printed
+        os.write(notes, f"holds at {event}\n".encode())  # not by print(), which would flush what the run has printed
         told = False
         while not Path(f"{output}.go").exists():
             if now["run"].signals and not told:
-                told = os.write(1, b"a signal came\n")
+                told = os.write(notes, b"a signal came\n")
             time.sleep(0.005)
 
     def batch(ids, step):
@@ -109,6 +127,15 @@ def run_rung(name, arguments, folder, output, at=(), limit=0, threads=1, environ
         loss = forward(self, idx, targets, *rest, **options)
         return loss * math.inf if targets is not None and now["step"] == infinite_at else loss
 
+    def compiled(model):
+        happens("compile")
+        raise RuntimeError("no compiler here")
+
+    if "compile" in at:
+        torch.compile = compiled
+    if jumps:
+        harness.clock.time = SimpleNamespace(perf_counter=lambda: time.perf_counter() + jumped[0],
+                                             process_time=lambda: time.process_time() + jumped[1])  # fmt: skip
     if infinite_at is not None:
         rung.LanguageModel.forward = infinite
     harness.Run.evaluation_due, Path.replace = loop_has_begun, rename
@@ -120,6 +147,13 @@ def run_rung(name, arguments, folder, output, at=(), limit=0, threads=1, environ
         resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
     if screen == "full":
         os.dup2(os.open("/dev/full", os.O_WRONLY), 1)
+    elif screen and screen.startswith("/"):  # a process that leads its session has the terminal that it opens first
+        os.setsid()
+        terminal = os.open(screen, os.O_RDWR)
+        for number in (0, 1, 2):
+            os.dup2(terminal, number)
+        os.close(terminal)
+        sys.stdout, sys.stderr = (open(number, "w", buffering=1, closefd=False) for number in (1, 2))
     elif screen == "closed":  # then the interpreter has no streams
         sys.stdout = sys.stderr = None
         os.close(1)
@@ -323,20 +357,96 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(name, kills, run, 
     assert_same(results(tmp_path, name), straight(name))
 
 
-@pytest.mark.parametrize(("event", "step"), [
-    ("rename checkpoint_new.pt 1", None),  # no file has the name of a checkpoint yet
-    ("rename checkpoint.pt 1", 10), ("rename checkpoint_new.pt 2", 10), ("rename checkpoint_before.pt 1", 20),
-    ("rename checkpoint.pt 2", 20), ("rename model.pt 2", 10), ("rename log.jsonl 2", 10),
-])  # fmt: skip
-def test_a_kill_while_a_checkpoint_is_saved_costs_no_more_than_that_one(event, step, run, straight, tmp_path):
-    """Before each of the renames. What is written whole is read, under whatever name it is."""
-    code, _, _ = run("v3", tmp_path, at={event: signal.SIGKILL})
-    assert code == -signal.SIGKILL
-    code, out, err = run("v3", tmp_path, RESUME=True)
-    assert code == 0, err
-    assert ("RESUME=True begins a run" if step is None else f"going on from step {step}\n") in out
-    assert "going on from the checkpoint before it" not in out
-    assert_same(results(tmp_path, "v3"), straight("v3"))
+class Watch:
+    """Copies the folder `out` to `copies`/1, /2, ... before each system call that changes a file in it, and when half
+    of the bytes of a write are there: what a kill at these moments would leave. States that differ only in what is
+    already in a file of which nobody reads a part ("writing-...") are one."""
+
+    def __init__(self, out, copies):
+        self.out, self.copies, self.seen = Path(out), copies, set()
+        self.open, fsync = open, os.fsync
+        os.fsync = lambda descriptor: (self.copy(), fsync(descriptor))
+        builtins.open = io.open = self.open_watched
+        sys.addaudithook(self.hook)
+
+    def hook(self, event, arguments):
+        creates = event == "open" and isinstance(arguments[2], int) and arguments[2] & (os.O_CREAT | os.O_TRUNC)
+        if creates or event in ("os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate"):
+            if self.out in Path(os.fsdecode(arguments[0])).parents:
+                self.copy()
+
+    def open_watched(self, path, mode="r", buffering=-1, encoding=None, errors=None, newline=None, *rest, **options):
+        if not set("wxa+") & set(mode) or isinstance(path, int) or self.out not in Path(path).parents:
+            return self.open(path, mode, buffering, encoding, errors, newline, *rest, **options)
+        watch = self
+
+        class Raw(io.FileIO):
+            def write(self, content):
+                watch.copy()
+                half = super().write(content[: len(content) // 2])
+                watch.copy()
+                return half + super().write(content[half:])
+
+        file = io.BufferedWriter(Raw(path, mode.replace("b", "").replace("t", "")))
+        return file if "b" in mode else io.TextIOWrapper(file, encoding, errors, newline, line_buffering=buffering == 1)
+
+    def copy(self):
+        files = {path.name: path.read_bytes() for path in self.out.iterdir() if path.name != "lock"}
+        state = tuple(sorted((name, content != b"" if name.startswith("writing-") else content)
+                             for name, content in files.items()))  # fmt: skip
+        if state not in self.seen:
+            self.seen.add(state)
+            folder = self.copies / str(len(self.seen))
+            folder.mkdir()
+            for name, content in files.items():
+                with self.open(folder / name, "wb") as file:
+                    file.write(content)
+
+
+def run_watched(name, arguments, folder, output, copies, resume):
+    """In a child: train while what kills would leave is copied; or else go on from each of the copies."""
+    os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
+    os.dup2(1, 2)
+    torch.set_num_threads(1)
+    data.DATA_DIR = folder
+    harness.report.draw_curves = lambda path, *_, **__: path.write_text("a picture")
+    rung = importlib.import_module(name)
+    harness.set_constants(vars(rung), arguments)
+    if not resume:
+        Path(rung.OUT_DIR).mkdir()
+        Watch(rung.OUT_DIR, copies)
+        rung.main()
+    for path in list(copies.iterdir()) if resume else ():
+        print(f"--- {path.name} ---", flush=True)
+        rung.OUT_DIR, rung.RESUME = str(path), True
+        rung.main()
+
+
+def test_a_kill_between_any_two_system_calls_loses_nothing(server, folder, run, tmp_path):
+    """From the first file of a run to the last; it begins with the weights of another run."""
+    name, constants = "v3", {"MAX_STEPS": 4, "EVAL_INTERVAL": 2}
+    assert run(name, tmp_path / "other", SEED=1, **constants)[0] == 0
+    constants["INIT_FROM"] = tmp_path / "other"
+    (tmp_path / "copies").mkdir()
+    for resume in (False, True):
+        arguments = (name, command_line(name, tmp_path / "out", constants), folder, tmp_path / "said",
+                     tmp_path / "copies", resume)  # fmt: skip
+        child = server.Process(target=run_watched, args=arguments)
+        child.start()
+        child.join()
+        assert child.exitcode == 0, (tmp_path / "said").read_text()
+    straight, names = results(tmp_path / "out", name), set(os.listdir(tmp_path / "out"))
+    copies = [path for path in (tmp_path / "copies").iterdir() if not path.suffix]  # 7.1: what was moved aside
+    assert len(copies) > 40
+    for copy in copies:
+        assert_same(results(copy, name), straight)
+        assert {*os.listdir(copy), "checkpoint_before.pt"} == names, copy
+        assert steps_of(copy) == steps_of(tmp_path / "out")
+
+
+def steps_of(folder):
+    """steps.csv without its last column, the speed."""
+    return [line.rpartition(",")[0] for line in (folder / "steps.csv").read_text().splitlines()]
 
 
 def has_compiler():
@@ -362,13 +472,13 @@ def test_killed_and_resumed_is_the_same_run_in_two_threads_compiled_in_bfloat16(
 
 
 @pytest.mark.parametrize(("name", "number", "step"), [
-    ("v0", signal.SIGTERM, 13), ("v1", signal.SIGINT, 13), ("v1_1", signal.SIGTERM, 13), ("v2", signal.SIGINT, 13),
-    ("v3", signal.SIGINT, 13), ("v3_1", signal.SIGINT, 13), (V4, signal.SIGTERM, 13), ("v3", signal.SIGTERM, STEPS - 1),
+    ("v0", signal.SIGTERM, 13), ("v1", signal.SIGQUIT, 13), ("v1_1", signal.SIGXCPU, 13), ("v2", signal.SIGUSR1, 13),
+    ("v3", signal.SIGINT, 13), ("v3_1", signal.SIGUSR2, 13), (V4, signal.SIGHUP, 13), ("v3", signal.SIGTERM, STEPS - 1),
     (V4, signal.SIGINT, STEPS - 1),
 ])  # fmt: skip
 def test_a_signal_finishes_the_step_and_saves(name, number, step, run, straight, tmp_path):
     code, out, err = run(name, tmp_path, at={f"batch {step}": number})
-    assert code == 128 + number  # 130 or 143
+    assert code == 128 + number
     assert f"stopped after {step + 1} steps; RESUME=True" in err and len(err.splitlines()) == 1
     assert checkpoint(tmp_path, name)["step"] == step + 1
     code, out, err = run(name, tmp_path, RESUME=True)
@@ -377,8 +487,9 @@ def test_a_signal_finishes_the_step_and_saves(name, number, step, run, straight,
     assert_same(results(tmp_path, name), straight(name))
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-@pytest.mark.parametrize("name", ["v1", V4])
+@pytest.mark.parametrize(("name", "number"), [
+    ("v1", signal.SIGHUP), ("v1", signal.SIGUSR1), (V4, signal.SIGINT), (V4, signal.SIGTERM),
+])  # fmt: skip
 def test_a_signal_in_an_evaluation_saves_after_it(name, number, run, tmp_path):
     code, _, err = run(name, tmp_path, at={"evaluation 2": number})
     assert code == 128 + number
@@ -386,11 +497,12 @@ def test_a_signal_in_an_evaluation_saves_after_it(name, number, run, tmp_path):
     assert checkpoint(tmp_path, name)["step"] == read_log(part(tmp_path, name))[-1]["step"] == 20
 
 
-@pytest.mark.parametrize("name", LATE_RUNGS)
-def test_ctrl_c_in_the_evaluations_after_training_loses_nothing(name, run, straight, tmp_path):
-    code, _, err = run(name, tmp_path, at={"evaluation 2": signal.SIGINT}, EVAL_INTERVAL=STEPS)
-    assert code == 130
-    assert "RESUME=True" in err and len(err.splitlines()) == 1
+@pytest.mark.parametrize(("name", "number"), [*zip(LATE_RUNGS, (signal.SIGINT, signal.SIGTERM, signal.SIGHUP))])
+def test_a_signal_in_the_evaluations_after_training_loses_nothing(name, number, run, straight, tmp_path):
+    """Even if another follows at once."""
+    code, _, err = run(name, tmp_path, at={"evaluation 2": [number, signal.SIGTERM]}, EVAL_INTERVAL=STEPS)
+    assert code == 128 + number
+    assert err == f"{name}.py: stopped; RESUME=True goes on from the last checkpoint\n"
     assert not (part(tmp_path, name) / "summary.json").exists()
     code, out, err = run(name, tmp_path, RESUME=True, EVAL_INTERVAL=STEPS)
     assert code == 0, err
@@ -399,27 +511,46 @@ def test_ctrl_c_in_the_evaluations_after_training_loses_nothing(name, run, strai
     assert all(torch.equal(p, straight(name)[2]["checkpoint.pt"][key]) for key, p in weights.items())
 
 
-def test_a_second_sigterm_does_not_cost_the_checkpoint(begin, tmp_path):
+@pytest.mark.parametrize(("name", "event"), [("v0", "batch 0"), (V4, "compile")])
+def test_a_signal_before_anything_was_learned_ends_the_run_at_once(name, event, run, straight, tmp_path):
+    """A model may take a minute to compile."""
+    code, out, err = run(name, tmp_path, at={event: signal.SIGHUP}, COMPILE=event == "compile")
+    assert (code, err) == (129, f"{name}.py: stopped; RESUME=True goes on from the last checkpoint\n")
+    assert "without torch.compile" not in out
+    assert not list(part(tmp_path, name).glob("checkpoint*"))
+    code, _, err = run(name, tmp_path, RESUME=True)
+    assert (code, err) == (0, "")
+    assert_same(results(tmp_path, name), straight(name))
+
+
+def test_a_signal_that_is_ignored_stays_so(run, straight, tmp_path):
+    """nohup ignores SIGHUP, a shell SIGINT for what runs in the background."""
+    numbers = [signal.SIGHUP, signal.SIGINT]
+    code, _, err = run("v3", tmp_path, ignored=numbers, at={"batch 0": numbers, "batch 13": numbers})
+    assert (code, err) == (0, "")
+    assert_same(results(tmp_path, "v3"), straight("v3"))
+
+
+@pytest.mark.parametrize("numbers", [
+    [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
+])  # fmt: skip
+def test_signals_that_come_together_are_one(numbers, run, tmp_path):
     """torchrun passes on what a scheduler also sends to each process by itself."""
-    child = begin("v3", tmp_path, at={"batch 13": "hold"})
-    child.wait_for("holds at batch 13\n")
-    child.send(signal.SIGTERM)
-    child.wait_for("a signal came\n")
-    child.send(signal.SIGTERM)
-    child.let_go()
-    code, _, err = child.finish()
-    assert code == 143
+    code, _, err = run("v3", tmp_path, at={"batch 13": numbers}, twice=1e9)
+    assert code == 128 + numbers[0]
     assert "stopped after 14 steps; RESUME=True" in err and len(err.splitlines()) == 1
     assert checkpoint(tmp_path, "v3")["step"] == 14
 
 
 @pytest.mark.parametrize("name", RUNGS)
 def test_a_second_ctrl_c_stops_at_once(name, begin, tmp_path):
-    """In the middle of a step that never ends."""
-    child = begin(name, tmp_path, at={"batch 0": "hold"})
-    child.wait_for("holds at batch 0\n")
-    child.send(signal.SIGINT)
+    """In the middle of a step that never ends; other signals may come before it as often as they like."""
+    child = begin(name, tmp_path, at={"batch 3": "hold"}, twice=0)
+    child.wait_for("holds at batch 3\n")
+    child.send(signal.SIGTERM)
     child.wait_for("a signal came\n")
+    child.send(signal.SIGTERM)
+    time.sleep(0.01)
     assert child.process.exitcode is None
     child.send(signal.SIGINT)
     code, _, err = child.finish()
@@ -427,20 +558,145 @@ def test_a_second_ctrl_c_stops_at_once(name, begin, tmp_path):
     assert err == f"{name}.py: stopped; RESUME=True goes on from the last checkpoint\n"
 
 
-@pytest.mark.parametrize("damage", ["cut", "gone"])
-def test_a_damaged_checkpoint_gives_way_to_the_one_before(damage, run, straight, tmp_path):
-    """And does not take its place: that one is still there after another kill."""
-    assert run("v3", tmp_path, at={"batch 35": signal.SIGKILL})[0] == -signal.SIGKILL
-    newest = tmp_path / "checkpoint.pt"
-    newest.write_bytes(newest.read_bytes()[:1000]) if damage == "cut" else newest.unlink()
-    code, out, err = run("v3", tmp_path, RESUME=True, at={"rename checkpoint.pt 1": signal.SIGKILL})
+# ----------------------------------------------------------------------------------------------------------
+# A terminal that is closed
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def begin_in_terminal(begin):
+    """begin_in_terminal(event, rung, out, ...): a Child in a terminal that is closed when the child holds at the event.
+    Returns what the terminal has shown, too."""
+
+    def begin_in_terminal(event, *arguments, **options):
+        shown, written = os.openpty()
+        fcntl.ioctl(shown, termios.TIOCSWINSZ, struct.pack("4H", 24, 200, 0, 0))
+        os.set_blocking(shown, False)
+        child, text = begin(*arguments, screen=os.ttyname(written), at={event: "hold"}, **options), b""
+        while f"holds at {event}\n" not in child.out and child.process.exitcode is None:
+            with contextlib.suppress(BlockingIOError):
+                text += os.read(shown, 10_000)
+            time.sleep(0.005)
+        os.close(written)
+        os.close(shown)
+        return child, text
+
+    return begin_in_terminal
+
+
+@pytest.mark.parametrize(("event", "step"), [("batch 13", 14), ("evaluation 2", 20), ("evaluation 7", STEPS)])
+def test_a_terminal_that_is_closed_ends_the_run(event, step, begin_in_terminal, run, straight, tmp_path):
+    """The kernel sends SIGHUP, and every write fails from then on, also those of the bar."""
+    child, shown = begin_in_terminal(event, "v3", tmp_path)
+    assert b"\rtraining:  " in shown
+    if event != "evaluation 7":  # which is one after training
+        child.wait_for("a signal came\n")
+        child.let_go()
+    code, _, err = child.finish()
+    assert (code, err) == (129, "")
+    assert checkpoint(tmp_path, "v3")["step"] == step
+    code, out, err = run("v3", tmp_path, RESUME=True)
+    assert (code, err) == (0, "")
+    assert f"going on from step {step}\n" in out
+    assert_same(results(tmp_path, "v3"), straight("v3"))
+
+
+def test_a_run_that_outlives_its_terminal_loses_nothing(begin_in_terminal, straight, tmp_path):
+    child, _ = begin_in_terminal("batch 13", "v3", tmp_path, ignored=[signal.SIGHUP])
+    child.let_go()
+    code, _, err = child.finish()
+    assert (code, err) == (0, "")
+    assert_same(results(tmp_path, "v3"), straight("v3"))
+
+
+@pytest.fixture(scope="module")
+def killed(run, tmp_path_factory):
+    """What a kill has left when a third checkpoint had not taken its place: those of steps 30, 20 and 10."""
+    out = tmp_path_factory.mktemp("killed")
+    assert run("v3", out, at={"rename checkpoint_before.pt 2": signal.SIGKILL})[0] == -signal.SIGKILL
+    return out
+
+
+NEW, NEWEST, BEFORE = "checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt"
+
+
+@pytest.mark.parametrize(("cut", "gone", "step"), [
+    ((), (), 30), ((NEW,), (), 20), ((), (NEW,), 20), ((NEWEST,), (), 30), ((NEWEST,), (NEW,), 10),
+    ((), (NEW, NEWEST), 10), ((NEW, NEWEST), (), 10), ((NEWEST, BEFORE), (), 30),
+])  # fmt: skip
+def test_a_damaged_checkpoint_gives_way_to_the_one_before(cut, gone, step, killed, run, straight, tmp_path):
+    """And does not take its place: with the next one there are two good ones."""
+    shutil.copytree(killed, tmp_path, dirs_exist_ok=True)
+    for name in cut:
+        with open(tmp_path / name, "r+b") as file:
+            file.truncate(file.seek(0, 2) // 2)
+    for name in gone:
+        (tmp_path / name).unlink()
+    code, out, err = run("v3", tmp_path, RESUME=True, at={f"batch {step + 10}": signal.SIGKILL})
     assert code == -signal.SIGKILL, err
-    assert "going on from the checkpoint before it" in out
-    assert "going on from step 20\n" in out
-    (tmp_path / "checkpoint_new.pt").unlink()
+    assert f"going on from step {step}\n" in out
+    read = [name for name in (NEW, NEWEST, BEFORE) if name not in gone]
+    read = read[: [name not in cut for name in read].index(True)]
+    assert out.count("is damaged or cut short; going on from the checkpoint before it") == len(read)
+    whole = [path.name for path in tmp_path.glob("checkpoint*") if zipfile.is_zipfile(path)]
+    assert sorted(whole) == [NEWEST, BEFORE]
     code, out, err = run("v3", tmp_path, RESUME=True)
     assert code == 0, err
-    assert "going on from step 20\n" in out
+    assert f"going on from step {step + 10}\n" in out
+    assert_same(results(tmp_path, "v3"), straight("v3"))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Suspended
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def passes(monkeypatch):
+    """passes(seconds, computing): so much time passes, and so much computing is done. There is no other time."""
+    now = [100.0, 7.0]
+    times = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[1])
+    monkeypatch.setattr(harness.clock, "time", times)
+
+    def passes(seconds, computing=0.0):
+        now[:] = now[0] + seconds, now[1] + computing
+
+    return passes
+
+
+def test_the_clock_of_a_run_leaves_suspensions_out(passes):
+    clock = harness.clock.Clock()
+    seconds = 0.0
+    for passed, computing, counts in ((0.25, 0.25, 0.25), (0.75, 0.0, 0.75), (30.0, 29.0, 30.0), (30.0, 100.0, 30.0),
+                                      (3600.0, 0.01, harness.clock.TICK), (5.0, 0.5, harness.clock.TICK)):  # fmt: skip
+        passes(passed, computing)
+        seconds += counts
+        assert clock() == pytest.approx(seconds)
+
+
+def test_the_clock_of_a_run_counts_while_it_waits_for_a_device(passes, monkeypatch):
+    """Then it does not compute, but a thread runs and looks at the time."""
+    monkeypatch.setattr(harness.clock, "TICK", 0.001)
+    with harness.clock.Clock() as clock:
+        for _ in range(5):
+            passes(0.75)
+            while clock.last[0] != harness.clock.time.perf_counter():
+                time.sleep(0.001)
+        assert clock() == pytest.approx(5 * 0.75)
+    assert not clock.thread.is_alive()
+
+
+def test_suspensions_are_no_training_time(run, straight, tmp_path):
+    """A step in which a day passes, and one that computes for half an hour."""
+    jumps = {"batch 13": (86400, 0), "batch 23": (1800, 1800), "evaluation 3": (1800, 1800)}
+    code, out, err = run("v3", tmp_path, jumps=jumps)
+    assert code == 0, err
+    summary = json.loads((tmp_path / "summary.json").read_text())
+    assert 1800 < summary["train_seconds"] < 3600
+    assert summary["tokens_per_second"] > STEPS * 64 / 3600
+    assert read_log(tmp_path)[1]["seconds"] < 1800 < read_log(tmp_path)[2]["seconds"] < 3600
+    speeds = [float(line.rpartition(",")[2]) for line in (tmp_path / "steps.csv").read_text().splitlines()[1:]]
+    assert min(speeds) == speeds[23] < 1 <= min(speeds[:23])
     assert_same(results(tmp_path, "v3"), straight("v3"))
 
 
@@ -729,10 +985,10 @@ def test_a_dead_process_ends_the_run_which_others_can_continue(begin_together, r
     assert code == 1 and second.finish()[0] == -signal.SIGKILL
     assert "v3.py: another process has ended; RESUME=True goes on from the last checkpoint" in err.splitlines()[-1]
     assert "Traceback" not in err
-    one_is_told = {3: {"batch 33": signal.SIGTERM}}  # that is enough: they agree
+    one_is_told = {3: {"batch 33": signal.SIGHUP}}  # that is enough: they agree
     four = begin_together("v3", tmp_path, 4, at_rank=one_is_told, RESUME=True, **ALONE)
     stopped = [child.finish() for child in four]
-    assert [code for code, _, _ in stopped] == [143] * 4
+    assert [code for code, _, _ in stopped] == [143] * 3 + [129]
     assert "going on from step 20\n" in stopped[0][1] and "stopped after 34 steps" in stopped[0][2]
     code, out, err = run("v3", tmp_path, RESUME=True, **ALONE)
     assert code == 0, err
@@ -740,7 +996,22 @@ def test_a_dead_process_ends_the_run_which_others_can_continue(begin_together, r
     assert_close(results(tmp_path, "v3"), alone["v3"])
 
 
-def test_sigterm_to_torchrun_saves(folder, tmp_path):
+def test_a_signal_in_the_last_evaluation_of_two_processes_stops_both(begin_together, run, alone, tmp_path):
+    told = {1: {"evaluation 6": signal.SIGUSR1}}
+    stopped = [child.finish() for child in begin_together("v3", tmp_path, 2, at_rank=told, **ALONE)]
+    assert [code for code, _, _ in stopped] == [143, 128 + signal.SIGUSR1]
+    assert "stopped after 60 steps; RESUME=True" in stopped[0][2]
+    told = {k: {"evaluation 1": signal.SIGHUP} for k in range(2)}  # the first is one after training now
+    stopped = [child.finish() for child in begin_together("v3", tmp_path, 2, at_rank=told, RESUME=True, **ALONE)]
+    assert [code for code, _, _ in stopped] == [129, 129]
+    assert "v3.py: stopped; RESUME=True goes on from the last checkpoint" in stopped[0][2]
+    code, out, err = run("v3", tmp_path, RESUME=True, **ALONE)
+    assert code == 0, err
+    assert_close(results(tmp_path, "v3"), alone["v3"])
+
+
+def test_signals_to_torchrun_and_to_a_process_of_it_save(folder, tmp_path):
+    """A scheduler sends them to all processes, and torchrun passes on its own."""
     code = REAL.replace('"v0"', "sys.argv.pop(1)")
     (tmp_path / "child.py").write_text(code.format(root=str(ROOT), folder=str(folder)), encoding="utf-8")
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
@@ -751,7 +1022,8 @@ def test_sigterm_to_torchrun_saves(folder, tmp_path):
     for line in run.stdout:
         if "more steps will take about" in line:
             break
-    run.terminate()
+    os.kill(int((tmp_path / "out" / "rope" / "lock").read_text()), signal.SIGTERM)
+    run.send_signal(signal.SIGHUP)
     _, err = run.communicate(timeout=300)
     assert run.returncode != 0
     assert err.count("RESUME=True, beside the same constants, goes on from there") == 1
