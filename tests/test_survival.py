@@ -8,6 +8,7 @@ import builtins
 import contextlib
 import ctypes
 import fcntl
+import functools
 import importlib
 import io
 import json
@@ -773,6 +774,120 @@ def test_a_reader_that_has_seen_enough_is_no_error(command):
     done = subprocess.run(["bash", "-c", shell, sys.executable], cwd=ROOT, capture_output=True, text=True,
                           env=environment_of_users(), timeout=300)  # fmt: skip
     assert (done.returncode, done.stderr) == (0, "")
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Notebooks and Windows
+# ----------------------------------------------------------------------------------------------------------
+
+
+def in_a_process(server, function, *arguments):
+    """Call function(*arguments, output) in a child, which writes JSON to the file `output`. Returns what it wrote."""
+    child = server.Process(target=function, args=arguments)
+    child.start()
+    child.join()
+    assert child.exitcode == 0
+    return json.loads(Path(arguments[-1]).read_text(encoding="utf-8"))
+
+
+def run_cells(cells, folder, output):
+    """In a child: run the cells of a notebook. Writes what each shows, and whether Ctrl-C works as before after it."""
+    from IPython.core.interactiveshell import InteractiveShell
+    from IPython.utils.capture import capture_output
+
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    torch.set_num_threads(1)
+    data.DATA_DIR, shown = folder, []
+    harness.report.draw_curves = lambda path, *_, **__: path.write_text("a picture")
+    shell = InteractiveShell.instance()
+    for cell in cells:
+        with capture_output() as captured:
+            shell.run_cell(cell, store_history=True)
+        usual = signal.getsignal(signal.SIGINT) is signal.default_int_handler
+        shown.append((captured.stdout, captured.stderr, usual))
+    Path(output).write_text(json.dumps(shown), encoding="utf-8")
+
+
+STOP = """
+import harness.report
+usual = harness.report.write_step
+def stop(run, *rest):
+    usual(run, *rest)
+    if run.state.step == 13:
+        harness.report.write_step = usual
+        __import__("signal").raise_signal(2)
+harness.report.write_step = stop
+"""
+
+
+def test_a_rung_runs_in_a_notebook(server, folder, straight, tmp_path):
+    """With %run, from beginning to end, stopped and resumed, with mistakes, and again."""
+    pytest.importorskip("IPython")
+    words = " ".join(command_line("v3", tmp_path / "out", {}))
+    run = f"%run {ROOT / 'v3.py'} {words}"
+    cells = [f"%run {ROOT / 'v3.py'} --help", f"{run} N_LAYERS=2", STOP, run, f"{run} RESUME=True",
+             f"{run} MAX_STEPS=2", f'{run} PROMPT=" the cat"', "get_batch"]  # fmt: skip
+    shown = in_a_process(server, run_cells, cells, folder, tmp_path / "shown")
+    assert all(usual for _, _, usual in shown)
+    help_, mistake, _, stopped, resumed, again, prompt, name = [out + err for out, err, _ in shown]
+    assert "Constants, to be set as NAME=value:" in help_
+    (line,) = [line for line in mistake.splitlines() if "v3.py: " in line]
+    assert "there is no constant 'N_LAYERS'" in line and "Traceback" not in mistake
+    assert "v3.py: stopped after 14 steps; RESUME=True" in stopped and "Traceback" not in stopped
+    assert "going on from step 14\n" in resumed and "results in " in resumed
+    assert "is now in" in again and "results in " in again
+    assert prompt.startswith(" the cat") and "function get_batch" in name
+    assert_same(results(f"{tmp_path / 'out'}.1", "v3"), straight("v3"))
+
+
+UNIX = {"fcntl", "resource", "pwd", "grp", "termios"}  # modules that Windows does not have
+
+
+def train_without_unix(folder, out, output):
+    """In a child: import and train each rung as if this were Windows, as far as a program can tell. Writes how much
+    memory each has taken."""
+    sys.stdout = sys.stderr = open(os.devnull, "w")
+    torch.set_num_threads(1)
+    for name, module in list(sys.modules.items()):
+        place = Path(getattr(module, "__file__", None) or "/").parents
+        if name in UNIX or name.partition(".")[0] == "filelock" or ROOT in place and ROOT / "tests" not in place:
+            del sys.modules[name]
+    for name in UNIX:
+        sys.modules[name] = None  # an import of it fails
+    memory = SimpleNamespace(peak_wset=123_000_000)
+    sys.modules["psutil"] = SimpleNamespace(Process=lambda: SimpleNamespace(memory_info=lambda: memory))
+    for name in ("SIGHUP", "SIGQUIT", "SIGXCPU", "SIGUSR1", "SIGUSR2", "SIGALRM", "SIGKILL"):
+        delattr(signal, name)
+    for name in ("fork", "killpg", "getuid", "getpgid", "setsid", "sched_getaffinity"):
+        delattr(os, name)
+
+    def refuse(usual, path, *arguments, **options):
+        if isinstance(path, (str, Path)) and str(path).startswith("/proc"):
+            raise FileNotFoundError(path)
+        if isinstance(path, (str, Path)) and os.path.isdir(path):
+            raise PermissionError(path)
+        return usual(path, *arguments, **options)
+
+    os.open = functools.partial(refuse, os.open)
+    builtins.open = io.open = functools.partial(refuse, open)
+    import data
+    import harness.report
+
+    data.DATA_DIR, peaks = folder, {}
+    harness.report.draw_curves = lambda *_, **__: None
+    for name in RUNGS:
+        rung = importlib.import_module(name)
+        harness.set_constants(vars(rung), command_line(name, out / name, {"MAX_STEPS": 2}))
+        rung.main()
+        peaks[name] = json.loads((part(out / name, name) / "summary.json").read_text())["peak_memory_mb"]
+    Path(output).write_text(json.dumps(peaks))
+
+
+def test_every_rung_trains_where_unix_is_absent(server, folder, tmp_path):
+    memory = in_a_process(server, train_without_unix, folder, tmp_path, tmp_path / "memory")
+    assert memory == dict.fromkeys(RUNGS, 123)
+    for name in RUNGS:
+        assert [line["step"] for line in read_log(part(tmp_path / name, name))] == [2]
 
 
 # ----------------------------------------------------------------------------------------------------------
