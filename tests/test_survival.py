@@ -836,7 +836,7 @@ def test_a_rung_runs_in_a_notebook(server, folder, straight, tmp_path):
     assert "v3.py: stopped after 14 steps; RESUME=True" in stopped and "Traceback" not in stopped
     assert "going on from step 14\n" in resumed and "results in " in resumed
     assert "is now in" in again and "results in " in again
-    assert prompt.startswith(" the cat") and "function get_batch" in name
+    assert prompt.startswith(" the cat") and "get_batch(ids, step)" in name
     assert_same(results(f"{tmp_path / 'out'}.1", "v3"), straight("v3"))
 
 
@@ -1002,6 +1002,16 @@ def test_too_little_memory_to_load_a_checkpoint_is_not_called_damage(run, tmp_pa
     assert_one_line(code, err, "v3.py: out of memory in line ", "; lower MICRO_BATCH_SIZE to 1 (")
     code, out, err = run("v3", tmp_path, RESUME=True, **LARGE)
     assert (code, err) == (0, "") and "going on from step 1\n" in out
+
+
+def test_to_resume_takes_no_more_memory_than_to_train(run, tmp_path):
+    """Nothing of a checkpoint is kept beside what it is for."""
+    peaks = []
+    for more in ({}, {"RESUME": True, "MAX_STEPS": 2}):
+        code, _, err = run("v3", tmp_path, **{**LARGE, **more})
+        assert code == 0, err
+        peaks.append(json.loads((tmp_path / "summary.json").read_text())["peak_memory_mb"])
+    assert peaks[1] < peaks[0] + 15  # the weights
 
 
 BIG = {"MICRO_BATCH_SIZE": 2048, "BATCH_SIZE": 2048, "BLOCK_SIZE": 8, "CHUNK_SIZE": 100_000, "N_HIDDEN": 8}
