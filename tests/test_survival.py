@@ -40,6 +40,7 @@ import harness.clock
 import harness.report
 import harness.signals
 from data import prepare
+from harness.resume import move_aside
 
 STEPS = 60
 CONSTANTS = {
@@ -618,6 +619,21 @@ def killed(run, tmp_path_factory):
     return out
 
 
+def test_a_run_that_is_being_moved_aside_has_its_newest_checkpoint_or_none(killed, tmp_path, monkeypatch):
+    """Else RESUME=True after a kill would go on from an older one."""
+    shutil.copytree(killed, tmp_path / "run")
+    rename, left = Path.rename, []
+
+    def note(path, to):
+        left.append({path.name for path in (tmp_path / "run").glob("checkpoint*")})
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", note)
+    move_aside(tmp_path / "run")
+    assert left[0] == {NEW, NEWEST, BEFORE} and left[-1] == set()
+    assert all(NEW in names for names in left if names)
+
+
 NEW, NEWEST, BEFORE = "checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt"
 
 
@@ -681,8 +697,9 @@ def test_the_clock_of_a_run_counts_while_it_waits_for_a_device(passes, monkeypat
     with harness.clock.Clock() as clock:
         for _ in range(5):
             passes(0.75)
-            while clock.last[0] != harness.clock.time.perf_counter():
-                time.sleep(0.001)
+            for _ in range(10_000):
+                if clock.last[0] != harness.clock.time.perf_counter():
+                    time.sleep(0.001)
         assert clock() == pytest.approx(5 * 0.75)
     assert not clock.thread.is_alive()
 
