@@ -108,14 +108,15 @@ def train(run, folder, constants, jobs=1):
         RUNNING.clear()
         try:
             with signals.uninterrupted():
-                RUNNING.append(launch(words, jobs, screen))
-            code = RUNNING[0].wait()
+                process = launch(words, jobs, screen)
+                RUNNING[:] = [process]
+            process.wait()
         except signals.Stopped as reason:
             for process in RUNNING:
                 if reason.number != signal.SIGINT:
                     process.terminate()
                 process.wait()
             raise
-    if code:
+    if process.returncode:
         place = f"in {folder / 'screen.txt'}" if screen else "above"
-        raise UserError(f"the run in {folder} has ended with exit code {code}; its message is {place}")
+        raise UserError(f"the run in {folder} has ended with exit code {process.returncode}; its message is {place}")
