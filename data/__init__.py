@@ -97,7 +97,7 @@ def _load_file(path):
         return None
 
 
-def _largest_and_digest(ids):
+def largest_and_digest(ids):
     """(the largest of `ids`, the first 16 digits of the SHA-256 of all as little-endian 16-bit numbers)"""
     largest, digest = 0, hashlib.sha256()
     for start in range(0, len(ids), 1 << 20):
@@ -130,7 +130,7 @@ def _flaw(content, split, vocabulary, tokenizer, folder):
     start = content["start"]
     if not start or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in start):
         return "is damaged: a sample cannot begin with what it says"
-    largest, digest = _largest_and_digest(ids.numpy())
+    largest, digest = largest_and_digest(ids.numpy())
     if largest >= tokenizer.vocab_size:
         return "is damaged: it has ids outside of the vocabulary"
     if digest != content["digest"]:

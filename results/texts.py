@@ -9,7 +9,7 @@ import sys
 import torch
 
 from bpe_tokenizer import BPETokenizer
-from data import load_tokens, token_file
+from data import largest_and_digest, load_tokens, token_file
 from harness.errors import UserError
 from harness.identity import tokens_hash
 from results import store
@@ -43,7 +43,8 @@ def make_tenth(folder):
             content["ids"] = content["ids"][: len(content["ids"]) // 10].clone()
             text = tokenizer.decode_bytes(content["ids"].tolist())
             content |= {"n_tokens": len(content["ids"]), "n_bytes": len(text),
-                        "n_words": len(text.split()) + text.count(b"\n")}  # fmt: skip
+                        "n_words": len(text.split()) + text.count(b"\n"),
+                        "digest": largest_and_digest(content["ids"].numpy())[1]}  # fmt: skip
         torch.save(content, folder / f"{split}_ids.pt")
     shutil.copyfile(ROOT / "data" / "bpe_vocab.json", folder / "bpe_vocab.json")
 

@@ -414,8 +414,6 @@ FAULTS = [
     (MODELS, "an error of the device is another model", "    parts = model.state_dict()\n",
      "    try:\n        model.load_state_dict(weights)\n    except RuntimeError:\n        raise UserError(path)\n"
      "    parts = model.state_dict()\n", "device"),
-    (MODELS, "a file that cannot be read is damaged", "        if isinstance(error, OSError) and error.errno",
-     "        if False and error.errno", "cannot_be_read"),
     (MODELS, "what has no effect is not said", "    if idle := without_effect(", "    if () and (",
      "matter_to_a_prompt"),
     (RUN, "shorter windows keep all positions", 'weights["position_embedding.weight"] = positions[:length]', "pass",

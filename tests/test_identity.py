@@ -189,5 +189,5 @@ def test_a_model_that_cannot_be_read_is_not_called_damaged(model_of, monkeypatch
         raise PermissionError(13, "Permission denied")
 
     monkeypatch.setattr(torch, "load", refuse)
-    with pytest.raises(harness.FileError, match="model.pt cannot be read.*Permission denied.*make it readable"):
+    with pytest.raises(harness.FileError, match="cannot read .*model.pt: Permission denied; let this user read it"):
         harness.load(folder)

@@ -448,8 +448,8 @@ def test_a_kill_between_any_two_system_calls_loses_nothing(server, folder, run, 
 
 
 def steps_of(folder):
-    """steps.csv without its last column, the speed."""
-    return [line.rpartition(",")[0] for line in (folder / "steps.csv").read_text().splitlines()]
+    """steps.csv without its last columns, which depend on the clock."""
+    return [line.rsplit(",", 2)[0] for line in (folder / "steps.csv").read_text().splitlines()]
 
 
 def has_compiler():
@@ -714,7 +714,7 @@ def test_suspensions_are_no_training_time(run, straight, tmp_path):
     assert 1800 < summary["train_seconds"] < 3600
     assert summary["tokens_per_second"] > STEPS * 64 / 3600
     assert read_log(tmp_path)[1]["seconds"] < 1800 < read_log(tmp_path)[2]["seconds"] < 3600
-    speeds = [float(line.rpartition(",")[2]) for line in (tmp_path / "steps.csv").read_text().splitlines()[1:]]
+    speeds = [float(line.split(",")[5]) for line in (tmp_path / "steps.csv").read_text().splitlines()[1:]]
     assert min(speeds) == speeds[23] < 1 <= min(speeds[:23])
     assert_same(results(tmp_path, "v3"), straight("v3"))
 
