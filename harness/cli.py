@@ -225,14 +225,19 @@ def in_one_line(error, rung):
     if isinstance(error, UserError):
         return text
     if is_out_of_memory(error):
-        lines = [frame.lineno for frame in traceback.extract_tb(error.__traceback__)
-                 if frame.filename == rung["__file__"]]  # fmt: skip
-        place = f" in line {lines[-1]} of {Path(rung['__file__']).name}" if lines else ""
-        return f"out of memory{place}; {_less_memory(rung)} ({text})"
+        return f"out of memory{place_in(rung, error)}; {_less_memory(rung)} ({text})"
     if type(error).__name__.startswith("Dist") or isinstance(error, RuntimeError) and "gloo" in text:
         if PROCESS_ENDED.search(text):
             return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"
     return None
+
+
+def place_in(rung, error):
+    """Where in the rung an error arose, as " in line 9 of v3.py"; "" if it was elsewhere. torch.compile says it in its
+    message alone."""
+    text = "".join(traceback.format_exception(error))
+    lines = re.findall(rf'File "{re.escape(rung["__file__"])}", line (\d+)', text)
+    return f" in line {lines[-1]} of {Path(rung['__file__']).name}" if lines else ""
 
 
 def _less_memory(rung):

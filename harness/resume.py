@@ -30,8 +30,13 @@ def differing(before, now, but=()):
 
 def same_training(summary, other, but=()):
     """Whether two summaries are of the same text and of constants that differ at most in those of `but`."""
-    same_text = summary["dataset"] == other["dataset"]
+    same_text = _text(summary) == _text(other)
     return same_text and not differing(summary["hyperparameters"], other["hyperparameters"], but)
+
+
+def _text(made_of):
+    """What tells the text of a run, in a summary or checkpoint: its tokens, or its name where they are not known."""
+    return made_of.get("tokens_sha256") or made_of["dataset"]
 
 
 def move_aside(out_dir):
@@ -58,7 +63,7 @@ def load_checkpoint(run):
     """Put the run in the state of its last checkpoint, or of the one before if that is damaged. Raises OSError if it
     cannot be read, ValueError if all are damaged or it is of another run."""
     keys = ("model", "optimizers", "step", "best", "bad_evals", "log", "losses", "seconds", "rates", "dataset",
-            "fingerprint", "hyperparameters", "dtype", "made_by")  # fmt: skip
+            "tokens_sha256", "fingerprint", "hyperparameters", "dtype", "made_by")  # fmt: skip
     paths = [path for name in CHECKPOINTS if (path := run.out_dir / name).exists()]
     for path in paths:
         try:
@@ -96,9 +101,11 @@ def check_same_run(run, saved):
     before, now, train = saved["hyperparameters"], run.constants, run.tokens["train"]
     changed = differing(before, now)
     differ = [text for name, text in changed.items() if name not in MAY_CHANGE_WITH_A_LINE]
-    for what, then, here in (("text", saved["dataset"], train.dataset),
-                             ("tokenizer", saved["fingerprint"], train.fingerprint)):  # fmt: skip
-        differ += [f"the {what} was {then} and is {here}"] if then != here else []
+    if _text(saved) != _text({"dataset": train.dataset, **run.identity}):
+        same = " of another content, under the same name" if saved["dataset"] == train.dataset else ""
+        differ.append(f"the text was {saved['dataset']} and is {train.dataset}{same}")
+    if saved["fingerprint"] != train.fingerprint:
+        differ.append(f"the tokenizer was {saved['fingerprint']} and is {train.fingerprint}")
     if differ:
         raise UserError(f"to resume the run in {run.out_dir}, set back what differs: {'; '.join(differ)}")
     if saved["step"] > now["MAX_STEPS"]:

@@ -15,7 +15,7 @@ import torch
 import kernels
 from data import vocabulary_file
 from harness import distributed, flops, report, signals
-from harness.cli import check_constants, constants, first_line, say
+from harness.cli import check_constants, constants, first_line, place_in, say
 from harness.clock import Clock
 from harness.distributed import all_reduce, barrier, peak_memory_mb, rank, world_size
 from harness.errors import UserError
@@ -187,7 +187,7 @@ class Run:
                         trained(*batch).backward()
                     model.zero_grad()
             except Exception as error:  # a missing compiler shows in many ways
-                problem = first_line(error)
+                problem = first_line(error) + place_in(self.rung, error)
             self.compiled = distributed.all_agree(not problem)
             if self.compiled and world_size() > 1 and self.device.startswith("cuda"):
                 torch._dynamo.reset()  # with gradients to exchange it is compiled in parts, to exchange them meanwhile
@@ -247,6 +247,7 @@ class Run:
             "model": model, "optimizers": optimizers, **vars(self.state), "log": self.records,
             "losses": torch.tensor(self.losses), "seconds": self.seconds,
             "rates": self.rates(), "dataset": self.tokens["train"].dataset, "dtype": self.dtype,
+            "tokens_sha256": self.identity["tokens_sha256"],
             "fingerprint": self.tokens["train"].fingerprint, "hyperparameters": self.constants,
             "made_by": self._made_by(),
         })  # fmt: skip

@@ -785,8 +785,12 @@ def test_resuming_with_another_text_or_tokenizer_is_refused(name, trained, start
     module = trained(name)
     path = run_folder(module) / "checkpoint.pt"
     saved = torch.load(path, weights_only=True)
-    torch.save({**saved, "dataset": "another"}, path)
+    torch.save({**saved, "dataset": "another", "tokens_sha256": "0123456789abcdef"}, path)
     assert_refused(start(module, "RESUME=True"), "the text was another and is sample")
+    torch.save({**saved, "tokens_sha256": "0123456789abcdef"}, path)  # as after a change of its files
+    assert_refused(start(module, "RESUME=True"), "the text was sample and is sample of another content, under the same")
+    torch.save({**saved, "dataset": "another"}, path)  # the same tokens, in a folder of another name
+    assert start(module, "RESUME=True", "MAX_STEPS=3")[0] == 0
     torch.save({**saved, "fingerprint": "0123456789abcdef"}, path)
     assert_refused(start(module, "RESUME=True"), "the tokenizer was 0123456789abcdef and is ")
 
@@ -826,6 +830,16 @@ def test_a_model_that_is_not_compiled_any_more_is_named(name, trained, load, sta
     assert code == 0, err
     assert "training without torch.compile: no compiler\n" in out
     assert re.search("^begun on .*, compiled; goes on with .*, float32: losses may differ by rounding$", out, re.M)
+
+
+def test_what_cannot_be_compiled_says_where_it_is(load, start, monkeypatch):
+    """torch.compile tells the line of a rung in the words of its error."""
+    module = load("v3", **{**SHORT, "COMPILE": True})
+    where = f'cannot trace\n\nfrom user code:\n  File "{module.__file__}", line 77, in forward\n    x\n'
+    monkeypatch.setattr(torch, "compile", lambda model: (_ for _ in ()).throw(RuntimeError(where)))
+    code, out, err = start(module)
+    assert code == 0, err
+    assert "training without torch.compile: cannot trace in line 77 of v3.py\n" in out
 
 
 def test_another_number_of_threads_is_named(trained, start):
