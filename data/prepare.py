@@ -37,7 +37,6 @@ import re
 import secrets
 import shlex
 import shutil
-import signal
 import struct
 import sys
 import threading
@@ -49,19 +48,20 @@ from collections.abc import Iterator
 from pathlib import Path, PurePosixPath
 
 if __name__ == "__main__":
-
-    def stop(number, frame):
-        """Ctrl-C and SIGTERM end the program with one line and their usual exit codes, during the imports as well."""
-        atexit.unregister(print)
-        atexit.register(print, "prepare.py: stopped; no token file was changed in part", file=sys.stderr)
-        sys.exit(128 + number)
-
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     root = Path(__file__).absolute().parents[1]  # not resolved: data/ may be a symbolic link to a folder elsewhere
     if not (root / "bpe_tokenizer.py").is_file():
         sys.exit("prepare.py: bpe_tokenizer.py is not beside data/; change to its folder, then python data/prepare.py")
     sys.path.insert(0, str(root))
+    from harness import signals
+    from harness.cli import say
+
+    def stop(number, frame):
+        """A signal that ends a job ends the program with one line and its usual exit code, during the imports too."""
+        signals.catch(lambda number, frame: None)  # the same one may come again
+        atexit.register(say, "prepare.py: stopped; no token file was changed in part", error=True)
+        sys.exit(128 + number)
+
+    signals.catch(stop)
 
 import torch
 from tqdm import tqdm

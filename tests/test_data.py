@@ -1315,7 +1315,7 @@ runpy.run_path("data/prepare.py", run_name="__main__")
 
 
 @pytest.mark.skipif(os.name == "nt", reason="Windows has other signals")
-@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+@pytest.mark.parametrize("number, code", [(signal.SIGINT, 130), (signal.SIGTERM, 143), (signal.SIGHUP, 129)])
 def test_a_signal_stops_it_in_one_line_and_changes_nothing(tmp_path, made, number, code):
     root = make_copy(tmp_path / "copy")
     for name, content in made.items():
