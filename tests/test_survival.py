@@ -146,6 +146,8 @@ def run_rung(name, arguments, folder, output, at=(), limit=0, threads=1, environ
     if long_evaluation:
         rung.load_tokens = lambda *of: dict.fromkeys(("train", "val", "test"), load_tokens(*of)["train"])
     if limit:
+        with contextlib.suppress(OSError, AttributeError):  # not glibc, where each thread may reserve 64 MB for itself
+            ctypes.CDLL(None).mallopt(-8, 1)  # M_ARENA_MAX
         used = int(re.search(r"VmSize:\s+(\d+)", Path("/proc/self/status").read_text())[1]) * 1024
         resource.setrlimit(resource.RLIMIT_AS, (used + limit, used + limit))
     if screen == "full":
