@@ -870,7 +870,8 @@ def train_without_unix(folder, out, output):
     torch.set_num_threads(1)
     for name, module in list(sys.modules.items()):
         place = Path(getattr(module, "__file__", None) or "/").parents
-        if name in UNIX or name.partition(".")[0] == "filelock" or ROOT in place and ROOT / "tests" not in place:
+        ours = ROOT in place and ROOT / "tests" not in place and Path(sys.prefix) not in place  # .venv may be in ROOT
+        if name in UNIX or name.partition(".")[0] == "filelock" or ours:
             del sys.modules[name]
     for name in UNIX:
         sys.modules[name] = None  # an import of it fails
