@@ -86,6 +86,54 @@ STEPS_TO_V3_1 = {  # what is then left to v3_1 is its optimizer
 }
 
 # ----------------------------------------------------------------------------------------------------------
+# Of v3: ways to train GPT-2's architecture
+# ----------------------------------------------------------------------------------------------------------
+
+
+def recipe(tied=True, zeros=True, cooldown=True, sinusoids=True, beta2=0.99, embedding_rate=1, position_rate=1,
+           embedding_decay=True):  # fmt: skip
+    """Edits of v3 that leave it a GPT-2: what its parameters start from, and how they are trained.
+
+    tied: the last layer is the embedding. zeros: the ends of all branches, and a last layer of its own, start at zero.
+    cooldown: the rate is constant after the warm-up and falls linearly to zero in the second half. sinusoids: position
+    embeddings start as sinusoids of the size of the token embeddings. embedding_rate, position_rate: learning rates of
+    the two embeddings (and of the last layer with the first) as multiples of LEARNING_RATE.
+    """
+    edits, ends = [], ""
+    if tied:
+        loop = "        for name, p in self.named_parameters():\n"
+        edits.append((loop, "        self.head.weight = self.embedding.weight\n" + loop))
+    if zeros:
+        edits.append(("nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))",
+                      "nn.init.zeros_(branch_end.weight)"))
+        ends += "" if tied else "        nn.init.zeros_(self.head.weight)\n"
+    if sinusoids:
+        ends += ("        angles = torch.arange(BLOCK_SIZE)[:, None] * 1e4 ** (-torch.arange(0, N_EMBD, 2) / N_EMBD)\n"
+                 "        waves = torch.cat([angles.sin(), angles.cos()], -1)  # (T, C)\n"
+                 "        self.position_embedding.weight.data.copy_(0.02 * math.sqrt(2) * waves)\n")
+    if ends:
+        forward = "\n    def forward(self, idx, targets=None):\n"
+        edits.append((forward, ends + forward))
+    if cooldown:
+        edits += SCHEDULE
+    if beta2 != 0.95:
+        edits.append(("betas=(0.9, 0.95)", f"betas=(0.9, {beta2})"))
+    if (embedding_rate, position_rate, embedding_decay) != (1, 1, True):
+        decay = "WEIGHT_DECAY" if embedding_decay else "0.0"
+        edits += [
+            ("matrices = [p for p in model.parameters() if p.dim() == 2]",
+             "matrices = [p for p in model.blocks.parameters() if p.dim() == 2]"),
+            ('{"params": vectors, "weight_decay": 0.0}]', f'''{{"params": vectors, "weight_decay": 0.0}},
+              {{"params": [*dict.fromkeys((model.embedding.weight, model.head.weight))], "weight_decay": {decay},
+               "factor": {embedding_rate}}},
+              {{"params": [model.position_embedding.weight], "weight_decay": {decay}, "factor": {position_rate}}}]'''),
+            ('group["lr"] = LEARNING_RATE * lr_factor(step)',
+             'group["lr"] = LEARNING_RATE * lr_factor(step) * group.get("factor", 1)'),
+        ]  # fmt: skip
+    return tuple(edits)
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Of v4
 # ----------------------------------------------------------------------------------------------------------
 

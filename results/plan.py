@@ -10,6 +10,7 @@ from results.edits import (
     ROPE_IN_V3,
     STEPS_TO_V3_1,
     TIED,
+    recipe,
     weight_decay,
 )
 
@@ -76,6 +77,26 @@ def from_v3_to_v4():
     return [*runs, Run("+ Muon: v3_1", "v3_1"), Run("+ RoPE: v4", V4, ROPE),
             Run("v4 without Muon", "v3", edits=edits + ROPE_AFTER_THEM, base=runs[-1].name),
             Run("v3, only RoPE", "v3", edits=ROPE_IN_V3, base="v3")]  # fmt: skip
+
+
+def recipes():
+    """v3 trained in other ways: all of them together, then without each, then with more."""
+    all_of_them = recipe()
+    runs = [Run("v3", "v3"), Run("all of them", "v3", edits=all_of_them)]
+    without = {"not tied": {"tied": False}, "no zeros": {"zeros": False}, "cosine": {"cooldown": False},
+               "positions at random": {"sinusoids": False}, "beta2 0.95": {"beta2": 0.95},
+               "beta2 0.999": {"beta2": 0.999}}  # fmt: skip
+    runs += [Run(name, "v3", edits=recipe(**change), base="all of them") for name, change in without.items()]
+    more = {"embeddings do not decay": {"embedding_decay": False},
+            "embeddings at 3 times the rate": {"embedding_rate": 3, "embedding_decay": False},
+            "positions at 3 times the rate": {"position_rate": 3},
+            "a head of its own at 3 times the rate": {"tied": False, "embedding_rate": 3, "embedding_decay": False}}
+    runs += [Run(name, "v3", edits=recipe(**change), base="all of them") for name, change in more.items()]
+    small = {"BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "MAX_STEPS": 2560, "WARMUP_STEPS": 120, "EVAL_INTERVAL": 640}
+    runs.append(Run("8 windows a step", "v3", small, all_of_them, base="all of them"))
+    for rate in (1e-3, 4e-3):
+        runs.append(Run(f"all of them, {rate:g}", "v3", {"LEARNING_RATE": rate}, all_of_them, base="all of them"))
+    return runs
 
 
 def vocabularies():
@@ -156,6 +177,10 @@ EXPERIMENTS = {
         [Run(f"{rate:g}", "v3", {"LEARNING_RATE": rate} if rate != 2e-3 else {})
          for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
         columns=("val_bpb", "val_word_ppl"),
+    ),
+    "recipe": Experiment(
+        "How is GPT-2's architecture trained well on a text that is read twice?", recipes(), seeds=SEEDS[:1],
+        columns=("val_bpb", "val_word_ppl", "n_params"),
     ),
     "v3_to_v4": Experiment(
         "What makes v4 better than v3?", from_v3_to_v4(), columns=("val_bpb", "val_word_ppl", "step_time")

@@ -57,7 +57,7 @@ def test_the_plan():
     """Every constant exists in its rung, no two trainings share a file, every comparison has three seeds or says so."""
     files = {}
     for name, experiment in EXPERIMENTS.items():
-        assert len(experiment.seeds) == 3 or name in ("two_hours", "best")
+        assert len(experiment.seeds) == 3 or name in ("two_hours", "best", "recipe")
         assert experiment.asks.endswith("?")
         assert set(experiment.columns) <= experiments.COLUMNS.keys()
         names = [run.name for run in experiment.runs]
@@ -75,7 +75,7 @@ def test_the_plan():
 
 
 @pytest.mark.parametrize(("rung", "names"), [
-    ("v3", {"ladder": "v3", "v3_to_v4": "v3", "learning_rate": "0.002"}),
+    ("v3", {"ladder": "v3", "v3_to_v4": "v3", "learning_rate": "0.002", "recipe": "v3"}),
     ("v3_1", {"ladder": "v3_1", "v3_to_v4": "+ Muon: v3_1", "positions": "learned, 256"}),
 ])  # fmt: skip
 def test_what_experiments_have_in_common_is_made_once(rung, names, folders):
