@@ -124,7 +124,7 @@ def report(results):
     for kind in ("tokens", "words"):
         for one in results[kind]:
             cells = [one.get(key) for key in ("val_bpb", "test_bpb", "val_word_ppl", "test_word_ppl")]
-            cells = [f"{x:.4f}" if x and i < 2 else f"{x:.1f}" if x else "–" for i, x in enumerate(cells)]
+            cells = [f"{x:.4f}" if x and i < 2 else f"{x:,.1f}" if x else "–" for i, x in enumerate(cells)]
             rows.append([f"{one['order']}-gram of {kind}", *cells, f"{one['seconds']:.1f}"])
     head = ["", "val bpb", "test bpb", "val word ppl", "test word ppl", "seconds to count"]
     return f"{table(head, rows)}\nText: {results['dataset']}.\nMachine: {results['machine']}.\n"

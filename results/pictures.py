@@ -8,6 +8,7 @@ from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
 from results.store import command, full_length, mean_of, results_of
+from results.tables import n_gram
 
 
 def band(axes, results, x, key, **style):
@@ -35,6 +36,9 @@ def plot_ladder(plt):
         band(text, results, lambda step, megabytes=megabytes: step * megabytes, "val_bpb", **style)
         if seconds:
             band(clock, results, lambda step, seconds=seconds: step * seconds / 60, "val_bpb", **style)
+    counted = n_gram()
+    for axes in (text, clock):
+        axes.axhline(counted["val_bpb"], color="black", ls=":", lw=1, label=f"counting ({counted['order']}-gram)")
     text.set(xlabel="text seen (MB)", ylabel="validation bits per byte", xlim=(0, None))
     clock.set(xlabel="training on two CPU cores (minutes)", xscale="log")
     clock.set_xticks((0.1, 0.3, 1, 3, 10, 30), ("0.1", "0.3", "1", "3", "10", "30"))

@@ -11,7 +11,7 @@ from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
 from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
-TIMINGS = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak", "beside")
+TIMINGS = ("tokenizer", "training", "generation", "startup", "ablation", "scaling", "soak", "beside", "ngram")
 
 
 def model_in_words(summary):
@@ -38,6 +38,28 @@ def ladder():
                      f"{peak:,.0f}" if peak else "–"])  # fmt: skip
     return table(["rung", "model", "parameters", "val bpb", "lowest to highest", "val word ppl", "training, min",
                   "peak memory, MB"], rows, left=(0, 1))  # fmt: skip
+
+
+def counting():
+    """The rungs of the ladder beside the best of the n-gram models: from which evaluation on all seeds are better."""
+    counted, of_all, rows = n_gram(), results_of("ladder"), []
+    for run in EXPERIMENTS["ladder"].runs:
+        results, step, below = of_all[run.name], step_time.seconds_of(run), None
+        logs = [{record["step"]: record["val_bpb"] for record in result["log"]} for result in results]
+        for n in sorted(logs[0], reverse=True):
+            if not all(log.get(n, 9) < counted["val_bpb"] for log in logs):
+                break
+            below = n
+        minutes = f", {below * step / 60:.0f} min" if below and step else ""
+        rows.append([run.name, f"{mean_of(results, 'val_bpb') - counted['val_bpb']:+.3f}",
+                     f"step {below:,}{minutes}" if below else "never"])  # fmt: skip
+    title = f"from the {counted['order']}-gram's {counted['val_bpb']:.4f}"
+    return table(["rung", f"val bpb, {title}", "better from"], rows)
+
+
+def n_gram():
+    """The n-gram model of tokens with the fewest bits per byte on the validation split (benchmarks/ngram.py)."""
+    return min(read_json(BENCHMARKS / "ngram.json")["tokens"], key=lambda one: one["val_bpb"])
 
 
 def closed_form():
@@ -215,7 +237,7 @@ def benchmark(name):
 
 
 TABLES = {make.__name__: make for make in (
-    ladder, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape, dropout, metrics,
-    temperature, two_hours, two_hours_best, dynamic_eval, sample,
+    ladder, counting, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape,
+    dropout, metrics, temperature, two_hours, two_hours_best, dynamic_eval, sample,
 )}  # fmt: skip
 TABLES |= {f"benchmark_{name}": lambda name=name: benchmark(name) for name in TIMINGS}
