@@ -77,12 +77,15 @@ class KneserNey:
 
 
 def discounts(count):
-    """What is taken from a count of 0, 1, 2, 3 and more (Chen and Goodman 1999, equation 26)."""
+    """What is taken from a count of 0, 1, 2, 3 and more (Chen and Goodman 1999, equation 26). Where too few sequences
+    have these counts for the estimate to make sense, it is half of one, one, and one and a half, as in KenLM."""
     n = [np.count_nonzero(count == k) for k in range(1, 5)]
-    if 0 in n:  # a text so small that there are no sequences with one of these counts
-        return np.array([0, 0.5, 0.5, 0.5])
-    share = n[0] / (n[0] + 2 * n[1])
-    return np.array([0, *(k - (k + 1) * share * n[k] / n[k - 1] for k in (1, 2, 3))])
+    if 0 not in n:
+        share = n[0] / (n[0] + 2 * n[1])
+        estimate = np.array([0, *(k - (k + 1) * share * n[k] / n[k - 1] for k in (1, 2, 3))])
+        if ((0 <= estimate) & (estimate <= (0, 1, 2, 3))).all():
+            return estimate
+    return np.array([0, 0.5, 1, 1.5])
 
 
 def words_of(text):

@@ -5,9 +5,10 @@ from collections import Counter
 
 import numpy as np
 import pytest
-from common import ROOT, tiny_tokens
+from common import LATE_RUNGS, MODELS, ROOT, random_model, tiny_tokens
 
-from benchmarks import ngram
+import harness
+from benchmarks import mixture, ngram
 
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
 
@@ -26,11 +27,9 @@ class Written:
         self.discount = {}
         for n, count in self.count.items():
             of = [sum(c == k for c in count.values()) for k in range(5)]
-            if 0 in of[1:]:
-                self.discount[n] = [0, 0.5, 0.5, 0.5]
-                continue
             y = of[1] / (of[1] + 2 * of[2])
             self.discount[n] = [0, 1 - 2 * y * of[2] / of[1], 2 - 3 * y * of[3] / of[2], 3 - 4 * y * of[4] / of[3]]
+            assert of[4] and all(0 <= d <= k for k, d in enumerate(self.discount[n])), "the formula does not fit"
 
     def probability(self, history, w):
         n = len(history) + 1
@@ -54,9 +53,9 @@ def text(n, seed, vocab_size=6):
 
 @pytest.mark.parametrize("order", [1, 2, 3])
 def test_probabilities_are_those_of_the_definition(order):
-    ids, other = text(400, 1, 60), text(60, 2, 61)  # the last id is not in the training text
-    ours, theirs = ngram.KneserNey(ids, 61, order), Written(ids.tolist(), 61, order)
-    assert [0, 0.5, 0.5, 0.5] not in theirs.discount.values()
+    ids, other = (np.random.default_rng(seed).zipf(1.5, n) % 230 for seed, n in ((1, 900), (2, 90)))
+    ours, theirs = ngram.KneserNey(ids, 230, order), Written(ids.tolist(), 230, order)
+    assert set(other) - set(ids)
     expected = []
     for i, w in enumerate(other.tolist()):
         history = tuple(other[max(0, i - order + 1) : i].tolist())
@@ -74,9 +73,12 @@ def test_probabilities_sum_to_one(order):
         assert sum(p) == pytest.approx(1, abs=1e-12) and min(p) > 0
 
 
-def test_a_text_without_some_counts():
-    p = ngram.KneserNey([0, 1, 0, 1], 2, 3).probabilities([0, 1, 0, 1])
-    assert ((0 < p) & (p < 1)).all()
+@pytest.mark.parametrize("ids", [[0, 1, 0, 1], text(3000, 7, 5), [k for k in range(40) for _ in range(2 + k % 3)]])
+def test_a_text_whose_counts_the_formula_does_not_fit(ids):
+    """One without some counts, one in which all is frequent, one with more pairs than single ones."""
+    model = ngram.KneserNey(ids, 41, 3)
+    p = np.array([[model.probabilities([a, b, w])[-1] for w in range(41)] for a, b in ((0, 1), (1, 1), (40, 40))])
+    assert ((0 < p) & (p < 1)).all() and np.allclose(p.sum(1), 1)
 
 
 def test_words_end_lines():
@@ -107,3 +109,43 @@ def test_the_metrics_are_those_of_the_rungs():
     nats = -sum(math.log(x) for x in p[1:])
     assert metrics["val_bpb"] == pytest.approx(nats / math.log(2) / tokens["val"].n_bytes)
     assert metrics["val_word_ppl"] == pytest.approx(math.exp(nats / tokens["val"].n_words))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# A mixture with a network
+# ----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("name", "position"), MODELS)
+def test_probabilities_of_a_network_are_those_that_its_evaluation_adds_up(name, position, load):
+    module, tokens = load(name, BLOCK_SIZE=16), tiny_tokens(150, 40)
+    model = random_model(module, 40, position)
+    p = mixture.network_probabilities(model, tokens.ids)
+    assert len(p) == 149
+    assert -np.log(p).mean() == pytest.approx(module.evaluate(model, tokens)["loss"], rel=1e-5)
+    if name in LATE_RUNGS:
+        sliding = mixture.network_probabilities(model, tokens.ids, stride=5)
+        assert -np.log(sliding).mean() == pytest.approx(module.evaluate(model, tokens, 5)["loss"], rel=1e-5)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
+def test_the_best_weight_is_the_share_of_the_text(share):
+    """Of a text in which a share of the tokens comes from one model and the rest from the other."""
+    random, p = np.random.default_rng(5), np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
+    ids = np.where(random.random(200_000) < share, random.choice(3, 200_000, p=p[1]), random.choice(3, 200_000, p=p[0]))
+    assert mixture.best_weight(p[0][ids], p[1][ids]) == pytest.approx(share, abs=0.01)
+
+
+def test_the_mixture_of_a_run(load, monkeypatch):
+    module = load("v2", MAX_STEPS=4, EVAL_INTERVAL=4)
+    module.main()
+    monkeypatch.setattr(ngram, "load_tokens", None)  # not its
+    one = mixture.measure(module.OUT_DIR, 3, None)
+    tokens = module.load_tokens(module.VOCABULARY)
+    counted = ngram.measure_tokens(tokens, 500, 3)
+    model, _ = harness.load(module.OUT_DIR)
+    for split in ("val", "test"):
+        assert one[f"{split}_counted_bpb"] == pytest.approx(counted[f"{split}_bpb"])
+        assert one[f"{split}_network_bpb"] == pytest.approx(module.evaluate(model, tokens[split])["bpb"], rel=1e-5)
+    assert one["val_mixed_bpb"] < min(one["val_network_bpb"], one["val_counted_bpb"]) + 1e-9 and 0 < one["weight"] <= 1
+    assert mixture.report([one]).count("\n") == 3

@@ -1,0 +1,112 @@
+"""What a trained network gains from counting: a mixture of its probabilities with those of an n-gram model.
+
+    python benchmarks/mixture.py runs/v2 runs/v3 runs/v4_alibi_rope/rope    a table of these runs
+
+p = (1 - w) p_network + w p_counted for every token, with one weight w for the whole text, the one that is best on the
+validation split (Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data"). The
+mixture is a static model like its parts: both give a token its probability before it is read. Windows lie side by side,
+or, with --stride N, begin every N tokens.
+"""
+
+import argparse
+import math
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+
+import harness  # noqa: E402
+from benchmarks.ngram import KneserNey  # noqa: E402
+from benchmarks.tables import table  # noqa: E402
+from data import load_tokens  # noqa: E402
+from harness.errors import UserError  # noqa: E402
+from harness.models import find_model, read_model  # noqa: E402
+
+
+@torch.no_grad()
+def network_probabilities(model, ids, stride=None, at_once=16):
+    """Probability that a model of any rung gives each of `ids` (n,) after the first, (n - 1,). A token counts in the
+    first window that predicts it."""
+    model.eval()
+    size, n = model.block_size, len(ids) - 1
+    stride = min(stride or size, size)
+    starts = torch.arange(0, max(0, n - size) + stride, stride)
+    device, found = next(model.parameters()).device, []
+    for batch in [*starts[:-1].split(at_once), starts[-1:]]:  # the last window may be shorter
+        if not len(batch):
+            continue
+        T = min(size, n - int(batch[-1]))
+        windows = ids[batch[:, None] + torch.arange(T + 1)].long().to(device)  # (b, T + 1)
+        logits = model(windows[:, :-1]).float()  # (b, T, V)
+        log_p = F.log_softmax(logits, -1).gather(-1, windows[:, 1:, None]).squeeze(-1)  # (b, T)
+        new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]  # in no earlier window
+        found.append(log_p.cpu()[new].double().exp())
+    return torch.cat(found).numpy()
+
+
+def best_weight(network, counted):
+    """The weight of `counted` in the mixture with the fewest nats; each (n,) probabilities. The sum of logarithms is
+    concave in the weight: where its slope is zero is found by halving."""
+    low, high = 0.0, 1.0
+    for _ in range(40):
+        w = (low + high) / 2
+        if ((counted - network) / ((1 - w) * network + w * counted)).sum() > 0:
+            low = w
+        else:
+            high = w
+    return w
+
+
+def measure(folder, order, stride):
+    """{"weight", and for each split bits per byte of the network, of the n-gram model, and of the mixture}"""
+    saved, _ = read_model(find_model([folder]))
+    model, tokenizer = harness.load(folder)
+    constants = saved["hyperparameters"]
+    tokens, metrics, weight = load_tokens(constants["VOCABULARY"], constants["DATA"]), {}, None
+    if tokens["train"].fingerprint != tokenizer.fingerprint:
+        raise UserError(f"the text in {constants['DATA']} has another vocabulary now than the model in {folder}; "
+                        "prepare it again with that of the model")  # fmt: skip
+    n_gram = KneserNey(tokens["train"].ids.numpy(), tokenizer.vocab_size, order)
+    for split in ("val", "test"):
+        of = tokens[split]
+        network, counted = network_probabilities(model, of.ids, stride), n_gram.probabilities(of.ids.numpy())[1:]
+        weight = best_weight(network, counted) if weight is None else weight  # of the validation split
+        mixed = (1 - weight) * network + weight * counted
+        for name, p in (("network", network), ("counted", counted), ("mixed", mixed)):
+            nats = -np.log(p).sum()
+            metrics[f"{split}_{name}_bpb"] = nats / math.log(2) / of.n_bytes
+            metrics[f"{split}_{name}_word_ppl"] = math.exp(min(nats / of.n_words, 700)) if of.n_words else None
+    return {"run": str(folder), "weight": weight, **metrics}
+
+
+def report(results):
+    """The results as Markdown."""
+    rows = []
+    for one in results:
+        cells = [f"{one[f'{split}_{name}_bpb']:.4f}" for split in ("val", "test") for name in ("network", "mixed")]
+        words = [f"{x:,.1f}" if x else "–" for x in (one["test_network_word_ppl"], one["test_mixed_word_ppl"])]
+        rows.append([one["run"], f"{one['weight']:.2f}", *cells, *words])
+    head = ["run", "weight of counting", "val bpb", "mixed", "test bpb", "mixed", "test word ppl", "mixed"]
+    return table(head, rows)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
+    parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
+    args = parser.parse_args()
+    if not 1 <= args.order <= 20 or args.stride is not None and args.stride < 1:
+        raise UserError("--order must be from 1 to 20, and --stride from 1 on")
+    print(report([measure(folder, args.order, args.stride) for folder in args.runs]), end="")
+
+
+if __name__ == "__main__":
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"mixture.py: {error}")
