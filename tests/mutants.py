@@ -27,14 +27,15 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_models.py", "test_training.py", "test_kernels.py", "test_files.py", "test_errors.py", "test_harness.py",
          "test_processes.py", "test_survival.py", "test_identity.py", "test_flops.py",
-         "test_benchmark_training.py", "test_checks.py")  # fmt: skip
+         "test_benchmark_training.py", "test_checks.py", "test_ngram.py")  # fmt: skip
 RESULTS_TESTS = ("test_experiments.py", "test_results.py")  # of faults in results/
 DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
 OWN_TESTS = {  # those to run first
     "kernels.py": "test_kernels.py", "harness/files.py": "test_files.py", "harness/identity.py": "test_identity.py",
     "harness/flops.py": "test_flops.py", "benchmarks/training.py": "test_benchmark_training.py",
     "benchmarks/steps.py": "test_benchmark_training.py", "harness/checks.py": "test_checks.py",
-    "harness/arguments.py": "test_checks.py",
+    "harness/arguments.py": "test_checks.py", "benchmarks/ngram.py": "test_ngram.py",
+    "benchmarks/mixture.py": "test_ngram.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
@@ -46,6 +47,7 @@ CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/
 REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
 IDENTITY, STORE, RESULT_CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
 FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
+N_GRAM, MIXTURE = "benchmarks/ngram.py", "benchmarks/mixture.py"
 CLOCK, SIGNALS = "harness/clock.py", "harness/signals.py"
 RESUMED = "resum or killed or finished or damaged"
 EVALUATED = '            metrics = evaluate(model, tokens["val"])\n'
@@ -718,6 +720,19 @@ FAULTS = [
     (RUN, "the compile step trains", "                model.zero_grad()\n", "", "compiled"),
     (RUN, "handlers of signals stay", "            self.caught.close()\n        self.stack.close()",
      "            pass\n        self.stack.close()", "left_as_it_was"),
+    # counting
+    (N_GRAM, "shorter sequences are counted like the longest", "            if n < order:", "            if False:"),
+    (N_GRAM, "one discount", "discounts(count)[np.minimum(count, 3)]", "discounts(count)[np.minimum(count, 1)]"),
+    (N_GRAM, "no formula", "        if ((0 <= estimate)", "        if False and ((0 <= estimate)"),
+    (N_GRAM, "a formula that does not fit", "        if ((0 <= estimate)", "        if True or ((0 <= estimate)"),
+    (N_GRAM, "what is left is lost", "(seen + left[of] * p)", "(seen + 0 * p)"),
+    (N_GRAM, "a history that ends the text", " & (total[of] > 0)", ""),
+    (MIXTURE, "tokens of two windows count twice",
+     "new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]",
+     "new = torch.ones(len(batch), T, dtype=torch.bool)"),
+    (MIXTURE, "the weight of the other", "            low = w\n        else:\n            high = w\n",
+     "            high = w\n        else:\n            low = w\n"),
+    (MIXTURE, "a weight for each split", "if weight is None else weight  #", "if True else weight  #"),
     # data
     ("data/prepare.py", "the help of --dataset names another default", "which WikiText (default: {DATASETS[0]})",
      "which WikiText (default: {DATASETS[1]})"),
