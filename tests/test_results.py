@@ -101,12 +101,16 @@ def test_the_best_run_is_ranked_among_what_was_published():
     """Read from the file itself: the worst row comes first, and the sample is the beginning of the run's."""
     (path,) = (ROOT / "results" / "experiments" / "best").glob("*-*.json")
     best = json.loads(path.read_text(encoding="utf-8"))
-    test = {best["summary"]["test_word_ppl"], *(best["measured"][key]["word_ppl"]
-                                                for key in ("test_sliding", "test_dynamic_eval"))}  # fmt: skip
+    test = {best["summary"]["test_word_ppl"], best["measured"]["test_sliding"]["word_ppl"]}  # of the static model
     rows = re.search(r"<!-- two_hours_best -->\n(.*?)<!--", README, re.S)[1].splitlines()
     last = [row.split("|")[3].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
     assert {cell.strip("*") for cell in last if "*" in cell} == {f"{ppl:.1f}" for ppl in test}
     assert len(last) == 8 and last == sorted(last, key=lambda cell: -float(cell.strip("*")))
+    rows = re.search(r"<!-- adaptive -->\n(.*?)<!--", RESULTS, re.S)[1].splitlines()
+    adaptive = [row.split("|")[2].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
+    adapted = best["measured"]["test_dynamic_eval"]["word_ppl"]
+    assert [cell for cell in adaptive if "*" in cell] == [f"**{adapted:.1f}**"]
+    assert len(adaptive) == 6 and adaptive == sorted(adaptive, key=lambda cell: -float(cell.strip("*")))
     shown = re.search(r"<!-- sample -->\n```\n(.*?)```", README, re.S)[1].split()
     assert len(shown) > 90 and best["sample"].split()[: len(shown) - 1] == [word for word in shown if word != "..."]
 
