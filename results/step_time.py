@@ -21,6 +21,7 @@ from results import runner, store
 from results.plan import ROOT, SEEDS, all_constants, owner
 
 TRIAL_STEPS, WARM_UP = 24, 8  # of a trial, and those of them that do not count
+TRIALS = 5  # of each run; their median counts
 COSTS = ("VOCABULARY", "BATCH_SIZE", "MICRO_BATCH_SIZE", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "POSITION",
          "DROPOUT")  # constants that the time of a step depends on  # fmt: skip
 
@@ -33,7 +34,8 @@ def model_key(run):
 
 
 def read():
-    """{"machine", "date", "libraries_mb", "seconds": {model_key: of a step}, "peak_mb": {model_key: of the process}}"""
+    """{"machine", "date", "libraries_mb", "seconds": {model_key: of a step}, "peak_mb": {model_key: of the process},
+    "trials": {model_key: the seconds of each}}"""
     path = store.RESULTS / "step_time.json"
     kept = store.read_json(path) if path.exists() else {"seconds": {}, "peak_mb": {}}
     if not isinstance(kept, dict) or not isinstance(kept.get("seconds"), dict):
@@ -92,18 +94,30 @@ def libraries_mb():
 
 
 def measure(runs, again=True):
-    """Measure `runs`, one after the other, and keep the results; without `again` only what is missing. On another
-    machine than before all that was kept goes. Raises ValueError if that would be so without `again`."""
+    """Measure `runs`, each by TRIALS trials, and keep the results; without `again` only what is missing. The runs take
+    turns, since the speed of a machine changes within minutes. On another machine than before all that was kept goes.
+    Raises UserError if that would be so without `again`."""
     kept = read()
     if kept.get("machine", machine()) != machine():
         if not again:
             raise UserError("step_time.json was measured on another machine; measure all of it with --step-time")
         kept = {"seconds": {}, "peak_mb": {}}
-    for key, run in {model_key(run): run for run in runs}.items():
-        if again or key not in kept["seconds"]:
+    all_trials = kept.setdefault("trials", {})
+    todo = {model_key(run): run for run in runs}
+    if not again:
+        todo = {key: run for key, run in todo.items() if key in all_trials or key not in kept["seconds"]}
+    if again:
+        all_trials.update({key: [] for key in todo})
+    for turn in range(TRIALS):
+        for key, run in todo.items():
+            trials = all_trials.setdefault(key, [])
+            if len(trials) > turn:  # made before this command was stopped
+                continue
             kept["libraries_mb"] = kept.get("libraries_mb") or round(libraries_mb(), 1)
             seconds, peak_mb = trial(run)
-            kept["seconds"][key], kept["peak_mb"][key] = round(seconds, 5), round(peak_mb, 1)
+            peaks = [kept["peak_mb"].get(key, 0)] if trials else []
+            trials.append(round(seconds, 5))
+            kept["seconds"][key], kept["peak_mb"][key] = median(trials), round(max([*peaks, peak_mb]), 1)
             kept |= {"machine": machine(), "date": time.strftime("%Y-%m-%d")}
             store.write_text(store.RESULTS / "step_time.json", json.dumps(kept, indent=1) + "\n")
-            harness.say(f"{kept['seconds'][key]:8.4f} s a step: {key}")
+            harness.say(f"{seconds:8.4f} s a step, trial {turn + 1} of {TRIALS}: {key}")

@@ -659,6 +659,7 @@ def test_the_step_time_is_that_of_a_run(tiny, monkeypatch):
     plan_tiny(monkeypatch, run)
     with pytest.raises(ValueError, match="was not measured yet; python results/experiments.py tiny --step-time"):
         step_time.steps_within(1, run)
+    monkeypatch.setattr(step_time, "TRIALS", 1)
     step_time.measure([run], again=False)
     kept = json.loads((store.RESULTS / "step_time.json").read_text())
     (key,) = kept["seconds"]
@@ -680,7 +681,33 @@ def test_the_step_time_is_that_of_a_run(tiny, monkeypatch):
     monkeypatch.setattr(step_time, "libraries_mb", lambda: 50.0)
     step_time.measure([timed])
     assert step_time.read() | {"date": ""} == {"machine": "another", "date": "", "seconds": {key: 0.25},
-                                               "peak_mb": {key: 1.0}, "libraries_mb": 50.0}  # fmt: skip
+                                               "peak_mb": {key: 1.0}, "trials": {key: [0.25]},
+                                               "libraries_mb": 50.0}  # fmt: skip
+
+
+def test_trials_take_turns_and_go_on(folders, monkeypatch):
+    """The median of five trials counts, the highest memory, and what was made before an interruption stays."""
+    runs = [Run("v2", "v2"), Run("v3", "v3")]
+    seconds, order = iter([5, 50, 1, 10, 4, 40, 2, 20, 3, 30]), []
+
+    def trial(run):
+        order.append(run.name)
+        if len(order) == 4:
+            raise KeyboardInterrupt
+        value = next(seconds)
+        return value, float(value)
+
+    monkeypatch.setattr(step_time, "trial", trial)
+    monkeypatch.setattr(step_time, "libraries_mb", lambda: 50.0)
+    with pytest.raises(KeyboardInterrupt):
+        step_time.measure(runs)
+    assert step_time.read()["trials"] == {step_time.model_key(runs[0]): [5, 1], step_time.model_key(runs[1]): [50]}
+    step_time.measure(runs, again=False)
+    assert order == ["v2", "v3", "v2", "v3", "v3", *["v2", "v3"] * 3]
+    assert [step_time.seconds_of(run) for run in runs] == [3, 30]
+    assert list(step_time.read()["peak_mb"].values()) == [5.0, 50.0]
+    step_time.measure(runs, again=False)
+    assert len(order) == 11
 
 
 # ----------------------------------------------------------------------------------------------------------
