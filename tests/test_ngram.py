@@ -149,3 +149,7 @@ def test_the_mixture_of_a_run(load, monkeypatch):
         assert one[f"{split}_network_bpb"] == pytest.approx(module.evaluate(model, tokens[split])["bpb"], rel=1e-5)
     assert one["val_mixed_bpb"] < min(one["val_network_bpb"], one["val_counted_bpb"]) + 1e-9 and 0 < one["weight"] <= 1
     assert mixture.report([one]).count("\n") == 3
+    fitted = []
+    monkeypatch.setattr(mixture, "best_weight", lambda network, counted: fitted.append(len(network)) or 0.3)
+    assert mixture.measure(module.OUT_DIR, 3, None)["weight"] == 0.3
+    assert fitted == [len(tokens["val"]) - 1]  # the test split has no say
