@@ -1,12 +1,15 @@
-"""What a run finds when its folder has been used before: a checkpoint to go on from, or an earlier run."""
+"""What a run starts from: its last checkpoint, the weights of another run, or a folder that an earlier run has used."""
 
+import shlex
 from types import SimpleNamespace
+
+import torch
 
 from harness import distributed
 from harness.cli import say
 from harness.distributed import barrier, rank
 from harness.errors import UserError
-from harness.models import DamagedFile, read_file, set_weights
+from harness.models import SHAPE, DamagedFile, find_model, read_file, read_model, set_weights
 from harness.signals import uninterrupted
 
 CHECKPOINTS = ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt")  # new: a kill kept it from its place
@@ -57,6 +60,53 @@ def move_aside(out_dir):
     megabytes = sum(path.stat().st_size for run in runs for path in run.rglob("*") if path.is_file()) / 1e6
     count = "1 earlier run takes" if len(runs) == 1 else f"{len(runs)} earlier runs take"
     say(f"the earlier run in {folder} is now in {aside}; {count} {megabytes:,.0f} MB")
+
+
+def init_from(run, folders):
+    """What `Run.init_from` does."""
+    if run.constants["RESUME"] and any(run.out_dir.glob("checkpoint*.pt")):
+        say(f"RESUME=True goes on from the checkpoint in {run.out_dir}: INIT_FROM has no effect")
+        return
+    folder = find_model(folders)
+    saved, tokenizer = read_model(folder)
+    if saved["rung"] != run.name:
+        raise UserError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {run.name}.py")
+    h, weights, shape = run.constants, saved["model"], saved["hyperparameters"]
+    positions, length = weights.get("position_embedding.weight"), h["BLOCK_SIZE"]
+    may_differ = ("VOCABULARY", *(("BLOCK_SIZE",) if positions is None or length < len(positions) else ()))
+    differ = [f"{k}={v}" for k, v in shape.items() if k in SHAPE and k not in may_differ and v != h[k]]
+    if differ:
+        raise UserError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
+    if tokenizer.fingerprint != run.tokens["train"].fingerprint:
+        vocabulary = shlex.quote(str(folder / "vocabulary.json"))
+        raise UserError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
+                        f"text with it, python data/prepare.py --from TEXT --to DIR --vocabulary {vocabulary}, and "
+                        "set DATA=DIR")  # fmt: skip
+    if positions is not None and length < len(positions):
+        weights["position_embedding.weight"] = positions[:length]
+        say(f"of the {len(positions)} positions that the model has learned, the first {length} are kept")
+    set_weights(run.model, weights, folder / "model.pt")
+    say(f"starting from the weights in {folder}")
+
+
+def save_checkpoint(run):
+    """What `Run.checkpoint` does. A kill at any moment leaves a whole checkpoint."""
+    model, optimizers = distributed.whole([run.model.state_dict(), [o.state_dict() for o in run.optimizers]])
+    if rank():
+        return
+    new, newest = run.out_dir / "checkpoint_new.pt", run.out_dir / "checkpoint.pt"
+    run.write(new.name, {
+        "model": model, "optimizers": optimizers, **vars(run.state), "log": run.records,
+        "losses": torch.tensor(run.losses), "seconds": run.seconds,
+        "rates": run.rates(), "dataset": run.tokens["train"].dataset, "dtype": run.dtype,
+        "tokens_sha256": run.identity["tokens_sha256"],
+        "fingerprint": run.tokens["train"].fingerprint, "hyperparameters": run.constants,
+        "made_by": run.made_by(),
+    })  # fmt: skip
+    if newest.exists() and newest != run.damaged:
+        newest.replace(run.out_dir / "checkpoint_before.pt")
+    new.replace(newest)
+    run.damaged = None
 
 
 def load_checkpoint(run):

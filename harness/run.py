@@ -3,7 +3,6 @@
 import contextlib
 import json
 import math
-import shlex
 import signal
 import sys
 import time
@@ -21,8 +20,8 @@ from harness.distributed import all_reduce, barrier, peak_memory_mb, rank, world
 from harness.errors import UserError
 from harness.files import Locked, atomic_write, file_lock
 from harness.identity import identity
-from harness.models import SHAPE, find_model, read_file, read_model, set_weights
-from harness.resume import load_checkpoint, move_aside
+from harness.models import read_file, set_weights
+from harness.resume import init_from, load_checkpoint, move_aside, save_checkpoint
 
 DIVERGED = 1e12  # nats from which on a loss counts as not finite: no model comes back from there
 
@@ -109,29 +108,7 @@ class Run:
         """Start from the weights of the finished run in the first of `folders` that holds one, unless a checkpoint is
         there to resume. Raises ValueError if its model has another shape or vocabulary. Where positions are learned,
         shorter windows take the first of them."""
-        if self.constants["RESUME"] and any(self.out_dir.glob("checkpoint*.pt")):
-            say(f"RESUME=True goes on from the checkpoint in {self.out_dir}: INIT_FROM has no effect")
-            return
-        folder = find_model(folders)
-        saved, tokenizer = read_model(folder)
-        if saved["rung"] != self.name:
-            raise UserError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {self.name}.py")
-        h, weights, shape = self.constants, saved["model"], saved["hyperparameters"]
-        positions, length = weights.get("position_embedding.weight"), h["BLOCK_SIZE"]
-        may_differ = ("VOCABULARY", *(("BLOCK_SIZE",) if positions is None or length < len(positions) else ()))
-        differ = [f"{k}={v}" for k, v in shape.items() if k in SHAPE and k not in may_differ and v != h[k]]
-        if differ:
-            raise UserError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
-        if tokenizer.fingerprint != self.tokens["train"].fingerprint:
-            vocabulary = shlex.quote(str(folder / "vocabulary.json"))
-            raise UserError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
-                            f"text with it, python data/prepare.py --from TEXT --to DIR --vocabulary {vocabulary}, and "
-                            "set DATA=DIR")  # fmt: skip
-        if positions is not None and length < len(positions):
-            weights["position_embedding.weight"] = positions[:length]
-            say(f"of the {len(positions)} positions that the model has learned, the first {length} are kept")
-        set_weights(self.model, weights, folder / "model.pt")
-        say(f"starting from the weights in {folder}")
+        init_from(self, folders)
 
     def resume(self, model, *optimizers):
         """With RESUME=True load the last checkpoint, if there is one. Else what an earlier run left in the folder is
@@ -165,7 +142,7 @@ class Run:
         """Name of the type that matrix products use."""
         return distributed.resolve_dtype(self.device, self.constants.get("DTYPE", "float32"))
 
-    def _made_by(self):
+    def made_by(self):
         """What decides how sums are rounded."""
         how = (", sharded" if self.sharded else "") + (", compiled" if self.compiled else "")
         return (f"torch {torch.__version__}, {self.device}, {torch.get_num_threads()} threads, {world_size()} "
@@ -239,22 +216,7 @@ class Run:
 
     def checkpoint(self):
         """Save all that it takes to go on as checkpoint.pt; the one that was there is kept as checkpoint_before.pt."""
-        model, optimizers = distributed.whole([self.model.state_dict(), [o.state_dict() for o in self.optimizers]])
-        if rank():
-            return
-        new, newest = self.out_dir / "checkpoint_new.pt", self.out_dir / "checkpoint.pt"
-        self.write(new.name, {
-            "model": model, "optimizers": optimizers, **vars(self.state), "log": self.records,
-            "losses": torch.tensor(self.losses), "seconds": self.seconds,
-            "rates": self.rates(), "dataset": self.tokens["train"].dataset, "dtype": self.dtype,
-            "tokens_sha256": self.identity["tokens_sha256"],
-            "fingerprint": self.tokens["train"].fingerprint, "hyperparameters": self.constants,
-            "made_by": self._made_by(),
-        })  # fmt: skip
-        if newest.exists() and newest != self.damaged:
-            newest.replace(self.out_dir / "checkpoint_before.pt")
-        new.replace(newest)
-        self.damaged = None
+        save_checkpoint(self)
 
     def rates(self):
         """The learning rates of all groups of parameters, as they are now."""
@@ -300,7 +262,7 @@ class Run:
         if step.step == self.progress.first + 1:
             distributed.first_step_is_done()
             if self.before:
-                report.changes(self, self._made_by(), step.rate)
+                report.changes(self, self.made_by(), step.rate)
         self.progress.update(loss, seconds)
         return stop
 

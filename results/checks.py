@@ -3,12 +3,12 @@ same text and the same code."""
 
 import ast
 import functools
-import hashlib
 import json
 import math
 
 from harness.cli import parse_source, set_constants
 from harness.errors import UserError
+from harness.identity import short_hash
 from results import step_time
 from results.edits import OTHER_WORDS, edited
 from results.plan import EXPERIMENTS, HOW, ROOT, all_constants, owner
@@ -18,11 +18,6 @@ NEEDED = {"run": str, "machine": str, "edits": list, "summary": dict, "log": lis
 NEEDED_OF_SUMMARY = {"rung": str, "dataset": str, "tokenizer": str, "seed": int, "steps": int, "n_params": int,
                      "bytes_seen": int, "best_step": int, "train_seconds": (int, float), "val_loss": (int, float),
                      "val_bpb": (int, float), "hyperparameters": dict}  # fmt: skip
-
-
-def short_hash(text):
-    """The first 16 hex digits of the SHA-256 of a text, as summaries have it of the text of a rung."""
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
 def words_of(edits):

@@ -58,3 +58,21 @@ def load(monkeypatch, tmp_path, data_dir):
         return module
 
     return load
+
+
+@pytest.fixture
+def start(monkeypatch, capsys):
+    """start(module, "NAME=value", ...): (exit code, output, errors) of what `python <rung>.py NAME=value ...` does."""
+
+    def start(module, *arguments):
+        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
+        capsys.readouterr()
+        code = 0
+        try:
+            harness.start(vars(module))
+        except SystemExit as end:
+            code = end.code
+        out, err = capsys.readouterr()
+        return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
+
+    return start

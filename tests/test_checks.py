@@ -26,25 +26,6 @@ from harness.errors import UserError
 SHORT = {"MAX_STEPS": 2, "EVAL_INTERVAL": 1, "WARMUP_STEPS": 1, "COOLDOWN": 0.5}
 
 
-@pytest.fixture
-def start(monkeypatch, capsys):
-    """start(module, "NAME=value", ...): (exit code, output, errors) of `python <rung>.py NAME=value ...`."""
-    monkeypatch.setattr(harness.report, "draw_curves", lambda path, *_, **__: path.write_text("a picture"))
-
-    def start(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            harness.start(vars(module))
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
-
-    return start
-
-
 def short(module):
     """SHORT, as far as the rung has these constants."""
     return {name: value for name, value in SHORT.items() if hasattr(module, name)}
@@ -57,6 +38,7 @@ def load(load, monkeypatch):
     def load_short(name, n_train=None, **constants):
         module = load(name)
         module = load(name, **{**short(module), **constants})
+        monkeypatch.setattr(harness.report, "draw_curves", lambda path, *_, **__: path.write_text("a picture"))
         tokens = data.load_tokens(module.VOCABULARY)
         cut = {k: dataclasses.replace(v, ids=v.ids[: n_train if k == "train" else 600]) for k, v in tokens.items()}
         monkeypatch.setattr(module, "load_tokens", lambda *_: cut)

@@ -68,24 +68,6 @@ def load(load, monkeypatch):
     return load_with_short_splits
 
 
-@pytest.fixture
-def start(monkeypatch, capsys):
-    """start(module, "NAME=value", ...): (exit code, output, errors) of what `python <rung>.py NAME=value ...` does."""
-
-    def start(module, *arguments):
-        monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *arguments])
-        capsys.readouterr()
-        code = 0
-        try:
-            harness.start(vars(module))
-        except SystemExit as end:
-            code = end.code
-        out, err = capsys.readouterr()
-        return (1, out, f"{err}{code}\n") if isinstance(code, str) else (code, out, err)
-
-    return start
-
-
 def assert_refused(ended, *texts):
     """Exit code 1, and one line that has all these texts."""
     code, _, err = ended
