@@ -12,7 +12,6 @@ it. So the second table shows the time per token by position, and what the atten
 """
 
 import argparse
-import json
 import sys
 import time
 from pathlib import Path
@@ -26,7 +25,7 @@ ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
 import v4_alibi_rope as v4  # noqa: E402
-from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from benchmarks.tables import keep, machine, table  # noqa: E402
 
 TOKENS = 512  # that are generated
 BIN = 128  # positions in a column of the table
@@ -172,9 +171,7 @@ def main(argv=None):
     text = report(results)
     print(text, end="")
     if not args.quick:
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "generation.json").write_text(json.dumps(results) + "\n")
-        (RESULTS / "generation.md").write_text(text, encoding="utf-8")
+        keep("generation", results, text, indent=None)
 
 
 if __name__ == "__main__":

@@ -10,7 +10,6 @@ every token has a probability before it is read, and what is counted is the trai
 """
 
 import argparse
-import json
 import math
 import sys
 import time
@@ -20,7 +19,7 @@ import numpy as np
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from benchmarks.tables import keep, machine, table  # noqa: E402
 from bpe_tokenizer import BPETokenizer  # noqa: E402
 from data import load_tokens, vocabulary_file  # noqa: E402
 from harness.errors import UserError  # noqa: E402
@@ -151,9 +150,7 @@ def main():
     text = report(results)
     print(text, end="")
     if args.data == "data" and results["dataset"] != "sample":  # what the pages show
-        RESULTS.mkdir(parents=True, exist_ok=True)
-        (RESULTS / "ngram.json").write_text(json.dumps(results, indent=1) + "\n")
-        (RESULTS / "ngram.md").write_text(text, encoding="utf-8")
+        keep("ngram", results, text)
 
 
 if __name__ == "__main__":

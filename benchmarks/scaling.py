@@ -31,7 +31,7 @@ sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402
 import v3  # noqa: E402
 from benchmarks.steps import random_tokens, run_steps  # noqa: E402
-from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from benchmarks.tables import keep, machine, table  # noqa: E402
 from harness import distributed  # noqa: E402
 
 VOCAB_SIZE = {"cpu": 4096, "cuda": 50304}
@@ -150,10 +150,7 @@ def main(argv=None):
         "Links at 80% of the makers' figures.\n"
     )
     print(text, end="")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    path = RESULTS / ("scaling_gpu" if args.gpu else "scaling")
-    path.with_suffix(".json").write_text(json.dumps({"machine": machine(), "runs": runs}, indent=1) + "\n")
-    path.with_suffix(".md").write_text(text, encoding="utf-8")
+    keep("scaling_gpu" if args.gpu else "scaling", {"machine": machine(), "runs": runs}, text)
 
 
 if __name__ == "__main__":

@@ -12,7 +12,6 @@ a few evaluations each; so it is from the first half of the rest to the second t
 """
 
 import argparse
-import json
 import math
 import os
 import signal
@@ -26,7 +25,7 @@ from statistics import mean
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from benchmarks.tables import keep, machine, table  # noqa: E402
 
 LIMIT, INTERVAL = 0.02, 0.1  # growth that is allowed; seconds between two looks
 
@@ -77,10 +76,8 @@ def main(argv=None):
             f"Machine: {machine()}.\n")  # fmt: skip
     print(text, end="")
     if args.minutes >= 30:
-        RESULTS.mkdir(parents=True, exist_ok=True)
         content = {"rung": args.rung, "evaluations": evaluations, "growth": growth, "looks": kept}
-        (RESULTS / "soak.json").write_text(json.dumps(content) + "\n")
-        (RESULTS / "soak.md").write_text(text, encoding="utf-8")
+        keep("soak", content, text, indent=None)
     return int(growth > LIMIT)
 
 

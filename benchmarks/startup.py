@@ -6,7 +6,6 @@ Every time is that of a whole process, from its start on, on the tokens in data/
 compiled code, as after installation; v0 to v2 compile nothing. The best of three stands for the others.
 """
 
-import json
 import os
 import subprocess
 import sys
@@ -17,7 +16,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from benchmarks.tables import keep, machine, table  # noqa: E402
 
 RUNGS = ("v0", "v1", "v1_1", "v2", "v3", "v3_1", "v4_alibi_rope")
 REPETITIONS = 3
@@ -72,9 +71,7 @@ def main():
             }
     text = report(results)
     print(text, end="")
-    RESULTS.mkdir(parents=True, exist_ok=True)
-    (RESULTS / "startup.json").write_text(json.dumps(results, indent=1) + "\n")
-    (RESULTS / "startup.md").write_text(text, encoding="utf-8")
+    keep("startup", results, text)
 
 
 if __name__ == "__main__":

@@ -1,5 +1,6 @@
 """Tables, the words for a machine, and where the results of benchmarks go."""
 
+import json
 import platform
 import re
 from pathlib import Path
@@ -12,6 +13,13 @@ def table(head, rows, left=(0,)):
     """A Markdown table; the columns whose numbers are not in `left` are aligned to the right."""
     ruler = ["---" if i in left else "---:" for i in range(len(head))]
     return "".join("| " + " | ".join(map(str, line)) + " |\n" for line in (head, ruler, *rows))
+
+
+def keep(name, results, text, indent=1, folder=RESULTS):
+    """Write the results of a benchmark as `name`.json, and their tables as `name`.md, which the pages show."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(results, indent=indent) + "\n", encoding="utf-8")
+    (folder / f"{name}.md").write_text(text, encoding="utf-8")
 
 
 def machine(device="cpu"):

@@ -497,10 +497,8 @@ def main(argv=None):
         streams(settings, long / train.name)
         preparing(settings, text, long, Path(temporary, "copy"))
     if not args.quick:
-        tables.RESULTS.mkdir(parents=True, exist_ok=True)
-        (tables.RESULTS / "tokenizer.md").write_text("\n\n".join(PRINTED) + "\n", encoding="utf-8")
         content = {"date": str(date.today()), "sample": not folder, "machine": facts, "measured": MEASURED}
-        (tables.RESULTS / "tokenizer.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+        tables.keep("tokenizer", content, "\n\n".join(PRINTED) + "\n")
 
 
 if __name__ == "__main__":

@@ -35,7 +35,6 @@ import functools
 import importlib
 import importlib.util
 import inspect
-import json
 import multiprocessing
 import os
 import signal
@@ -54,7 +53,7 @@ sys.path.insert(0, str(ROOT))
 import harness  # noqa: E402
 import kernels  # noqa: E402
 from benchmarks.steps import StepBehind, random_tokens, run_steps  # noqa: E402
-from benchmarks.tables import RESULTS, machine, table  # noqa: E402
+from benchmarks.tables import RESULTS, keep, machine, table  # noqa: E402
 from harness import flops  # noqa: E402
 
 GPT2 = "GPT-2's size"
@@ -559,9 +558,7 @@ def main(argv=None):
     print(text, end="")
     folder = args.to or (None if args.quick else RESULTS)
     if folder:
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / f"{name}.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-        (folder / f"{name}.md").write_text(text, encoding="utf-8")
+        keep(name, results, text, folder=folder)
 
 
 if __name__ == "__main__":
