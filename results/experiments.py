@@ -56,8 +56,9 @@ def output_folder(run, folder):
 
 
 def constants_of(run, seed, overrides, gpu=False):
-    """All constants that the command of a run sets: the planned ones, the steps, an eighth of them as the evaluation
-    interval, and those of `overrides`, {name: text}, that the rung has. Raises ValueError if a step time is missing."""
+    """All constants that the command of a run sets: the planned ones, the steps, an eighth of these as the evaluation
+    interval, as it is by default, and those of `overrides`, {name: text}, that the rung has. Raises ValueError if a
+    step time is missing."""
     rung = importlib.import_module(run.rung)
     constants = all_constants(run, seed, gpu)
     if "MAX_STEPS" in overrides:
@@ -67,7 +68,8 @@ def constants_of(run, seed, overrides, gpu=False):
     elif run.megabytes:
         constants["MAX_STEPS"] = texts.steps_for(run.megabytes, rung, constants)
     constants |= {name: text for name, text in overrides.items() if hasattr(rung, name)}
-    constants.setdefault("EVAL_INTERVAL", math.ceil(int(constants.get("MAX_STEPS", rung.MAX_STEPS)) / 8))
+    if "MAX_STEPS" in constants:
+        constants.setdefault("EVAL_INTERVAL", math.ceil(int(constants["MAX_STEPS"]) / 8))
     return constants
 
 
@@ -88,6 +90,8 @@ def make_run(run, seed, overrides, gpu=False, jobs=1):
         if not (output / "summary.json").exists():
             runner.train(run, folder, constants, jobs)
         summary = store.read_json(output / "summary.json")
+        if EXPERIMENTS[owner(run)[0]].search:
+            summary = {key: value for key, value in summary.items() if not key.startswith("test_")}
         results = {
             "run": run.name, "machine": machine(summary["device"]), "date": time.strftime("%Y-%m-%d"),
             "command": f"python {run.rung}.py " + " ".join(f"{k}={v}" for k, v in constants.items()),

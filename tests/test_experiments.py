@@ -9,6 +9,7 @@ import json
 import math
 import multiprocessing
 import os
+import re
 import shutil
 import signal
 import sys
@@ -72,6 +73,27 @@ def test_the_plan():
             assert plan.owner(run)[1].measure or not run.measure, run  # measured where it is made
     for runs in files.values():
         assert all(run.training() == runs[0].training() for run in runs)
+
+
+@pytest.mark.parametrize("rung", [run.rung for run in EXPERIMENTS["ladder"].runs[:-1]])
+def test_a_run_with_defaults_is_the_command_that_people_type(rung):
+    """Nothing but the seed is set, and evaluations come every eighth of the steps, as in a run of any other length."""
+    constants = checks.defaults_of(source_of(rung)[0])
+    assert constants["EVAL_INTERVAL"] == math.ceil(constants["MAX_STEPS"] / 8)
+    assert experiments.constants_of(Run(rung, rung), 1337, {}) == {"SEED": 1337}
+
+
+def test_a_search_keeps_no_figures_of_the_test_split(tiny, monkeypatch):
+    plan_tiny(monkeypatch, Run("v3", "v3", tiny), search=True)
+    experiments.main(["tiny", *HOW])
+    summary = json.loads((store.RESULTS / "tiny" / "v3-2.json").read_text())["summary"]
+    assert "val_bpb" in summary and not [key for key in summary if key.startswith("test_")]
+
+
+def test_committed_results_of_a_search_hold_no_figures_of_the_test_split():
+    for name, experiment in EXPERIMENTS.items():
+        for path in (ROOT / "results" / "experiments" / name).glob("*-*.json") if experiment.search else ():
+            assert not re.search(r'"test_\w+":', path.read_text(encoding="utf-8")), path
 
 
 @pytest.mark.parametrize(("rung", "names"), [
@@ -251,6 +273,7 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     assert result["summary"]["seed"] == 2 and result["log"][-1]["val_bpb"] == result["summary"]["val_bpb"]
     assert result["command"].startswith("python v4_alibi_rope.py DTYPE=") and result["machine"] and result["sample"]
     assert {"EVAL_INTERVAL=1", "SEED=2"} <= set(result["command"].split())  # an eighth of six steps
+    assert "test_bpb" in result["summary"]
     assert set(result["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
     assert json.loads((folder / "v3-no-cosine-2.json").read_text())["edits"]
 
