@@ -70,7 +70,7 @@ NO_COUNTERPART = {
 def gpt2_tensors(V, T, C, n_layer):
     """{name in v3: (name in GPT2LMHeadModel, shape there)} for V tokens, windows of T, width C. The matrices in GPT-2's
     blocks are (inputs, outputs), those of nn.Linear (outputs, inputs): see `turned`."""
-    table = {"embedding.weight": ("transformer.wte.weight", (V, C)), "head.weight": ("lm_head.weight", (V, C)),
+    table = {"embedding.weight": ("transformer.wte.weight", (V, C)),
              "position_embedding.weight": ("transformer.wpe.weight", (T, C))}  # fmt: skip
     pairs = [("norm", "transformer.ln_f", (C,))]
     for i in range(n_layer):
@@ -95,7 +95,7 @@ def to_gpt2(model):
     config = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": T, "n_embd": C,
         "n_layer": n_layer, "n_head": model.blocks[0].attention.n_head, "n_inner": 4 * C,
-        "activation_function": "gelu_new", "layer_norm_epsilon": model.norm.eps, "tie_word_embeddings": False,
+        "activation_function": "gelu_new", "layer_norm_epsilon": model.norm.eps, "tie_word_embeddings": True,
         "resid_pdrop": model.dropout.p, "embd_pdrop": model.dropout.p, "attn_pdrop": 0.0,
     }  # fmt: skip
     state, table = model.state_dict(), gpt2_tensors(V, T, C, n_layer)
@@ -120,13 +120,12 @@ def from_gpt2(config, tensors):
         whole = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
         if not whole.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which old files hold
             tensors[whole] = tensor
-    tied, wte = config.get("tie_word_embeddings", True), tensors.get("transformer.wte.weight")
-    if tied and wte is not None:
-        tensors.setdefault("lm_head.weight", wte)
-    table = gpt2_tensors(V, T, C, n_layer)
+    head, table = tensors.pop("lm_head.weight", None), gpt2_tensors(V, T, C, n_layer)
     _check_tensors(tensors, dict(table.values()), "v3")
-    if tied and not torch.equal(tensors["lm_head.weight"].float(), wte.float()):
-        raise UserError("lm_head.weight is not wte.weight, and config.json ties them (tie_word_embeddings)")
+    if head is None and not config.get("tie_word_embeddings", True):
+        raise UserError("the tensor lm_head.weight is missing, and config.json does not tie it to wte.weight")
+    if head is not None and not torch.equal(head.float(), tensors["transformer.wte.weight"].float()):
+        raise UserError("lm_head.weight is not wte.weight, and v3 has one matrix for both, as GPT-2 has")
     shape = {"BLOCK_SIZE": T, "N_LAYER": n_layer, "N_HEAD": n_head, "N_EMBD": C, "DROPOUT": float(dropout)}
     return shape, {ours: turned(theirs, tensors[theirs]) for ours, (theirs, _) in table.items()}
 

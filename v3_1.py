@@ -166,6 +166,9 @@ class LanguageModel(nn.Module):
                 nn.init.zeros_(p)  # at the start every branch adds nothing, and every token is equally likely
             else:
                 nn.init.normal_(p, std=0.1 if name == "embedding.weight" else N_EMBD**-0.5)
+        angles = torch.arange(BLOCK_SIZE)[:, None] * 1e4 ** (-torch.arange(0, N_EMBD, 2) / N_EMBD)
+        waves = torch.cat([angles.sin(), angles.cos()], -1)[:, :N_EMBD]  # (T, C), Vaswani et al. 2017, section 3.5
+        self.position_embedding.weight.data.copy_(waves)
 
     def forward(self, idx, targets=None):
         """Logits (B, T, V) of the token after each of `idx` (B, T); with `targets` (B, T) the mean loss in nats."""

@@ -71,9 +71,6 @@ def _batches(h, chosen, processes):
 def _schedule(h, chosen):
     """Of steps and learning rates."""
     steps, warmup, cooldown = h.get("MAX_STEPS", 0), h.get("WARMUP_STEPS", 0), h.get("COOLDOWN")
-    if cooldown is None and steps and warmup >= steps:
-        yield (f"WARMUP_STEPS={warmup} is not below MAX_STEPS={steps}: training ends while the learning rate still "
-               f"rises, at {steps / warmup:.0%} of its peak")  # fmt: skip
     if cooldown is not None and steps and warmup:
         fall = max(1, cooldown * steps)
         crossing = math.floor((steps * warmup - fall) / (warmup + fall))  # step in which one line meets the other

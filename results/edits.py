@@ -1,7 +1,4 @@
-"""Changes of a model that no constant makes: edits of a rung's text, each (old, new) as in an editor.
-
-Those of v3 lead to v3_1 and to v4's positions; those of v4 are tried in the experiment two_hours.
-"""
+"""Changes of a model that no constant makes: edits of a rung's text, each (old, new) as in an editor."""
 
 from harness.errors import UserError
 
@@ -16,122 +13,81 @@ def edited(text, edits):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Of v3: each on top of those before it
+# Of v3: other ways to start and to train GPT-2
 # ----------------------------------------------------------------------------------------------------------
 
-NORMED_EMBEDDINGS = (
-    ("x = self.embedding(idx) +", "x = F.rms_norm(self.embedding(idx), (N_EMBD,)) +"),
-    ("nn.init.normal_(p, std=0.02)\n            elif",
-     'nn.init.normal_(p, std=0.1 if name == "embedding.weight" else 0.02)\n            elif'),
-    # embeddings and head at the rate that v3_1 gives them, without decay
-    ('''    matrices = [p for p in model.parameters() if p.dim() == 2]
-''', '''    outer = [model.embedding.weight, model.head.weight]
-    matrices = [p for p in model.blocks.parameters() if p.dim() == 2] + [model.position_embedding.weight]
-'''),
-    ('{"params": vectors, "weight_decay": 0.0}]', '''{"params": vectors, "weight_decay": 0.0},
-              {"params": outer, "weight_decay": 0.0, "factor": 0.01 / LEARNING_RATE}]'''),
-    ('group["lr"] = LEARNING_RATE * lr_factor(step)',
-     'group["lr"] = LEARNING_RATE * lr_factor(step) * group.get("factor", 1)'),
-)  # fmt: skip
-RMS_NORM = (
-    ("self.norm_1 = nn.LayerNorm(N_EMBD)", "self.norm_1 = nn.RMSNorm(N_EMBD, elementwise_affine=False)"),
-    ("self.norm_2 = nn.LayerNorm(N_EMBD)", "self.norm_2 = nn.RMSNorm(N_EMBD, elementwise_affine=False)"),
-    ("self.norm = nn.LayerNorm(N_EMBD)", "self.norm = nn.RMSNorm(N_EMBD, elementwise_affine=False)"),
+HEAD_OF_ITS_OWN = (
+    ("        for name, p in self.named_parameters():\n", """\
+        self.head = nn.Linear(N_EMBD, vocab_size, bias=False)
+        for name, p in self.named_parameters():
+"""),
+    ("kernels.linear(x, self.embedding.weight)", "kernels.linear(x, self.head.weight)"),
 )
-NO_BIASES = (
-    ("nn.Linear(N_EMBD, 3 * N_EMBD)", "nn.Linear(N_EMBD, 3 * N_EMBD, bias=False)"),
-    ("nn.Linear(N_EMBD, N_EMBD)", "nn.Linear(N_EMBD, N_EMBD, bias=False)"),
-    ("nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD), gelu, nn.Linear(4 * N_EMBD, N_EMBD))",
-     "nn.Sequential(nn.Linear(N_EMBD, 4 * N_EMBD, bias=False), gelu, nn.Linear(4 * N_EMBD, N_EMBD, bias=False))"),
-)  # fmt: skip
-ZEROS = (
-    ("nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))",
-     "nn.init.zeros_(branch_end.weight)\n        nn.init.zeros_(self.head.weight)"),
-    ("else 0.02)\n            elif", "else N_EMBD**-0.5)\n            elif"),
-)  # fmt: skip
-SCHEDULE = (
-    ('''    if step < WARMUP_STEPS:
+SMALL_BRANCHES = (  # GPT-2's own: 2 * N_LAYER branches are summed, so their ends are scaled down by the root of it
+    ('name.endswith(("bias", "proj.weight", "mlp.2.weight"))', 'name.endswith("bias")'),
+    ("nn.init.zeros_(p)  # at the start every branch adds nothing", "nn.init.zeros_(p)"),
+    ("                nn.init.normal_(p, std=0.02)\n", """\
+                nn.init.normal_(p, std=0.02)
+        for block in self.blocks:
+            for branch_end in (block.attention.proj, block.mlp[-1]):
+                nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))
+"""),
+)
+RANDOM_POSITIONS = (
+    ("        self.position_embedding.weight.data.copy_(0.02 * math.sqrt(2) * waves)  # of the size of the tokens\n",
+     ""),
+)
+RANDOM_POSITIONS_IN_V3_1 = (("        self.position_embedding.weight.data.copy_(waves)\n", ""),)
+COSINE = (
+    ("""    return min(1, (step + 1) / max(1, WARMUP_STEPS), (MAX_STEPS - step) / max(1, COOLDOWN * MAX_STEPS))
+""", """\
+    if step < WARMUP_STEPS:
         return (step + 1) / WARMUP_STEPS
     return 0.5 + 0.5 * math.cos(math.pi * (step - WARMUP_STEPS) / max(1, MAX_STEPS - WARMUP_STEPS))
-''', '''    return min(1, (step + 1) / WARMUP_STEPS, (MAX_STEPS - step) / (0.5 * MAX_STEPS))
-'''),
-)  # fmt: skip
-RELU_SQUARED = (
-    ("class Block(nn.Module):\n", """class ReLUSquared(nn.Module):
-    def forward(self, x):
-        return F.relu(x).square()
-
-
-class Block(nn.Module):
 """),
-    ('gelu = kernels.GELU()  # nn.GELU(approximate="tanh")', "gelu = ReLUSquared()"),
 )
+
+
+def beta2(value):
+    """Edits for another decay of AdamW's second moment."""
+    return (("betas=(0.9, 0.99)", f"betas=(0.9, {value})"),)
+
+
+def embedding_rates(tokens=1, positions=1, decay="WEIGHT_DECAY"):
+    """Edits that give the two embeddings rates of their own, as multiples of LEARNING_RATE, and a decay."""
+    return (
+        ("matrices = [p for p in model.parameters() if p.dim() == 2]",
+         "matrices = [p for p in model.blocks.parameters() if p.dim() == 2]"),
+        ('{"params": vectors, "weight_decay": 0.0}]', f'''{{"params": vectors, "weight_decay": 0.0}},
+              {{"params": [model.embedding.weight], "weight_decay": {decay}, "factor": {tokens}}},
+              {{"params": [model.position_embedding.weight], "weight_decay": {decay}, "factor": {positions}}}]'''),
+        ('group["lr"] = LEARNING_RATE * lr_factor(step)',
+         'group["lr"] = LEARNING_RATE * lr_factor(step) * group.get("factor", 1)'),
+    )  # fmt: skip
+
+
+USUAL = (*HEAD_OF_ITS_OWN, *SMALL_BRANCHES, *RANDOM_POSITIONS, *COSINE, *beta2(0.95))
 ROPE_IN_V3 = (
     ("import harness  # first", "from v4_alibi_rope import apply_rope, rope_table\nimport harness  # first"),
     (" + self.position_embedding.weight[: idx.size(1)]", ""),
-    ('''        y = kernels.attention(q, k, v)''',
-     '''        table = rope_table(torch.arange(T, device=x.device), C // self.n_head, 10000.0)
+    ("        y = kernels.attention(q, k, v)", """\
+        table = rope_table(torch.arange(T, device=x.device), C // self.n_head, 10000.0)
         q, k = apply_rope(q, table), apply_rope(k, table)
-        y = kernels.attention(q, k, v)'''),
+        y = kernels.attention(q, k, v)"""),
     ("        self.position_embedding = nn.Embedding(BLOCK_SIZE, N_EMBD)\n", ""),
-)  # fmt: skip
-ROPE_AFTER_THEM = (*ROPE_IN_V3, (" + [model.position_embedding.weight]", ""))  # on top of NORMED_EMBEDDINGS
-STEPS_TO_V3_1 = {  # what is then left to v3_1 is its optimizer
-    "embeddings normed, their own rate": NORMED_EMBEDDINGS,
-    "RMSNorm without weights": RMS_NORM,
-    "no biases": NO_BIASES,
-    "zeros at the start": ZEROS,
-    "linear cool-down": SCHEDULE,
-    "ReLU squared": RELU_SQUARED,
-}
+    *RANDOM_POSITIONS,
+)
 
 # ----------------------------------------------------------------------------------------------------------
-# Of v3: ways to train GPT-2's architecture
+# Of v3_1 and v4: AdamW for the matrices of the blocks
 # ----------------------------------------------------------------------------------------------------------
 
-
-def recipe(tied=True, zeros=True, cooldown=True, sinusoids=True, beta2=0.99, embedding_rate=1, position_rate=1,
-           embedding_decay=True):  # fmt: skip
-    """Edits of v3 that leave it a GPT-2: what its parameters start from, and how they are trained.
-
-    tied: the last layer is the embedding. zeros: the ends of all branches, and a last layer of its own, start at zero.
-    cooldown: the rate is constant after the warm-up and falls linearly to zero in the second half. sinusoids: position
-    embeddings start as sinusoids of the size of the token embeddings. embedding_rate, position_rate: learning rates of
-    the two embeddings (and of the last layer with the first) as multiples of LEARNING_RATE.
-    """
-    edits, ends = [], ""
-    if tied:
-        loop = "        for name, p in self.named_parameters():\n"
-        edits.append((loop, "        self.head.weight = self.embedding.weight\n" + loop))
-    if zeros:
-        edits.append(("nn.init.normal_(branch_end.weight, std=0.02 / math.sqrt(2 * N_LAYER))",
-                      "nn.init.zeros_(branch_end.weight)"))
-        ends += "" if tied else "        nn.init.zeros_(self.head.weight)\n"
-    if sinusoids:
-        ends += ("        angles = torch.arange(BLOCK_SIZE)[:, None] * 1e4 ** (-torch.arange(0, N_EMBD, 2) / N_EMBD)\n"
-                 "        waves = torch.cat([angles.sin(), angles.cos()], -1)  # (T, C)\n"
-                 "        self.position_embedding.weight.data.copy_(0.02 * math.sqrt(2) * waves)\n")
-    if ends:
-        forward = "\n    def forward(self, idx, targets=None):\n"
-        edits.append((forward, ends + forward))
-    if cooldown:
-        edits += SCHEDULE
-    if beta2 != 0.95:
-        edits.append(("betas=(0.9, 0.95)", f"betas=(0.9, {beta2})"))
-    if (embedding_rate, position_rate, embedding_decay) != (1, 1, True):
-        decay = "WEIGHT_DECAY" if embedding_decay else "0.0"
-        edits += [
-            ("matrices = [p for p in model.parameters() if p.dim() == 2]",
-             "matrices = [p for p in model.blocks.parameters() if p.dim() == 2]"),
-            ('{"params": vectors, "weight_decay": 0.0}]', f'''{{"params": vectors, "weight_decay": 0.0}},
-              {{"params": [*dict.fromkeys((model.embedding.weight, model.head.weight))], "weight_decay": {decay},
-               "factor": {embedding_rate}}},
-              {{"params": [model.position_embedding.weight], "weight_decay": {decay}, "factor": {position_rate}}}]'''),
-            ('group["lr"] = LEARNING_RATE * lr_factor(step)',
-             'group["lr"] = LEARNING_RATE * lr_factor(step) * group.get("factor", 1)'),
-        ]  # fmt: skip
-    return tuple(edits)
-
+ADAMW = (
+    ("    muon = Muon(groups, lr=LEARNING_RATE, momentum=MOMENTUM)\n", """\
+    matrices = [p for group in groups for p in group["params"]]
+    muon = torch.optim.AdamW(matrices, lr=LEARNING_RATE, betas=(0.9, 0.99), weight_decay=0.1, fused=True)
+"""),
+)
 
 # ----------------------------------------------------------------------------------------------------------
 # Of v4
@@ -150,6 +106,46 @@ DROPOUT_INSIDE = (
     ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
 )
 
+SMEAR = (  # a learned share of the token before is added to each embedding; zero at the start
+    ("    def forward(self, idx, targets=None, cache=None):\n", """\
+        self.smear = nn.Parameter(torch.zeros(N_EMBD))
+
+    def forward(self, idx, targets=None, cache=None):
+"""),
+    ("        self.length = 0  # tokens that all layers have seen\n", """\
+        self.length = 0  # tokens that all layers have seen
+        self.last = None  # embedding of the last of them
+"""),
+    ("        x = self.dropout(x)\n", """\
+        before = x.new_zeros(len(x), 1, x.size(2)) if cache is None or cache.last is None else cache.last
+        if cache:
+            cache.last = x[:, -1:]
+        x = self.dropout(x + self.smear * torch.cat([before, x[:, :-1]], 1))
+"""),
+)
+EMBEDDING_TO_BLOCKS = (  # and of the embedding to the input of each block
+    ("    def forward(self, idx, targets=None, cache=None):\n", """\
+        self.share = nn.ParameterList(torch.zeros(N_EMBD) for _ in self.blocks)
+
+    def forward(self, idx, targets=None, cache=None):
+"""),
+    ("        for block in self.blocks:\n            x = block(x, rope, cache)\n", """\
+        embedded = x
+        for block, share in zip(self.blocks, self.share):
+            x = block(x + share * embedded, rope, cache)
+"""),
+)
+
+
+def embedding_rate(rate):
+    """Edits that give the embedding a rate of its own; LEARNING_RATE_ADAMW is then that of the head alone."""
+    return (
+        ("    others = [p for name, p in model.named_parameters() if not name.startswith(\"blocks\")]\n", f"""\
+    others = [p for name, p in model.named_parameters() if not name.startswith(("blocks", "embedding"))]
+    others = [{{"params": others}}, {{"params": [model.embedding.weight], "lr": {rate}}}]
+"""),
+    )  # fmt: skip
+
 
 def weight_decay(rate):
     """Edits that let the matrices of the blocks decay by `rate` times the learning rate."""
@@ -159,7 +155,6 @@ def weight_decay(rate):
                 p.sub_(u, alpha'''),
     )  # fmt: skip
 
-
 # ----------------------------------------------------------------------------------------------------------
 # Earlier words
 # ----------------------------------------------------------------------------------------------------------
@@ -167,11 +162,5 @@ def weight_decay(rate):
 # Some results keep their edits in the words that the rungs had then. They make the same models as the edits above,
 # which follow the text of today. Each is {hash of the words then: hash of the words now} (checks.words_of).
 OTHER_WORDS = {
-    "b54f95b08a69b37a": "e48b7c9afbd06a72",  # v3_to_v4: + no biases
-    "e38674e6eb26821a": "e0a8d267e7ec07bd",  # v3_to_v4: + zeros at the start
-    "d64d0303410438c1": "9ed0205c39dba445",  # v3_to_v4: + linear cool-down
-    "3fb5f9f62b4e68b7": "8537a4b5f14b3e16",  # v3_to_v4: + ReLU squared
-    "8253b3bb23f6d993": "5cf6d44e229032ed",  # v3_to_v4: v4 without Muon
-    "7d1028886621aa47": "738664958b1f131d",  # v3_to_v4: v3, only RoPE
     "8d7ac03380b340c2": "633215ac8a98367d",  # two_hours: dropout in the MLP
 }

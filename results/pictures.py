@@ -7,8 +7,8 @@ from harness.errors import FileError, UserError
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
-from results.store import command, full_length, mean_of, results_of
-from results.tables import n_gram
+from results.store import command, full_length, results_of
+from results.tables import PLACES, TRAINED, at_best_rate, n_gram
 
 
 def band(axes, results, x, key, **style):
@@ -48,22 +48,28 @@ def plot_ladder(plt):
 
 
 def plot_v3_to_v4(plt):
-    """What each change is worth beside the run that it is measured from; every seed a dot."""
-    runs, results, before = EXPERIMENTS["v3_to_v4"].runs, results_of("v3_to_v4"), None
-    figure, axes = plt.subplots(figsize=(8, 4.1), layout="constrained")
-    for k, run in enumerate(runs):
-        values = bpb_of(results[run.name])
-        start = mean_of(results[run.base], "val_bpb") if run.base else before
-        before = mean(values)
-        if start is not None:
-            axes.plot([start, before], [k, k], lw=7, alpha=0.5, solid_capstyle="butt",
-                      color="C0" if before < start else "C3")  # fmt: skip
-            axes.text(max(*values, start) + 0.004, k, f"{before - start:+.3f}", va="center", fontsize=8)
-        axes.plot(values, [k] * len(values), "k.", ms=5)
-    axes.set_yticks(range(len(runs)), [f"{run.name} (from {run.base})" if run.base else run.name for run in runs])
-    axes.axhline(sum(not run.base for run in runs) - 0.5, color="grey", lw=0.8)
-    axes.invert_yaxis()
-    axes.set(xlabel="validation bits per byte (dots: seeds; bars: change)", xlim=(None, 1.7))
+    """Ways to train with ways to know positions: the best rate of each, every seed a dot; and all rates."""
+    results = results_of("v3_to_v4")
+    figure, (best, rates) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    for k, (trained, title) in enumerate(TRAINED.items()):
+        values = [bpb_of(at_best_rate(results, trained, place)[1]) for place in PLACES]
+        best.plot(range(3), list(map(mean, values)), f"{'os^'[k]}-", color=f"C{k}", label=title)
+        for place, seeds in enumerate(values):
+            best.plot([place] * len(seeds), seeds, ".", color=f"C{k}", ms=4)
+        if trained != "v3":
+            for style, place in zip(("-", "--", ":"), PLACES):
+                names = [name for name in results if name.startswith(f"{trained} ") and name.endswith(f", {place}")]
+                of_rates = {float(name.split()[1].strip(",")): mean(bpb_of(results[name])) for name in names}
+                middle = sorted(of_rates)[len(of_rates) // 2]
+                rates.plot([rate / middle for rate in of_rates], list(of_rates.values()), f"{'os^'[k]}{style}",
+                           color=f"C{k}", label=f"{trained}, {place}")  # fmt: skip
+    best.set_xticks(range(3), ["learned,\nat random", "learned,\nsinusoids", "RoPE"])
+    best.set(ylabel="validation bits per byte", title="at the best rate of each")
+    rates.set(xlabel="learning rate (1: 0.002 of AdamW, 0.03 of Muon)", xscale="log", title="v4's block at three rates")
+    rates.set_xticks((0.5, 1, 2), ("0.5", "1", "2"))
+    rates.minorticks_off()
+    for axes in (best, rates):
+        axes.legend(fontsize=8)
     return figure
 
 
@@ -112,20 +118,20 @@ def plot_vocabulary(plt):
 
 
 def plot_depth_and_width(axes):
-    """v3 by depth and by width at equal seconds."""
+    """v3 by depth and by width on the same text; at the ends the best of three rates."""
     results = results_of("shape")
-    lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 6, 8)],
-             "width (4 layers)": [f"4 × {width}" for width in (128, 192, 256, 320, 384)]}  # fmt: skip
+    lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 8)],
+             "width (4 layers)": [f"4 × {width}" for width in (128, 256, 384)]}  # fmt: skip
     for k, (title, names) in enumerate(lines.items()):
-        values = [bpb_of(results[name]) for name in names]
+        values = [min(mean(bpb_of(found)) for other, found in results.items()
+                      if other == name or other.startswith(f"{name}, rate")) for name in names]  # fmt: skip
         params = [results[name][0]["summary"]["n_params"] / 1e6 for name in names]
-        low, means, high = (list(map(f, values)) for f in (min, mean, max))
-        axes.plot(params, means, "o-", color=f"C{k}", label=title)
-        axes.fill_between(params, low, high, alpha=0.25, color=f"C{k}")
-        for name, x, y in zip(names, params, means):
+        axes.plot(params, values, f"{'os'[k]}-", color=f"C{k}", label=title)
+        for name, x, y in zip(names, params, values):
             if k == 0 or name != "4 × 256":  # it is on both lines
                 axes.annotate(name, (x, y), (7, -3), textcoords="offset points", fontsize=7)
-    axes.set(title="v3 after 600 s on two cores", xlabel="parameters (millions)", xlim=(1, 12))
+    axes.set(title="v3 after 18.6 MB of text", xlabel="parameters (millions)")
+    axes.margins(x=0.15)
     axes.set_ylabel("validation bits per byte")
     axes.legend(fontsize=8)
 

@@ -4,15 +4,7 @@ import importlib
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from results.edits import (
-    DROPOUT_INSIDE,
-    ROPE_AFTER_THEM,
-    ROPE_IN_V3,
-    STEPS_TO_V3_1,
-    TIED,
-    recipe,
-    weight_decay,
-)
+from results import edits
 
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (1337, 1338, 1339)
@@ -62,42 +54,63 @@ class Experiment:
 ALIBI, ROPE = {"POSITION": "alibi"}, {"POSITION": "rope"}
 VOCABULARIES = (500, 1000, 2000, 4096, 8192, 16384)
 LADDER_MB = 18.57  # of text that every rung sees by default
+# How many steps two Zen 3 cores made with each of VOCABULARIES in five minutes, by one trial of each
+STEPS_IN_300_S = {"v2": (4059, 3774, 2638, 1812, 867, 488), V4: (336, 331, 321, 276, 204, 150)}
 SMALLER = {"N_LAYER": 2, "N_EMBD": 128}
 
 
-def from_v3_to_v4():
-    """v3, v3 with more and more of v3_1's parts, v3_1, v4; then RoPE where Muon, or all else, is missing.
+RATE = 1.4e-3  # of v3
+# v3 as a GPT-2 is usually started and trained, at the best rate for that
+USUAL = {"BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 16, "MAX_STEPS": 1280, "WARMUP_STEPS": 60, "LEARNING_RATE": 2e-3}
 
-    What v3_1 adds to the last of the edits is its optimizer: Muon for the matrices of the blocks, neither weight decay
-    nor clipping, and for position embeddings the rate of the other embeddings.
-    """
-    runs, edits = [Run("v3", "v3")], ()
-    for part, more in STEPS_TO_V3_1.items():
-        edits += more
-        runs.append(Run(f"+ {part}", "v3", edits=edits))
-    return [*runs, Run("+ Muon: v3_1", "v3_1"), Run("+ RoPE: v4", V4, ROPE),
-            Run("v4 without Muon", "v3", edits=edits + ROPE_AFTER_THEM, base=runs[-1].name),
-            Run("v3, only RoPE", "v3", edits=ROPE_IN_V3, base="v3")]  # fmt: skip
+
+def usual(name, **constants):
+    return Run(name, "v3", USUAL | constants, edits.USUAL)
 
 
 def recipes():
-    """v3 trained in other ways: all of them together, with more, and without each."""
-    all_of_them = recipe()
-    runs = [Run("v3", "v3"), Run("all of them", "v3", edits=all_of_them)]
-    small = {"BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "MAX_STEPS": 2560, "WARMUP_STEPS": 120, "EVAL_INTERVAL": 640}
+    """v3, and v3 without each part of its recipe, or with another one; the usual one at several rates."""
+    runs = [Run("v3", "v3")]
+    runs += [Run(f"v3, rate {rate:g}", "v3", {"LEARNING_RATE": rate}) for rate in (RATE / 2, 2 * RATE)]
+    runs += [usual("usual recipe")]
+    runs += [usual(f"usual recipe, rate {rate:g}", LEARNING_RATE=rate) for rate in (5e-4, 1e-3, 4e-3, 8e-3)]
+    return runs
+
+
+def parts():
+    """v3, and v3 without each part of its recipe or with another one in its place."""
+    larger = {"BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 16, "MAX_STEPS": 1280, "LEARNING_RATE": 2e-3, "WARMUP_STEPS": 60}
+    smaller = {"BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 4, "MAX_STEPS": 5120, "LEARNING_RATE": 1e-3, "WARMUP_STEPS": 200}
     changes = {
-        "embeddings at 3 times the rate": {"embedding_rate": 3, "embedding_decay": False},
-        "a head of its own at 3 times the rate": {"tied": False, "embedding_rate": 3, "embedding_decay": False},
-        "8 windows a step": small, "positions at 3 times the rate": {"position_rate": 3},
-        "embeddings do not decay": {"embedding_decay": False}, "not tied": {"tied": False},
-        "positions at random": {"sinusoids": False}, "no zeros": {"zeros": False}, "cosine": {"cooldown": False},
-        "beta2 0.95": {"beta2": 0.95}, "beta2 0.999": {"beta2": 0.999},
-        "all of them, 0.001": {"LEARNING_RATE": 1e-3}, "all of them, 0.004": {"LEARNING_RATE": 4e-3},
+        "positions start at random": edits.RANDOM_POSITIONS, "a head of its own": edits.HEAD_OF_ITS_OWN,
+        "branches start small, not at zero": edits.SMALL_BRANCHES, "cosine": edits.COSINE,
+        "beta2 0.95": edits.beta2(0.95), "beta2 0.999": edits.beta2(0.999),
+        "embeddings do not decay": edits.embedding_rates(decay=0.0),
+        "token embeddings at 3 times the rate": edits.embedding_rates(tokens=3),
+        "positions at 3 times the rate": edits.embedding_rates(positions=3),
+        "16 windows a step": larger, "4 windows a step": smaller,
+        "no weight decay": {"WEIGHT_DECAY": 0.0}, "weight decay 0.3": {"WEIGHT_DECAY": 0.3},
+        "8 heads": {"N_HEAD": 8}, "cool-down from the start": {"COOLDOWN": 1.0},
     }  # fmt: skip
-    for name, change in changes.items():
-        constants = {k: v for k, v in change.items() if k.isupper()}
-        edits = recipe(**{k: v for k, v in change.items() if not k.isupper()})
-        runs.append(Run(name, "v3", constants, edits, base="all of them"))
+    return [Run("v3", "v3"), *(Run(name, "v3", change) if isinstance(change, dict) else Run(name, "v3", {}, change)
+                               for name, change in changes.items())]  # fmt: skip
+
+
+OPTIMIZERS = {"AdamW": ((1e-3, 2e-3, 4e-3), edits.ADAMW), "Muon": ((0.015, 0.03, 0.06), ())}  # rates, edits
+
+
+def from_v3_to_v4():
+    """Three ways to know positions with three ways to train: v3, the modern block with AdamW, and with Muon; for the
+    modern block each at three rates."""
+    places = {"at random": ("v3_1", {}, edits.RANDOM_POSITIONS_IN_V3_1), "sinusoids": ("v3_1", {}, ()),
+              "RoPE": (V4, ROPE, ())}  # fmt: skip
+    runs = [Run("v3, at random", "v3", {}, edits.RANDOM_POSITIONS), Run("v3, sinusoids", "v3"),
+            Run("v3, RoPE", "v3", {}, edits.ROPE_IN_V3)]  # fmt: skip
+    for optimizer, (rates, other) in OPTIMIZERS.items():
+        for place, (rung, constants, change) in places.items():
+            for rate in rates:
+                more = {} if (optimizer, rate) == ("Muon", 0.03) else {"LEARNING_RATE": rate}
+                runs.append(Run(f"{optimizer} {rate:g}, {place}", rung, constants | more, (*change, *other)))
     return runs
 
 
@@ -105,11 +118,12 @@ def vocabularies():
     """v2 and v4 with each vocabulary, on as much text as the ladder and for as many seconds."""
     runs = []
     for rung, constants in (("v2", {}), (V4, ROPE)):
-        for limit_name, limit in (("18.6 MB", {"megabytes": LADDER_MB}), ("300 s", {"seconds": 300})):
-            for size in VOCABULARIES:
-                default = size == 4096 and "megabytes" in limit
-                more = {} if default else {"vocab_size": size, **limit}
-                runs.append(Run(f"{rung.split('_')[0]}, {limit_name}, {size:,}", rung, constants, **more))
+        title = rung.split("_")[0]
+        for size in VOCABULARIES:
+            more = {"vocab_size": size, "megabytes": LADDER_MB} if size != 4096 else {}
+            runs.append(Run(f"{title}, 18.6 MB, {size:,}", rung, constants, **more))
+        for size, steps in zip(VOCABULARIES, STEPS_IN_300_S[rung]):
+            runs.append(Run(f"{title}, 300 s, {size:,}", rung, constants | {"MAX_STEPS": steps}, vocab_size=size))
     return runs
 
 
@@ -131,40 +145,60 @@ def dropouts():
     texts = {"the sample, 89 times": {"DATA": "runs/experiments/sample", "MAX_STEPS": 2000, **SMALLER},
              "a tenth, 20 times": {"DATA": "runs/experiments/tenth", "MAX_STEPS": 1480},
              "all, 5 times": {"MAX_STEPS": 3715}}  # fmt: skip
-    return [Run(f"{text}, {p:g}", "v3", {**constants, "DROPOUT": p, "PATIENCE": 1000},
+    return [Run(f"{text}, {p:g}", "v3", {**USUAL, **constants, "DROPOUT": p, "PATIENCE": 1000}, edits.USUAL,
                 other_seeds={"PATIENCE": 3} if text.startswith("a tenth") else {})
             for text, constants in texts.items() for p in (0.0, 0.1, 0.2, 0.3)]  # fmt: skip
 
 
+def shapes():
+    """v3 by depth and by width; at the ends also with other rates."""
+    runs = [Run(f"{n} × 256", "v3", {} if n == 4 else {"N_LAYER": n}) for n in (1, 2, 4, 8)]
+    runs += [Run(f"4 × {width}", "v3", {"N_EMBD": width}) for width in (128, 384)]
+    for name, shape in {"1 × 256": {"N_LAYER": 1}, "8 × 256": {"N_LAYER": 8}, "4 × 128": {"N_EMBD": 128},
+                        "4 × 384": {"N_EMBD": 384}}.items():  # fmt: skip
+        runs += [Run(f"{name}, rate {rate:g}", "v3", shape | {"LEARNING_RATE": rate})
+                 for rate in (RATE / 1.4, 1.4 * RATE)]  # fmt: skip
+    return runs
+
+
 def two_hours():
-    """v4 within 7,200 s, each run another choice; those with edits have the steps of the run without."""
-    usual = {"POSITION": "rope", "PATIENCE": 1000, "EXTRAPOLATION": "1,"}
-    mild = usual | {"DROPOUT": 0.1}
+    """v4 with about as many steps as two Zen 3 cores make in two hours (one trial each), each run another choice; those
+    with edits have the steps of the run without."""
+    base = {"POSITION": "rope", "PATIENCE": 1000, "EXTRAPOLATION": "1,"}
+    mild = base | {"DROPOUT": 0.1}
     choices = {
-        "dropout 0": usual, "dropout 0.1": mild, "dropout 0.2": usual | {"DROPOUT": 0.2},
-        "windows of 512": mild | {"BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8},
-        "windows of 1,024": mild | {"BLOCK_SIZE": 1024, "BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 4},
-        "6 × 256": mild | {"N_LAYER": 6}, "4 × 320": mild | {"N_EMBD": 320},
-        "3 × 384": mild | {"N_LAYER": 3, "N_EMBD": 384}, "momentum 0.95": mild | {"MOMENTUM": 0.95},
-        "rate of Muon 0.02": mild | {"LEARNING_RATE": 0.02},
-        "rate of AdamW 0.005": mild | {"LEARNING_RATE_ADAMW": 0.005},
+        "dropout 0": base | {"MAX_STEPS": 6621}, "dropout 0.1": {"MAX_STEPS": 6928},
+        "dropout 0.2": {"DROPOUT": 0.2, "MAX_STEPS": 6863},
+        "windows of 512": {"BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "MAX_STEPS": 6495},
+        "windows of 1,024": {"BLOCK_SIZE": 1024, "BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 4, "MAX_STEPS": 5337},
+        "6 × 256": {"N_LAYER": 6, "MAX_STEPS": 4565}, "4 × 320": {"N_EMBD": 320, "MAX_STEPS": 4654},
+        "3 × 384": {"N_LAYER": 3, "N_EMBD": 384, "MAX_STEPS": 4372},
+        "momentum 0.95": {"MOMENTUM": 0.95, "MAX_STEPS": 6928},
+        "rate of Muon 0.02": {"LEARNING_RATE": 0.02, "MAX_STEPS": 6928},
+        "rate of AdamW 0.005": {"LEARNING_RATE_ADAMW": 0.005, "MAX_STEPS": 6928},
     }  # fmt: skip
-    runs = [Run(name, V4, constants, seconds=7200) for name, constants in choices.items()]
-    runs.append(Run("vocabulary of 8,192", V4, mild, seconds=7200, vocab_size=8192))
-    edits = {"weight decay 0.2": weight_decay(0.2), "embeddings tied": TIED, "dropout in the MLP": DROPOUT_INSIDE}
-    runs += [Run(name, V4, mild | {"MAX_STEPS": 6500}, edit) for name, edit in edits.items()]
+    runs = [Run(name, V4, constants if name == "dropout 0" else mild | constants)
+            for name, constants in choices.items()]  # fmt: skip
+    runs.append(Run("vocabulary of 8,192", V4, mild | {"MAX_STEPS": 5339}, vocab_size=8192))
+    changes = {"weight decay 0.2": edits.weight_decay(0.2), "embeddings tied": edits.TIED,
+               "dropout in the MLP": edits.DROPOUT_INSIDE}  # fmt: skip
+    runs += [Run(name, V4, mild | {"MAX_STEPS": 6500}, change) for name, change in changes.items()]
     longer = mild | {"BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "MAX_STEPS": 6495}
     choices = {"rate of AdamW 0.015": {"LEARNING_RATE_ADAMW": 0.015}, "momentum 0.8": {"MOMENTUM": 0.8},
                "rate of Muon 0.04": {"LEARNING_RATE": 0.04}, "cool-down 0.8": {"COOLDOWN": 0.8},
                "dropout 0.15": {"DROPOUT": 0.15}}  # fmt: skip
     runs += [Run(f"windows of 512, {name}", V4, longer | constants) for name, constants in choices.items()]
-    runs.append(Run("windows of 512, dropout in the MLP", V4, longer, DROPOUT_INSIDE))
-    runs.append(Run("windows of 512, weight decay 0.02", V4, longer, weight_decay(0.02)))
+    runs.append(Run("windows of 512, dropout in the MLP", V4, longer, edits.DROPOUT_INSIDE))
+    runs.append(Run("windows of 512, weight decay 0.02", V4, longer, edits.weight_decay(0.02)))
     return runs
 
 
 BEST = {"POSITION": "rope", "BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "DROPOUT": 0.1, "STRIDE": 64,
         "PATIENCE": 1000, "MAX_STEPS": 5500}  # about two hours of two Zen 3 cores  # fmt: skip
+
+# After ten minutes on two Zen 3 cores, by one trial of each
+BESIDE = [Run("v2", "v2", {"MAX_STEPS": 3625}), usual("v3", MAX_STEPS=552),
+          Run("v4, rope", V4, ROPE | {"MAX_STEPS": 552})]  # fmt: skip
 
 EXPERIMENTS = {
     "ladder": Experiment(
@@ -174,18 +208,16 @@ EXPERIMENTS = {
          Run("v4, rope", V4, ROPE, measure="windows")],
         columns=("val_bpb", "val_word_ppl", "bytes_seen", "step_time"),
     ),
-    "learning_rate": Experiment(
-        "Is v3 well tuned?",
-        [Run(f"{rate:g}", "v3", {"LEARNING_RATE": rate} if rate != 2e-3 else {})
-         for rate in (5e-4, 1e-3, 2e-3, 4e-3, 8e-3)],
-        columns=("val_bpb", "val_word_ppl"), search=True,
-    ),
     "recipe": Experiment(
-        "How is GPT-2's architecture trained well on a text that is read twice?", recipes(), seeds=SEEDS[:1],
+        "What does v3's recipe gain over the usual one of GPT-2, if both are well tuned?", recipes(),
         columns=("val_bpb", "val_word_ppl", "n_params"), search=True,
     ),
+    "recipe_parts": Experiment(
+        "Which parts of v3's recipe does it take on a text that is read twice?", parts(), seeds=SEEDS[:1],
+        columns=("val_bpb", "val_word_ppl"), search=True,
+    ),
     "v3_to_v4": Experiment(
-        "What makes v4 better than v3?", from_v3_to_v4(), columns=("val_bpb", "val_word_ppl", "step_time")
+        "What makes v4 better than v3?", from_v3_to_v4(), columns=("val_bpb", "val_word_ppl"), search=True,
     ),
     "positions": Experiment(
         "How does a transformer know the positions of its tokens, and what happens beyond the length of training?",
@@ -196,14 +228,12 @@ EXPERIMENTS = {
         columns=("val_bpb", "val_word_ppl", "bytes_seen", "n_params", "step_time"), search=True,
     ),
     "shape": Experiment(
-        "Deeper or wider, after as many seconds?",
-        [*(Run(f"{n} × 256", "v3", {} if n == 4 else {"N_LAYER": n}, seconds=600) for n in (1, 2, 4, 6, 8)),
-         *(Run(f"4 × {width}", "v3", {"N_EMBD": width}, seconds=600) for width in (128, 192, 320, 384))],
-        columns=("val_bpb", "val_word_ppl", "n_params", "bytes_seen", "step_time"), search=True,
+        "Deeper or wider, on the same text?", shapes(), seeds=SEEDS[:1],
+        columns=("val_bpb", "val_word_ppl", "n_params", "step_time"), search=True,
     ),
     "beside": Experiment(
         "How good are v2, v3 and v4 after ten minutes, beside what people would run instead (benchmarks/beside.py)?",
-        [Run("v2", "v2", seconds=600), Run("v3", "v3", seconds=600), Run("v4, rope", V4, ROPE, seconds=600)],
+        BESIDE,
         columns=("val_bpb", "val_word_ppl", "step_time"),
     ),
     "dropout": Experiment(

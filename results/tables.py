@@ -84,22 +84,57 @@ def memory():
     return table(["rung", "peak memory, MB", "of it above the libraries", "tokens/s", "val bpb"], rows)
 
 
-def v3_to_v4():
-    """Each run beside the one that its change is measured from."""
-    results, rows, before = results_of("v3_to_v4"), [], None
-    for run in EXPERIMENTS["v3_to_v4"].runs:
-        bpb, step = mean_of(results[run.name], "val_bpb"), step_time.seconds_of(run)
-        base = mean_of(results[run.base], "val_bpb") if run.base else before
-        rows.append([run.name, spread_of(results[run.name], "val_bpb"), "" if base is None else f"{bpb - base:+.3f}",
-                     f"{mean_of(results[run.name], 'val_word_ppl'):,.0f}", f"{step:.2f}" if step else "–"])  # fmt: skip
-        before = bpb
-    return table(["model", "val bpb", "change", "val word ppl", "a step, s"], rows)
-
-
-def learning_rate():
+def recipe():
+    """v3's recipe and the usual one, each at several rates."""
     rows = [[name, spread_of(results, "val_bpb"), f"{mean_of(results, 'val_word_ppl'):,.0f}"]
-            for name, results in results_of("learning_rate").items()]  # fmt: skip
-    return table(["learning rate of v3", "val bpb", "val word ppl"], rows)
+            for name, results in results_of("recipe").items()]  # fmt: skip
+    return table(["model", "val bpb", "val word ppl"], rows)
+
+
+def recipe_parts():
+    """v3, and by how much it is worse with each of its parts changed."""
+    of_all = results_of("recipe_parts")
+    v3 = mean_of(of_all["v3"], "val_bpb")
+    rows = [[name, f"{mean_of(results, 'val_bpb'):.4f}",
+             "" if name == "v3" else f"{mean_of(results, 'val_bpb') - v3:+.4f}",
+             f"{mean_of(results, 'val_word_ppl'):,.0f}"] for name, results in of_all.items()]  # fmt: skip
+    return table(["model", "val bpb", "change", "val word ppl"], rows)
+
+
+TRAINED = {"v3": "v3's block, AdamW", "AdamW": "v4's block, AdamW", "Muon": "v4's block, Muon"}
+PLACES = {"at random": "learned, random at the start", "sinusoids": "learned, sinusoids at the start", "RoPE": "RoPE"}
+
+
+def at_best_rate(results, trained, place):
+    """(learning rate or "", results) of the experiment v3_to_v4: of the rate that is best for this way to train and to
+    know positions."""
+    found = {name: results[name] for name in results if re.fullmatch(rf"{trained}[ .\d]*, {place}", name)}
+    if not found:
+        return results[f"{trained}, {place}"]  # says what is missing
+    name = min(found, key=lambda name: mean_of(found[name], "val_bpb"))
+    return name.partition(",")[0].removeprefix(trained).strip(), found[name]
+
+
+def v3_to_v4():
+    """Each way to train with each way to know positions, at the best of its rates."""
+    results, rows = results_of("v3_to_v4"), []
+    for trained, title in TRAINED.items():
+        cells = []
+        for place in PLACES:
+            rate, of_rate = at_best_rate(results, trained, place)
+            cells.append(spread_of(of_rate, "val_bpb") + (f"; rate {rate}" if rate else ""))
+        rows.append([title, *cells])
+    return table(["", *PLACES.values()], rows)
+
+
+def v3_to_v4_rates():
+    """All rates of that experiment."""
+    rows, of_all = [], results_of("v3_to_v4")
+    for name, results in of_all.items():
+        trained, _, place = name.partition(", ")
+        kind, _, rate = trained.partition(" ")
+        rows.append([TRAINED[kind], PLACES[place], rate or "–", str(len(results)), spread_of(results, "val_bpb")])
+    return table(["block and optimizer", "positions", "rate", "seeds", "val bpb"], rows, left=(0, 1))
 
 
 WAYS = {"side_by_side": "side by side", "sliding": "sliding"}  # to lay windows over a text
@@ -144,12 +179,17 @@ def vocabulary():
 
 
 def shape():
-    rows = []
-    for name, results in results_of("shape").items():
+    """By depth, then by width; the other rates beside the usual one."""
+    of_all, rows = results_of("shape"), []
+    for name, results in of_all.items():
+        if ", rate" in name:
+            continue
+        others = [f"{other.partition('rate ')[2]}: {mean_of(of_all[other], 'val_bpb'):.4f}"
+                  for other in of_all if other.startswith(f"{name}, rate")]  # fmt: skip
         summary = results[0]["summary"]
-        rows.append([name, f"{summary['n_params'] / 1e6:.2f} M", f"{summary['steps']:,}", spread_of(results, "val_bpb"),
-                     f"{mean_of(results, 'val_word_ppl'):,.0f}"])  # fmt: skip
-    return table(["v3, layers × width", "parameters", "steps", "val bpb", "val word ppl"], rows)
+        rows.append([name, f"{summary['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
+                     "; ".join(others) or "–", f"{mean_of(results, 'val_word_ppl'):,.0f}"])  # fmt: skip
+    return table(["v3, layers × width", "parameters", "val bpb", "at other rates", "val word ppl"], rows)
 
 
 def dropout():
@@ -245,8 +285,7 @@ def benchmark(name):
 
 
 TABLES = {make.__name__: make for make in (
-    ladder, counting, closed_form, memory, v3_to_v4, learning_rate, positions, positions_all, vocabulary, shape,
-    dropout, metrics, temperature, two_hours, two_hours_best, adaptive,
-    dynamic_eval, sample,
+    ladder, counting, closed_form, memory, recipe, recipe_parts, v3_to_v4, v3_to_v4_rates, positions, positions_all,
+    vocabulary, shape, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
 )}  # fmt: skip
 TABLES |= {f"benchmark_{name}": lambda name=name: benchmark(name) for name in TIMINGS}

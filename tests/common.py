@@ -69,10 +69,10 @@ def as_gpt2(model, n_head):
     vocab_size, width = model.embedding.weight.shape
     theirs = transformers.GPT2LMHeadModel(transformers.GPT2Config(
         vocab_size=vocab_size, n_positions=model.block_size, n_embd=width, n_layer=len(model.blocks), n_head=n_head,
-        tie_word_embeddings=False, resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
+        resid_pdrop=0.0, embd_pdrop=0.0, attn_pdrop=0.0, bos_token_id=0, eos_token_id=0,
     ))  # fmt: skip
     names = {"transformer.wte": model.embedding, "transformer.wpe": model.position_embedding,
-             "transformer.ln_f": model.norm, "lm_head": model.head}  # fmt: skip
+             "transformer.ln_f": model.norm}  # fmt: skip
     for i, block in enumerate(model.blocks):
         names |= {f"transformer.h.{i}.{name}": part for name, part in {
             "ln_1": block.norm_1, "attn.c_attn": block.attention.qkv, "attn.c_proj": block.attention.proj,
@@ -80,7 +80,7 @@ def as_gpt2(model, n_head):
         }.items()}  # fmt: skip
     weights = {f"{name}.{k}": v for name, part in names.items() for k, v in part.state_dict().items()}
     transposed = {k: v.T for k, v in weights.items() if ".c_" in k and k.endswith("weight")}  # layers within blocks
-    theirs.load_state_dict({**weights, **transposed})
+    theirs.load_state_dict({**weights, **transposed, "lm_head.weight": weights["transformer.wte.weight"]})
     return theirs.eval()
 
 

@@ -335,9 +335,9 @@ def test_a_full_disk_leaves_what_was_there(name, load, tmp_path, monkeypatch):
 
 PUBLISHED = {
     "tied": {},
-    "untied": {"tie_word_embeddings": False, "n_head": 1, "n_layer": 1, "resid_pdrop": 0.0},
+    "small": {"n_head": 1, "n_layer": 1, "resid_pdrop": 0.0},
     "half": {"dtype": torch.float16, "activation_function": "gelu_pytorch_tanh", "n_head": 2, "n_inner": 128},
-    "bfloat16": {"dtype": torch.bfloat16, "tie_word_embeddings": False, "n_positions": 20},
+    "bfloat16": {"dtype": torch.bfloat16, "n_positions": 20},
     "shards": {"shard": "60KB", "n_embd": 48, "n_head": 3, "n_layer": 3},
 }
 
@@ -384,6 +384,19 @@ def test_names_and_buffers_of_old_files_are_understood(load, tmp_path, gpt2_voca
     convert("--from", tmp_path / "hf", tmp_path / "with head")
     change_weights(tmp_path / "hf", lambda t: t["lm_head.weight"].add_(1))
     assert "lm_head.weight is not wte.weight" in refusal("--from", tmp_path / "hf", tmp_path / "odd head")
+
+
+def test_a_gpt2_with_a_head_of_its_own_is_refused(load, tmp_path, gpt2_vocabulary):
+    """Also where the file lacks it; one that equals the embedding is none."""
+    load("v3")
+    theirs = write_gpt2(tmp_path / "hf", gpt2_vocabulary, tie_word_embeddings=False)
+    assert "v3 has one matrix for both" in refusal("--from", tmp_path / "hf", tmp_path / "run")
+    change_weights(tmp_path / "hf", lambda t: t.pop("lm_head.weight"))
+    assert "lm_head.weight is missing" in refusal("--from", tmp_path / "hf", tmp_path / "run")
+    change_weights(tmp_path / "hf", lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
+    convert("--from", tmp_path / "hf", tmp_path / "run")
+    theirs.lm_head.weight.data.copy_(theirs.transformer.wte.weight)
+    assert distance(harness.load(tmp_path / "run")[0], theirs, 32, 600) < 1e-5
 
 
 def test_a_run_from_gpt2_is_continued_evaluated_and_trained(load, tmp_path, gpt2_vocabulary, text, monkeypatch, capsys):
@@ -531,9 +544,8 @@ def test_a_pickle_is_not_opened(tmp_path, gpt2_vocabulary):
 
 
 def test_what_is_said_of_a_pickle_works(load, tmp_path, gpt2_vocabulary):
-    """Also for a head that is not the embedding."""
     load("v3")
-    theirs = write_gpt2(tmp_path / "hf", gpt2_vocabulary, tie_word_embeddings=False)
+    theirs = write_gpt2(tmp_path / "hf", gpt2_vocabulary)
     torch.save(theirs.state_dict(), tmp_path / "hf" / "pytorch_model.bin")
     (tmp_path / "hf" / "model.safetensors").unlink()
     advice = re.search(r"AutoModelForCausalLM.*", refusal("--from", tmp_path / "hf", tmp_path / "run"))[0]

@@ -58,7 +58,7 @@ def test_the_plan():
     """Every constant exists in its rung, no two trainings share a file, every comparison has three seeds or says so."""
     files = {}
     for name, experiment in EXPERIMENTS.items():
-        assert len(experiment.seeds) == 3 or name in ("two_hours", "best", "recipe")
+        assert len(experiment.seeds) == 3 or name in ("two_hours", "best", "recipe_parts", "shape")
         assert experiment.asks.endswith("?")
         assert set(experiment.columns) <= experiments.COLUMNS.keys()
         names = [run.name for run in experiment.runs]
@@ -97,8 +97,8 @@ def test_committed_results_of_a_search_hold_no_figures_of_the_test_split():
 
 
 @pytest.mark.parametrize(("rung", "names"), [
-    ("v3", {"ladder": "v3", "v3_to_v4": "v3", "learning_rate": "0.002", "recipe": "v3"}),
-    ("v3_1", {"ladder": "v3_1", "v3_to_v4": "+ Muon: v3_1", "positions": "learned, 256"}),
+    ("v3", {"ladder": "v3", "recipe": "v3", "recipe_parts": "v3", "v3_to_v4": "v3, sinusoids", "shape": "4 × 256"}),
+    ("v3_1", {"ladder": "v3_1", "v3_to_v4": "Muon 0.03, sinusoids", "positions": "learned, 256"}),
 ])  # fmt: skip
 def test_what_experiments_have_in_common_is_made_once(rung, names, folders):
     """A rung with its default constants: in the folder of the ladder, whatever it is called elsewhere."""
@@ -128,49 +128,78 @@ def variant(name, changes, folder, **constants):
     return module
 
 
-def run_named(name):
-    return next(run for run in EXPERIMENTS["v3_to_v4"].runs if run.name == name)
-
-
-@pytest.mark.parametrize(("name", "rung", "constants"), [
-    ("+ ReLU squared", "v3_1", {}), ("v4 without Muon", V4, {"POSITION": "rope"}),
-])  # fmt: skip
-def test_the_edits_of_v3_lead_to_the_later_models(name, rung, constants, tmp_path):
-    """With them v3 has the other rung's logits for its weights, its schedule, its start, and its rates for embeddings
-    and head."""
-    later = variant(rung, (), tmp_path, **constants)
-    v3 = variant("v3", run_named(name).edits, tmp_path)
-    theirs, ours = randomize(later.LanguageModel(50), 0.3).eval(), v3.LanguageModel(50).eval()
-    for p in (ours.head.weight, *(w for b in ours.blocks for w in (b.attention.proj.weight, b.mlp[-1].weight))):
-        assert not p.any()  # zeros at the start
-    weights = {k.replace("mlp.fc", "mlp.0").replace("mlp.proj", "mlp.2"): w for k, w in theirs.state_dict().items()}
-    ours.load_state_dict(weights)  # every weight of one is one of the other
+def test_the_usual_recipe_is_that_of_gpt2(tmp_path):
+    """Radford et al. 2019, section 2.3: ends of branches scaled by their number. Positions at random, a cosine."""
+    v3 = variant("v3", edits.USUAL, tmp_path, N_LAYER=8, N_EMBD=64)
+    model = v3.LanguageModel(500)
+    for part, std in [(model.embedding, 0.02), (model.position_embedding, 0.02), (model.head, 0.02),
+                      *((block.attention.proj, 0.005) for block in model.blocks),
+                      *((block.mlp[-1], 0.005) for block in model.blocks),
+                      *((block.mlp[0], 0.02) for block in model.blocks)]:  # fmt: skip
+        assert part.weight.std().item() == pytest.approx(std, rel=0.06)
+    assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    vars(v3).update(WARMUP_STEPS=10, MAX_STEPS=110)
+    factor = [v3.lr_factor(step) for step in range(111)]
+    assert factor[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1])
+    assert factor[35] == pytest.approx((1 + math.sqrt(0.5)) / 2)
+    assert factor[60] == pytest.approx(0.5) and factor[110] == pytest.approx(0, abs=1e-12)
+    assert {group["betas"] for group in v3.make_optimizer(model).param_groups} == {(0.9, 0.95)}
     idx = torch.randint(50, (2, 32))
-    torch.testing.assert_close(ours(idx), theirs(idx))
-    assert [v3.lr_factor(k) for k in range(20)] == pytest.approx([later.lr_factor(k) for k in range(20)])
-    groups = v3.make_optimizer(ours).param_groups
-    outer = [group for group in groups if "factor" in group]
-    assert [id(p) for group in outer for p in group["params"]] == [id(ours.embedding.weight), id(ours.head.weight)]
-    assert outer[0]["factor"] * v3.LEARNING_RATE == pytest.approx(later.LEARNING_RATE_ADAMW)
-    held = sorted(id(p) for group in groups for p in group["params"])
-    assert held == sorted(id(p) for p in ours.parameters())
+    before = model(idx)
+    with torch.no_grad():
+        model.head.weight.mul_(2)
+        torch.testing.assert_close(model(idx), 2 * before)
 
 
-def test_every_edit_of_v3_trains(tmp_path):
-    """Each step is another model or another optimizer, and its loss falls."""
-    runs = [run for run in EXPERIMENTS["v3_to_v4"].runs if run.edits]
-    assert len(runs) == len(edits.STEPS_TO_V3_1) + 2
+def test_embeddings_may_have_rates_and_a_decay_of_their_own(tmp_path):
+    v3 = variant("v3", edits.embedding_rates(tokens=3, positions=5, decay=0.0), tmp_path, LEARNING_RATE=0.01)
+    model = v3.LanguageModel(50)
+    groups = v3.make_optimizer(model).param_groups
+    assert [(g.get("factor", 1), g["weight_decay"], len(g["params"])) for g in groups] == [
+        (1, v3.WEIGHT_DECAY, 8), (1, 0.0, 18), (3, 0.0, 1), (5, 0.0, 1)]  # fmt: skip
+    assert sorted(id(p) for g in groups for p in g["params"]) == sorted(id(p) for p in model.parameters())
+
+
+def test_rope_in_v3(tmp_path, monkeypatch):
+    """There is no table of positions; without the turning it is v3 whose positions are all zero."""
+    v3, roped, idx = variant("v3", (), tmp_path), variant("v3", edits.ROPE_IN_V3, tmp_path), torch.randint(50, (2, 32))
+    model, plain = roped.LanguageModel(50), v3.LanguageModel(50)
+    plain.load_state_dict(randomize(model, 0.3).state_dict(), strict=False)
+    plain.position_embedding.weight.data.zero_()
+    assert model.state_dict().keys() == plain.state_dict().keys() - {"position_embedding.weight"}
+    assert not torch.allclose(model(idx), plain(idx))
+    assert roped.apply_rope is importlib.import_module(V4).apply_rope
+    monkeypatch.setattr(roped, "apply_rope", lambda x, table: x)
+    torch.testing.assert_close(model(idx), plain(idx))
+
+
+@pytest.mark.parametrize("rung", ["v3_1", V4])
+def test_adamw_may_take_the_place_of_muon(rung, tmp_path):
+    module = variant(rung, edits.ADAMW, tmp_path, POSITION="rope", LEARNING_RATE=0.004)
+    model = module.LanguageModel(50)
+    matrices, others = module.make_optimizers(model)
+    assert isinstance(matrices, torch.optim.AdamW) and matrices.defaults["weight_decay"] == 0.1
+    assert {id(p) for p in matrices.param_groups[0]["params"]} == {id(p) for p in model.blocks.parameters()}
+    assert [g["initial_lr"] for o in (matrices, others) for g in o.param_groups] == [0.004, module.LEARNING_RATE_ADAMW]
+
+
+def test_every_edit_trains(tmp_path):
+    """Each is another start or another way to train, and its loss falls."""
+    runs = {run.edits: run for name in ("recipe", "recipe_parts", "v3_to_v4") for run in EXPERIMENTS[name].runs}
     ids = torch.arange(3000) * 7 % 50
-    for run in runs:
-        v3 = variant("v3", run.edits, tmp_path)
+    assert len(runs) > 12
+    for run in runs.values():
+        module = variant(run.rung, run.edits, tmp_path, POSITION="rope", LEARNING_RATE=0.005)
         torch.manual_seed(1)
-        model = v3.LanguageModel(50)
-        optimizer, losses = v3.make_optimizer(model), []
+        model = module.LanguageModel(50)
+        optimizers = module.make_optimizers(model) if run.rung != "v3" else [module.make_optimizer(model)]
+        losses = []
         for step in range(15):
-            loss = model(*v3.get_batch(ids, step))
+            loss = model(*module.get_batch(ids, step))
             loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
+            for optimizer in optimizers:
+                optimizer.step()
+                optimizer.zero_grad()
             losses.append(loss.item())
         assert losses[-1] < losses[0] - 0.2, run.name
 
@@ -193,6 +222,28 @@ def test_the_edits_of_v4(tmp_path):
 
     model = variant(V4, edits.TIED, tmp_path, **constants).LanguageModel(50)
     assert model.head.weight is model.embedding.weight and 0.01 < model.head.weight.std() < 0.03
+    changes = (*edits.SMEAR, *edits.EMBEDDING_TO_BLOCKS, *edits.embedding_rate(0.03))
+    v4, plain = variant(V4, changes, tmp_path, **constants), variant(V4, (), tmp_path, **constants)
+    model, without, idx = v4.LanguageModel(50), plain.LanguageModel(50), torch.randint(50, (2, 32))
+    assert not model.smear.any() and not any(share.any() for share in model.share)
+    assert {g["lr"] for g in v4.make_optimizers(model)[1].param_groups} == {0.03, v4.LEARNING_RATE_ADAMW}
+    without.load_state_dict(randomize(model, 0.3).state_dict(), strict=False)
+    assert not torch.allclose(model(idx), without(idx))
+    cache = v4.KVCache(model)
+    parts = [model(part, cache=cache) for part in idx.split((5, 1, 26), 1)]
+    torch.testing.assert_close(model(idx), torch.cat(parts, 1))
+    with torch.no_grad():
+        for p in (model.smear, *model.share):
+            p.zero_()
+        torch.testing.assert_close(model(idx), without(idx))
+        model.smear.fill_(1)  # so each token is embedded as the sum of itself and the one before it
+        embedded = torch.nn.functional.rms_norm(model.embedding(idx), (32,))
+        embedded[:, 1:] += embedded[:, :-1].clone()
+        tables, x = v4.rope_table(torch.arange(32), 16, v4.ROPE_BASE), embedded
+        for block in model.blocks:
+            x = block(x, tables, None)
+        torch.testing.assert_close(model(idx), model.head(v4.norm(x)))
+
     mlp = variant(V4, edits.DROPOUT_INSIDE, tmp_path, **constants | {"DROPOUT": 0.5}).MLP()
     x = torch.randn(64, 32)
     assert not torch.allclose(mlp(x), mlp(x)) and torch.equal(mlp.eval()(x), mlp(x))
@@ -260,29 +311,29 @@ def tiny(folders, launch_forked, monkeypatch, data_dir):
 
 def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     """Edited and plain; what is there is not made again, and a run that had begun goes on from its checkpoint."""
-    plan_tiny(monkeypatch, Run("v3: no cosine", "v3", tiny, edits.SCHEDULE),
+    plan_tiny(monkeypatch, Run("v3: cosine", "v3", tiny, edits.COSINE),
               Run("v4", V4, {**tiny, "POSITION": "rope"}, measure="windows"))  # fmt: skip
     trained, train = [], runner.train
     monkeypatch.setattr(runner, "train", lambda run, *rest: trained.append(run.name) or train(run, *rest))
     experiments.main(["tiny", *HOW])
-    assert trained == ["v3: no cosine", "v4"]
+    assert trained == ["v3: cosine", "v4"]
     assert "| v4 | 1 |" in capfd.readouterr().out
     folder = store.RESULTS / "tiny"
-    assert sorted(path.name for path in folder.iterdir()) == ["table.md", "v3-no-cosine-2.json", "v4-2.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["table.md", "v3-cosine-2.json", "v4-2.json"]
     result = json.loads((folder / "v4-2.json").read_text())
     assert result["summary"]["seed"] == 2 and result["log"][-1]["val_bpb"] == result["summary"]["val_bpb"]
     assert result["command"].startswith("python v4_alibi_rope.py DTYPE=") and result["machine"] and result["sample"]
     assert {"EVAL_INTERVAL=1", "SEED=2"} <= set(result["command"].split())  # an eighth of six steps
     assert "test_bpb" in result["summary"]
     assert set(result["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
-    assert json.loads((folder / "v3-no-cosine-2.json").read_text())["edits"]
+    assert json.loads((folder / "v3-cosine-2.json").read_text())["edits"]
 
     with monkeypatch.context() as patch:
         patch.setattr(texts, "prepare", lambda *_: pytest.fail("what is done needs no text"))
         experiments.main(["tiny", *HOW])
     assert len(trained) == 2
-    (folder / "v3-no-cosine-2.json").unlink()
-    (store.WORK / "tiny" / "v3-no-cosine-2" / "run" / "summary.json").unlink()
+    (folder / "v3-cosine-2.json").unlink()
+    (store.WORK / "tiny" / "v3-cosine-2" / "run" / "summary.json").unlink()
     capfd.readouterr()
     experiments.main(["tiny", *HOW])
     assert len(trained) == 3 and "going on from step 6" in capfd.readouterr().out
@@ -550,7 +601,7 @@ def test_files_that_no_run_of_the_plan_has_are_named(folders, monkeypatch, capsy
 
 def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys):
     """Edits, what is measured, seconds and megabytes."""
-    run = Run("a", "v3", {"MAX_STEPS": 80}, edits.SCHEDULE)
+    run = Run("a", "v3", {"MAX_STEPS": 80}, edits.COSINE)
     plan_tiny(monkeypatch, run)
     make_result(run, 2)
     assert experiments.report("tiny")
@@ -560,7 +611,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
             patch.setattr(run, field, value)
             assert experiments.report("tiny") is None and why in capsys.readouterr().err
     assert experiments.report("tiny")
-    words = {checks.words_of((("a", "b"),)): checks.words_of(edits.SCHEDULE)}
+    words = {checks.words_of((("a", "b"),)): checks.words_of(edits.COSINE)}
     make_result(run, 2, changes_of_result={"edits": [["a", "b"]]})
     assert experiments.report("tiny") is None
     monkeypatch.setattr(checks, "OTHER_WORDS", words)
@@ -585,7 +636,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
 def test_results_of_different_code_share_a_table_only_with_a_reason(folders, monkeypatch, capsys):
     """Those of one rung, edited or not; nothing is trained for a table that cannot be made."""
     runs = Run("a", "v3", {"DROPOUT": 0.375}), Run("b", "v3", {"DROPOUT": 0.125}), Run("c", "v0"), Run(
-        "d", "v3", {"DROPOUT": 0.25}, edits.SCHEDULE)  # fmt: skip
+        "d", "v3", {"DROPOUT": 0.25}, edits.COSINE)  # fmt: skip
     plan_tiny(monkeypatch, *runs, seeds=(2, 3))
     now = checks.short_hash(source_of("v3")[0])
     for run in runs[:3]:

@@ -704,7 +704,7 @@ def test_a_finished_run_with_more_steps_goes_on(name, load, start):
     assert "going on with other constants: MAX_STEPS was 8 and is 12\n" in out and "going on from step 8\n" in out
     jump = re.search("^MAX_STEPS decides the schedule: the learning rate goes from (\\S+) to (\\S+) here", out, re.M)
     assert bool(jump) == (name in LATE_RUNGS)
-    if name == "v3":  # warm-up of 4, then half a cosine to step 12
+    if name == "v3":  # warm-up, then a fall to step 12
         assert float(jump[2]) == pytest.approx(module.LEARNING_RATE * module.lr_factor(8), rel=1e-2)
     assert [line["step"] for line in read_log(run_folder(module))] == [4, 8, 12]
     assert_refused(start(module, "RESUME=True", "MAX_STEPS=11"), "has made 12 steps; MAX_STEPS=11 must not be less")

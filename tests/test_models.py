@@ -280,17 +280,22 @@ def test_v0_starts_with_all_tokens_equally_likely(load):
     assert not load("v0").LanguageModel(50)(torch.arange(20)[None]).any()
 
 
-def test_residual_branches_of_v3_start_small(load):
-    model = load("v3", N_LAYER=8, N_EMBD=64).LanguageModel(500)
+@pytest.mark.parametrize("width", [64, 65])
+def test_what_v3_starts_from(width, load):
+    """Branches add nothing; positions are the sinusoids of Vaswani et al. (section 3.5), as long as the tokens."""
+    model = load("v3", N_LAYER=2, N_EMBD=width, N_HEAD=1, BLOCK_SIZE=200).LanguageModel(2000)
     for block in model.blocks:
-        for end in (block.attention.proj, block.mlp[-1]):
-            assert end.weight.std().item() == pytest.approx(0.02 / 4, rel=0.06)
+        assert not block.attention.proj.weight.any() and not block.mlp[-1].weight.any()
         for other in (block.attention.qkv, block.mlp[0]):
             assert other.weight.std().item() == pytest.approx(0.02, rel=0.06)
         assert (block.norm_1.weight == 1).all() and (block.norm_2.weight == 1).all()
-    for other in (model.embedding, model.position_embedding, model.head):
-        assert other.weight.std().item() == pytest.approx(0.02, rel=0.06)
+    assert model.embedding.weight.std().item() == pytest.approx(0.02, rel=0.06)
     assert not any(p.any() for name, p in model.named_parameters() if name.endswith("bias"))
+    positions, half = model.position_embedding.weight.detach().numpy() / 0.02 / math.sqrt(2), (width + 1) // 2
+    expected = [[f(t / 10000 ** (2 * i / width)) for f in (np.sin, np.cos) for i in range(half)] for t in range(200)]
+    np.testing.assert_allclose(positions, np.array(expected)[:, :width], atol=1e-4)
+    length = model.position_embedding.weight.square().mean().sqrt().item()
+    assert length == pytest.approx(model.embedding.weight.square().mean().sqrt().item(), rel=0.03)
 
 
 @pytest.mark.parametrize("name", MODERN)
@@ -302,7 +307,9 @@ def test_branches_and_head_of_the_modern_block_start_at_zero(name, load):
         for other in (block.attention.qkv, block.mlp.fc):
             assert other.weight.std().item() == pytest.approx(1 / 8, rel=0.06)
     if name == "v3_1":
-        assert model.position_embedding.weight.std().item() == pytest.approx(1 / 8, rel=0.06)
+        positions, length = model.position_embedding.weight.detach().numpy(), model.block_size
+        expected = [[f(t / 10000 ** (2 * i / 64)) for f in (np.sin, np.cos) for i in range(32)] for t in range(length)]
+        np.testing.assert_allclose(positions, expected, atol=1e-4)
     assert model.embedding.weight.std().item() == pytest.approx(0.1, rel=0.06)
 
 
@@ -427,7 +434,7 @@ def test_where_v3_drops(load, monkeypatch):
     ends = [end for block in model.blocks for end in (block.attention.proj, block.mlp[-1])]
     for p in [model.embedding.weight, model.position_embedding.weight, *(p for end in ends for p in end.parameters())]:
         p.mul_(2)
-    close(doubled, model(x))
+    close(doubled, model(x) / 2)  # the embedding is the last layer too
 
 
 @pytest.mark.parametrize("scheme", ["learned", *SCHEMES])
@@ -553,7 +560,7 @@ def test_a_tie_is_no_right_guess(name, load):
     """All tokens equally likely, as before the first step of v4: the model has guessed nothing."""
     module = load(name)
     model, tokens = random_model(module, 40), tiny_tokens(2000, 40)
-    nn.init.zeros_(model.head.weight)
+    nn.init.zeros_((model.embedding if name == "v3" else model.head).weight)
     metrics = module.evaluate(model, tokens)
     assert metrics["loss"] == pytest.approx(math.log(40), rel=1e-6)
     assert metrics["top_1"] < 0.1 and metrics["top_5"] < 0.25 and metrics["calibration_error"] < 0.1
@@ -678,7 +685,8 @@ def test_where_one_token_is_certain_it_is_taken(name, position, n_prompt, load):
     constants = {"DROPOUT": 0.3} if name in LATE_RUNGS else {"CONTEXT_SIZE": 6} if name == "v1" else {}
     module = load(name, **constants)
     model = random_model(module, 50, position).train()
-    (model.table if name == "v0" else model.head.weight).mul_(1e4)
+    for p in [model.table] if name == "v0" else model.norm.parameters() if name == "v3" else [model.head.weight]:
+        p.mul_(1e4)
     prompt = [k * 7 % 50 for k in range(n_prompt)]
     torch.manual_seed(0)  # two tokens may be almost equally likely
     found = [*prompt, *module.generate(model, prompt, 40)]

@@ -81,7 +81,7 @@ def count_parameters(module, vocab_size):
     if name in MODERN:  # no biases, no weights in norms; no table of positions in v4
         return 2 * V * C + 12 * L * C * C + (T * C if name == "v3_1" else 0)
     attention, mlp, norms = 4 * C * C + 4 * C, 8 * C * C + 5 * C, 4 * C
-    return 2 * V * C + T * C + L * (attention + mlp + norms) + (V if name == "v2" else 2 * C)
+    return V * C + T * C + L * (attention + mlp + norms) + (V * C + V if name == "v2" else 2 * C)
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -439,7 +439,7 @@ def test_no_more_windows_than_a_micro_batch_are_computed_together(name, load):
 
 
 @pytest.mark.parametrize("grad_clip", [0.3, 0.0])
-def test_v3_trains_as_gpt2_with_adamw_warm_up_cosine_and_clipping(grad_clip, load):
+def test_v3_trains_as_gpt2_with_adamw_warm_up_cooldown_and_clipping(grad_clip, load):
     """The other model is Hugging Face's; matrices decay, vectors do not; GRAD_CLIP=0 clips nothing."""
     constants = {"MAX_STEPS": 20, "LEARNING_RATE": 0.02, "WEIGHT_DECAY": 0.5, "GRAD_CLIP": grad_clip}
     module = load("v3", **constants, MICRO_BATCH_SIZE=2, **EVERY_STEP)
@@ -449,15 +449,18 @@ def test_v3_trains_as_gpt2_with_adamw_warm_up_cosine_and_clipping(grad_clip, loa
         norm = math.sqrt(sum(float(grad.double().square().sum()) for _, _, grad, _ in parameters))
         clipped.append(grad_clip > 0 and norm > grad_clip)
         scale = grad_clip / norm if clipped[-1] else 1.0
-        rate = 0.02 * ((step + 1) / 4 if step < 4 else (1 + math.cos(math.pi * (step - 4) / 16)) / 2)
+        rate = 0.02 * min(1, (step + 1) / 4, (20 - step) / 10)
         for name, p, grad, memory in parameters:
-            adam(p, grad * scale, memory, rate, (0.9, 0.95), 0.5 if p.dim() == 2 else 0.0)
+            adam(p, grad * scale, memory, rate, (0.9, 0.99), 0.5 if p.dim() == 2 else 0.0)
 
     expected = by_hand(module, theirs, lambda x: theirs(x).logits, 20, update)
     records, trained, _ = train(module)
     np.testing.assert_allclose(losses(records)[:, 0], expected, rtol=1e-4)
-    as_theirs = as_gpt2(trained, module.N_HEAD)
-    torch.testing.assert_close(as_theirs.state_dict(), theirs.state_dict(), rtol=0, atol=3e-3)
+    after = [as_gpt2(trained, module.N_HEAD).state_dict(), theirs.state_dict()]
+    for state in after:  # a number for all keys changes no softmax: its gradient is what rounding leaves
+        for name in [name for name in state if name.endswith("c_attn.bias")]:
+            state[name] = torch.cat([state[name].chunk(3)[k] for k in (0, 2)])
+    torch.testing.assert_close(*after, rtol=0, atol=5e-3)
     assert any(clipped) == (grad_clip > 0)
 
 
@@ -499,17 +502,8 @@ def test_muon_multiplies_in_the_type_that_the_run_uses(load, monkeypatch):
         assert seen == [getattr(torch, dtype)]
 
 
-def test_the_learning_rate_of_v3(load):
-    module = load("v3", WARMUP_STEPS=10, MAX_STEPS=110)
-    factor = [module.lr_factor(step) for step in range(111)]
-    assert factor[:11] == pytest.approx([*(k / 10 for k in range(1, 11)), 1])
-    assert factor[35] == pytest.approx((1 + math.sqrt(0.5)) / 2)
-    assert factor[60] == pytest.approx(0.5)
-    assert factor[110] == pytest.approx(0, abs=1e-12)
-
-
-@pytest.mark.parametrize("name", MODERN)
-def test_the_learning_rate_of_the_modern_rungs(name, load):
+@pytest.mark.parametrize("name", LATE_RUNGS)
+def test_the_schedule_of_the_learning_rate(name, load):
     module = load(name, WARMUP_STEPS=10, MAX_STEPS=100, COOLDOWN=0.4)
     factor = [module.lr_factor(step) for step in range(101)]
     assert factor[:10] == pytest.approx([k / 10 for k in range(1, 11)])
@@ -521,7 +515,7 @@ def test_the_learning_rate_of_the_modern_rungs(name, load):
 def test_schedules_at_their_limits(name, load):
     """No warm-up, no cooldown, and a warm-up as long as the run."""
     assert load(name, WARMUP_STEPS=0).lr_factor(0) == 1
-    module = load(name, WARMUP_STEPS=5, MAX_STEPS=5, **({"COOLDOWN": 0.0} if name in MODERN else {}))
+    module = load(name, WARMUP_STEPS=5, MAX_STEPS=5, COOLDOWN=0.0)
     assert [module.lr_factor(step) for step in range(5)] == pytest.approx([0.2, 0.4, 0.6, 0.8, 1])
 
 
@@ -611,7 +605,7 @@ def test_bfloat16_stays_close_to_float32(name, load):
     exact = losses(train(load(name, **constants))[0])
     rounded = losses(train(load(name, **constants, DTYPE="bfloat16"))[0])
     np.testing.assert_allclose(rounded, exact, rtol=0.02)
-    assert (rounded != exact).all()
+    assert (rounded != exact).mean() > 0.5
 
 
 @pytest.fixture
