@@ -3,11 +3,10 @@
 What is new against v3:
 
 - model: RMSNorm without weights (Zhang and Sennrich 2019), also after the embedding; ReLU squared (So et al. 2021,
-  arXiv:2109.08668) in place of GELU; no biases; the ends of all branches, and the last layer, start at zero;
+  arXiv:2109.08668) in place of GELU; no biases; a last layer of its own, which starts at zero;
 - optimizer: Muon (Jordan et al. 2024, kellerjordan.github.io/posts/muon) for the matrices of the blocks, and AdamW at a
   rate of its own for the embeddings and the last layer. Weight decay and clipping end here: the length of a step of
-  Muon does not depend on that of the gradient;
-- schedule: the rates are constant after the warm-up and fall linearly to zero in the second half.
+  Muon does not depend on that of the gradient.
 
     python v3_1.py                              train, evaluate, write a sample: results in runs/v3_1/
     python v3_1.py MOMENTUM=0.95 MAX_STEPS=2000    set any of the constants below for one run

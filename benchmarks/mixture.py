@@ -1,6 +1,7 @@
 """What a trained network gains from counting: a mixture of its probabilities with those of an n-gram model.
 
-    python benchmarks/mixture.py runs/v2 runs/v3 runs/v4_alibi_rope/rope    a table of these runs
+    python benchmarks/mixture.py                    of all rungs in runs/; results in results/benchmarks/
+    python benchmarks/mixture.py runs/v3 runs/mine  of these runs, printed
 
 p = (1 - w) p_network + w p_counted for every token, with one weight w for the whole text, the one that is best on the
 validation split (Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data"). The
@@ -21,10 +22,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
 import harness  # noqa: E402
 from benchmarks.ngram import KneserNey  # noqa: E402
-from benchmarks.tables import table  # noqa: E402
+from benchmarks.tables import ROOT, keep, machine, table  # noqa: E402
 from data import load_tokens  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.models import find_model, read_model  # noqa: E402
+from results.pages import RUNS  # noqa: E402
 
 
 @torch.no_grad()
@@ -80,7 +82,7 @@ def measure(folder, order, stride):
             nats = -np.log(p).sum()
             metrics[f"{split}_{name}_bpb"] = nats / math.log(2) / of.n_bytes
             metrics[f"{split}_{name}_word_ppl"] = math.exp(min(nats / of.n_words, 700)) if of.n_words else None
-    return {"run": str(folder), "weight": weight, **metrics}
+    return {"run": str(folder), "seed": constants["SEED"], "weight": weight, **metrics}
 
 
 def report(results):
@@ -96,13 +98,18 @@ def report(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="+", metavar="RUN", help="folders of finished runs")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of all rungs)")
     parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
     args = parser.parse_args()
     if not 1 <= args.order <= 20 or args.stride is not None and args.stride < 1:
         raise UserError("--order must be from 1 to 20, and --stride from 1 on")
-    print(report([measure(folder, args.order, args.stride) for folder in args.runs]), end="")
+    folders = {run: run for run in args.runs} or {run: ROOT / "runs" / run for run in RUNS}
+    results = [measure(folder, args.order, args.stride) | {"run": run} for run, folder in folders.items()]
+    text = report(results)
+    print(text, end="")
+    if not args.runs and (args.order, args.stride) == (6, None):
+        keep("mixture", {"machine": machine(), "runs": results}, text)
 
 
 if __name__ == "__main__":

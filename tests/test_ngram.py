@@ -1,6 +1,8 @@
 """The n-gram model against its definition, written out with dictionaries, and against published numbers."""
 
+import json
 import math
+import sys
 from collections import Counter
 
 import numpy as np
@@ -153,3 +155,22 @@ def test_the_mixture_of_a_run(load, monkeypatch):
     monkeypatch.setattr(mixture, "best_weight", lambda network, counted: fitted.append(len(network)) or 0.3)
     assert mixture.measure(module.OUT_DIR, 3, None)["weight"] == 0.3
     assert fitted == [len(tokens["val"]) - 1]  # the test split has no say
+
+
+def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
+    """In the order of the ladder; what is asked for by name, or otherwise than usual, is printed only."""
+    for name in ("v1", "v2"):
+        load(name, MAX_STEPS=4, EVAL_INTERVAL=4, OUT_DIR=str(tmp_path / "runs" / name)).main()
+    kept = []
+    monkeypatch.setattr(mixture, "ROOT", tmp_path)
+    monkeypatch.setattr(mixture, "RUNS", ("v2", "v1"))
+    monkeypatch.setattr(mixture, "keep", lambda *what: kept.append(what))
+    for words in ([], ["--order", "2"], [str(tmp_path / "runs" / "v1")]):
+        monkeypatch.setattr(sys, "argv", ["mixture.py", *words])
+        capsys.readouterr()
+        mixture.main()
+        assert len(kept) == 1
+    (name, results, text), rows = kept[0], capsys.readouterr().out.splitlines()
+    assert name == "mixture" and [one["run"] for one in results["runs"]] == ["v2", "v1"]
+    assert str(tmp_path) not in json.dumps(results) and results["runs"][0]["seed"] == 1337
+    assert rows[-1].split("|")[2:] == text.splitlines()[-1].split("|")[2:]  # the same figures for the same run
