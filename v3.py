@@ -38,14 +38,14 @@ from data import load_tokens, vocabulary_file
 
 DATA = "data"  # dataset folder: the tokens and vocabularies of the text
 VOCABULARY = "bpe_vocab.json"  # file in DATA that holds the tokenizer
-BATCH_SIZE = 16  # windows per step
-MICRO_BATCH_SIZE = 16  # windows per forward and backward pass
+BATCH_SIZE = 8  # windows per step
+MICRO_BATCH_SIZE = 8  # windows per forward and backward pass
 BLOCK_SIZE = 256  # tokens in a window: the context that attention reaches
-MAX_STEPS = 1280  # 1.72 passes over the training split of WikiText-2
-EVAL_INTERVAL = 160  # steps between evaluations and checkpoints; at least one per epoch
+MAX_STEPS = 2560  # 1.72 passes over the training split of WikiText-2
+EVAL_INTERVAL = 320  # steps between evaluations and checkpoints; at least one per epoch
 PATIENCE = 3  # stop early after this many evaluations without improvement
-LEARNING_RATE = 2e-3  # peak; it ends at zero
-WARMUP_STEPS = 60  # steps in which the learning rate rises to its peak
+LEARNING_RATE = 1.4e-3  # peak; it ends at zero
+WARMUP_STEPS = 200  # steps in which the learning rate rises to its peak
 COOLDOWN = 0.5  # fraction of the steps, at the end, in which the learning rate falls
 WEIGHT_DECAY = 0.1  # of matrices and embeddings
 GRAD_CLIP = 1.0  # largest norm of the gradient; 0 for no clipping
@@ -237,11 +237,12 @@ def evaluate(model, tokens, stride=None, size=None):
 
 
 def make_optimizer(model):
-    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); biases and LayerNorms do not decay."""
+    """AdamW (Loshchilov and Hutter 2019, arXiv:1711.05101); biases and LayerNorms do not decay. The second moment is a
+    mean over many steps, since a step has few tokens (Marek et al. 2025, arXiv:2507.07101)."""
     matrices = [p for p in model.parameters() if p.dim() == 2]
     vectors = [p for p in model.parameters() if p.dim() != 2]
     groups = [{"params": matrices, "weight_decay": WEIGHT_DECAY}, {"params": vectors, "weight_decay": 0.0}]
-    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.99), fused=True)
+    return torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=(0.9, 0.999), fused=True)
 
 
 def lr_factor(step):

@@ -50,7 +50,7 @@ COSINE = (
 
 def beta2(value):
     """Edits for another decay of AdamW's second moment."""
-    return (("betas=(0.9, 0.99)", f"betas=(0.9, {value})"),)
+    return (("betas=(0.9, 0.999)", f"betas=(0.9, {value})"),)
 
 
 def embedding_rates(tokens=1, positions=1, decay="WEIGHT_DECAY"):

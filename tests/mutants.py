@@ -184,7 +184,7 @@ FAULTS = [
     ("v3.py", "vectors decay", '{"params": vectors, "weight_decay": 0.0}',
      '{"params": vectors, "weight_decay": WEIGHT_DECAY}'),
     ("v3.py", "nothing decays", '"weight_decay": WEIGHT_DECAY}', '"weight_decay": 0.0}'),
-    ("v3.py", "other betas", "betas=(0.9, 0.99)", "betas=(0.9, 0.95)"),
+    ("v3.py", "other betas", "betas=(0.9, 0.999)", "betas=(0.9, 0.95)"),
     ("v3.py", "warm-up from zero", "(step + 1) / max(1, WARMUP_STEPS)", "step / max(1, WARMUP_STEPS)"),
     ("v3.py", "no cool-down", "(MAX_STEPS - step) / max(1, COOLDOWN * MAX_STEPS))", "1)"),
     ("v3.py", "gradients are not clipped", "nn.utils.clip_grad_norm_(model.parameters(), GRAD_CLIP or math.inf)",

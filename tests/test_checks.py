@@ -71,7 +71,7 @@ def test_default_constants_say_nothing(name, load, capsys, monkeypatch):
 
 
 NOTES = [  # rung, constants that somebody sets, what is said
-    ("v3", {"MAX_STEPS": 30}, "WARMUP_STEPS=60 and COOLDOWN=0.5 overlap in MAX_STEPS=30: .* rise to 40% of"),
+    ("v3", {"MAX_STEPS": 30}, "WARMUP_STEPS=200 and COOLDOWN=0.5 overlap in MAX_STEPS=30: .* rise to 14% of"),
     ("v3_1", {"MAX_STEPS": 75}, "WARMUP_STEPS=50 and COOLDOWN=0.5 overlap .* rise to 86% of"),
     (V4, {"WARMUP_STEPS": 800}, "WARMUP_STEPS=800 and COOLDOWN=0.5 overlap in MAX_STEPS=1280: .* to 89% of"),
     ("v3", {"STRIDE": 512}, "STRIDE=512 is not below BLOCK_SIZE=256: .* no windows overlap"),

@@ -441,7 +441,7 @@ def test_no_more_windows_than_a_micro_batch_are_computed_together(name, load):
 @pytest.mark.parametrize("grad_clip", [0.3, 0.0])
 def test_v3_trains_as_gpt2_with_adamw_warm_up_cooldown_and_clipping(grad_clip, load):
     """The other model is Hugging Face's; matrices decay, vectors do not; GRAD_CLIP=0 clips nothing."""
-    constants = {"MAX_STEPS": 20, "LEARNING_RATE": 0.02, "WEIGHT_DECAY": 0.5, "GRAD_CLIP": grad_clip}
+    constants = {"MAX_STEPS": 20, "LEARNING_RATE": 0.005, "WEIGHT_DECAY": 0.5, "GRAD_CLIP": grad_clip}
     module = load("v3", **constants, MICRO_BATCH_SIZE=2, **EVERY_STEP)
     theirs, clipped = as_gpt2(fresh_model(module), module.N_HEAD), []
 
@@ -449,9 +449,9 @@ def test_v3_trains_as_gpt2_with_adamw_warm_up_cooldown_and_clipping(grad_clip, l
         norm = math.sqrt(sum(float(grad.double().square().sum()) for _, _, grad, _ in parameters))
         clipped.append(grad_clip > 0 and norm > grad_clip)
         scale = grad_clip / norm if clipped[-1] else 1.0
-        rate = 0.02 * min(1, (step + 1) / 4, (20 - step) / 10)
+        rate = 0.005 * min(1, (step + 1) / 4, (20 - step) / 10)
         for name, p, grad, memory in parameters:
-            adam(p, grad * scale, memory, rate, (0.9, 0.99), 0.5 if p.dim() == 2 else 0.0)
+            adam(p, grad * scale, memory, rate, (0.9, 0.999), 0.5 if p.dim() == 2 else 0.0)
 
     expected = by_hand(module, theirs, lambda x: theirs(x).logits, 20, update)
     records, trained, _ = train(module)
@@ -460,7 +460,7 @@ def test_v3_trains_as_gpt2_with_adamw_warm_up_cooldown_and_clipping(grad_clip, l
     for state in after:  # a number for all keys changes no softmax: its gradient is what rounding leaves
         for name in [name for name in state if name.endswith("c_attn.bias")]:
             state[name] = torch.cat([state[name].chunk(3)[k] for k in (0, 2)])
-    torch.testing.assert_close(*after, rtol=0, atol=5e-3)
+    torch.testing.assert_close(*after, rtol=0, atol=3e-3)
     assert any(clipped) == (grad_clip > 0)
 
 
