@@ -5,7 +5,6 @@ import contextlib
 import difflib
 import errno
 import functools
-import hashlib
 import itertools
 import os
 import re
@@ -45,14 +44,14 @@ def parse_source(source):
 
 @functools.lru_cache(maxsize=None)
 def _source_as_loaded(path, main):
-    """`read_source` and a hash of the text, once for each time that the rung was loaded (then `main` is another
-    function): somebody may edit the file while it runs."""
+    """`read_source` and the text, once for each time that the rung was loaded (then `main` is another function):
+    somebody may edit the file while it runs."""
     source = Path(path).read_text(encoding="utf-8")
-    return *parse_source(source), hashlib.sha256(source.encode()).hexdigest()[:16]
+    return *parse_source(source), source
 
 
-def source_hash(rung):
-    """The first 16 hex digits of the SHA-256 of the text of a rung (its globals) as it was loaded."""
+def source_as_loaded(rung):
+    """The text of a rung (its globals) as it was loaded."""
     return _source_as_loaded(rung["__file__"], rung["main"])[3]
 
 

@@ -1,14 +1,18 @@
 """What identifies a run: the commit of the repository, the text of the rung, and the tokens that it read."""
 
+import ast
 import hashlib
+import io
 import os
 import subprocess
+import tokenize
 from pathlib import Path
 
-from harness.cli import source_hash
+from harness.cli import source_as_loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 GIT_SECONDS = 3  # after which the commit counts as unknown
+AFTER_TRAINING = ("draw", "generate")  # functions of a rung that decide none of its losses
 
 
 def commit(folder=ROOT, seconds=GIT_SECONDS):
@@ -35,6 +39,29 @@ def short_hash(text):
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()[:16]
 
 
+def code_hash(text):
+    """A hash of what decides the losses of a rung, given its text: the code without comments, docstrings and blank
+    lines, without its constants, whose values are compared one by one, and without the functions that only sample."""
+    tree, lines = ast.parse(text), [line.encode() for line in io.StringIO(text).readlines()]
+    spans = [(token.start, token.end) for token in tokenize.generate_tokens(io.StringIO(text).readline)
+             if token.type == tokenize.COMMENT]  # in characters  # fmt: skip
+    spans = [tuple((row, len(lines[row - 1].decode()[:column].encode())) for row, column in span) for span in spans]
+    dropped = [node.body[0] for node in ast.walk(tree)
+               if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None]
+    for node in tree.body:
+        if isinstance(node, ast.FunctionDef) and node.name in AFTER_TRAINING:
+            dropped += [*node.decorator_list, node]
+        elif isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) and t.id.isupper() for t in node.targets):
+            dropped.append(node)
+    spans += [((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)) for node in dropped]
+    for (row, column), (end_row, end_column) in spans:  # what is dropped becomes blanks, so that places stay
+        for k in range(row - 1, end_row):
+            start, stop = column if k == row - 1 else 0, end_column if k == end_row - 1 else len(lines[k])
+            lines[k] = lines[k][:start] + b" " * (stop - start) + lines[k][stop:]
+    kept = [line.rstrip() for line in lines]
+    return short_hash("\n".join(line.decode() for line in kept if line and line != b"@"))
+
+
 def tokens_hash(tokens):
     """One hash of the tokens of all splits, as `load_tokens` gives them; None if their digests are not known."""
     digests = [getattr(tokens.get(split), "digest", "") for split in ("train", "val", "test")]
@@ -43,4 +70,6 @@ def tokens_hash(tokens):
 
 def identity(run):
     """What the summary of a run says of it."""
-    return {"commit": commit(), "rung_sha256": source_hash(run.rung), "tokens_sha256": tokens_hash(run.tokens)}
+    text = source_as_loaded(run.rung)
+    return {"commit": commit(), "rung_sha256": short_hash(text), "code_sha256": code_hash(text),
+            "tokens_sha256": tokens_hash(run.tokens)}  # fmt: skip

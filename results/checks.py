@@ -154,12 +154,12 @@ def flaw(result, run, seed, gpu=False, overrides=None):
 
 
 def codes_of(result):
-    """{(rung, hash of its edits): hash of its text} that a result names."""
+    """{(rung, hash of its edits): hash of its code} that a result names."""
     summary, found = result["summary"], {}
-    if result.get("source_sha256"):
-        found[summary["rung"], words_of(())] = result["source_sha256"]
-    if summary.get("rung_sha256"):
-        found[summary["rung"], words_of(result["edits"])] = summary["rung_sha256"]
+    if result.get("code_sha256"):  # of the rung without edits
+        found[summary["rung"], words_of(())] = result["code_sha256"]
+    if summary.get("code_sha256"):
+        found[summary["rung"], words_of(result["edits"])] = summary["code_sha256"]
     return found
 
 

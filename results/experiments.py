@@ -40,6 +40,7 @@ import harness  # noqa: E402
 from benchmarks.tables import machine, table  # noqa: E402
 from harness import signals  # noqa: E402
 from harness.errors import UserError  # noqa: E402
+from harness.identity import code_hash  # noqa: E402
 from results import checks, measures, runner, step_time, store, texts  # noqa: E402
 from results.plan import EXPERIMENTS, SEEDS, all_constants, owner  # noqa: E402
 
@@ -84,7 +85,7 @@ def make_run(run, seed, overrides, gpu=False, jobs=1):
         folder = store.work_folder(path)
         output, began = output_folder(run, folder), time.time()
         source, text = checks.sources(run)
-        made_of = {"rung": run.rung, "rung_sha256": checks.short_hash(text), "edits": [list(e) for e in run.edits],
+        made_of = {"rung": run.rung, "code_sha256": code_hash(text), "edits": [list(e) for e in run.edits],
                    "constants": checks.values(run, constants), "text": texts.text_of(run, constants)}  # fmt: skip
         runner.begin(folder, output, made_of)
         if not (output / "summary.json").exists():
@@ -95,15 +96,15 @@ def make_run(run, seed, overrides, gpu=False, jobs=1):
         results = {
             "run": run.name, "machine": machine(summary["device"]), "date": time.strftime("%Y-%m-%d"),
             "command": f"python {run.rung}.py " + " ".join(f"{k}={v}" for k, v in constants.items()),
-            "edits": [list(edit) for edit in run.edits], "source_sha256": checks.short_hash(source), "summary": summary,
+            "edits": [list(edit) for edit in run.edits], "code_sha256": code_hash(source), "summary": summary,
             "log": [json.loads(line) for line in store.read_text(output / "log.jsonl").splitlines()],
             "sample": store.read_text(output / "sample.txt"), "measure": run.measure,
             "measured": measures.measure(run, output),
         }  # fmt: skip
         results = json.loads(json.dumps(results))
         why = checks.flaw(results, run, seed, gpu, overrides)
-        if summary["rung_sha256"] != made_of["rung_sha256"]:
-            why = f"the text of {run.rung}.py was changed as it began"
+        if summary["code_sha256"] != made_of["code_sha256"]:
+            why = f"the code of {run.rung}.py was changed as it began"
         if why:
             raise UserError(f"the run in {store.shown(folder)} is not the one that was to be made: {why}; the same "
                             "command begins it anew")  # fmt: skip
@@ -152,10 +153,10 @@ def check_code(names, todo, gpu, overrides):
     with: what is left of them would be hours of training for a table that cannot be made."""
     now = {}
     for run, seed in todo:
-        source, text = map(checks.short_hash, checks.sources(owner(run)[1]))
-        summary = {"rung": run.rung, "rung_sha256": text}
+        source, text = map(code_hash, checks.sources(owner(run)[1]))
+        summary = {"rung": run.rung, "code_sha256": text}
         now[store.result_file(run, seed, gpu, overrides)] = {
-            "edits": owner(run)[1].edits, "source_sha256": source, "summary": summary}  # fmt: skip
+            "edits": owner(run)[1].edits, "code_sha256": source, "summary": summary}  # fmt: skip
     for name in names:
         paths = {store.result_file(run, seed, gpu, overrides) for run in EXPERIMENTS[name].runs
                  for seed in EXPERIMENTS[name].seeds}  # fmt: skip

@@ -20,6 +20,7 @@ sys.path.insert(0, str(ROOT))
 
 from harness.cli import say  # noqa: E402
 from harness.errors import FileError, MissingFileError, UserError  # noqa: E402
+from harness.identity import code_hash  # noqa: E402
 from results import checks, pictures, store  # noqa: E402
 from results.plan import EXPERIMENTS, V4, Run  # noqa: E402
 from results.tables import TABLES  # noqa: E402
@@ -54,9 +55,9 @@ def check_defaults(run, summary):
     differ = checks.differing_constants(planned, {"summary": summary}, wanted)
     if summary["rung"] != rung:
         differ.append(f"it is of {summary['rung']}.py")
-    code = checks.short_hash(checks.sources(planned)[0])
-    if summary.get("rung_sha256", code) != code:
-        differ.append(f"the text of {rung}.py was another")
+    code = code_hash(checks.sources(planned)[0])
+    if summary.get("code_sha256", code) != code:
+        differ.append(f"the code of {rung}.py was another")
     if differ:
         raise UserError(f"runs/{run} is not what {rung}.py makes without constants ({'; '.join(differ)}); "
                         f"python {rung}.py makes it again")  # fmt: skip

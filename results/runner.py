@@ -42,8 +42,8 @@ def begin(folder, output, made_of):
     before = store.read_json(note) if note.exists() else None
     differ = difference(before, made_of)
     if not differ and (output / "summary.json").exists():
-        found = store.read_json(output / "summary.json").get("rung_sha256")
-        differ = ["its text was changed as it began"] if found != made_of["rung_sha256"] else []
+        found = store.read_json(output / "summary.json").get("code_sha256")
+        differ = ["its code was changed as it began"] if found != made_of["code_sha256"] else []
     if differ and run.exists():
         if output.exists():
             try:
@@ -72,7 +72,7 @@ def difference(before, now):
     differ = [f"{name} was {then.get(name, 'not set')} and is {here.get(name, 'not set')}"
               for name in sorted({*then, *here} - {*HOW}) if then.get(name) != here.get(name)]  # fmt: skip
     words = {"rung": "it is of another rung", "edits": "it has other edits", "text": "it read another text",
-             "rung_sha256": "the text of the rung was another"}  # fmt: skip
+             "code_sha256": "the code of the rung was another"}  # fmt: skip
     return differ + [text for key, text in words.items() if before.get(key) != now[key]]
 
 

@@ -26,6 +26,7 @@ from common import V4, randomize, short_tokens
 
 import data
 import harness
+from harness.identity import code_hash
 from results import checks, edits, experiments, measures, plan, runner, step_time, store, texts
 from results.plan import EXPERIMENTS, Experiment, Run
 
@@ -288,9 +289,9 @@ def make_result(run, seed, /, gpu=False, constants=None, changes_of_result=None,
     constants |= checks.values(run, plan.all_constants(run, seed, gpu)) | other
     constants |= {"EVAL_INTERVAL": math.ceil(constants["MAX_STEPS"] / 8)} | other
     steps = constants["MAX_STEPS"]
-    summary = {"rung": run.rung, "rung_sha256": checks.short_hash(checks.sources(run)[1]), "tokens_sha256": None,
-               "dataset": "sample", "seed": seed, "tokenizer": constants["VOCABULARY"], "n_params": 1,
-               "steps": steps, "best_step": steps,
+    summary = {"rung": run.rung, "code_sha256": code_hash(checks.sources(run)[1]), "rung_sha256": "",
+               "tokens_sha256": None, "dataset": "sample", "seed": seed, "tokenizer": constants["VOCABULARY"],
+               "n_params": 1, "steps": steps, "best_step": steps,
                "bytes_seen": 1000 * steps, "train_seconds": 1.0, "val_loss": 1.0, "val_bpb": 1.0 + seed / 1e4,
                "val_word_ppl": 9.0, "test_bpb": 1.5, "hyperparameters": constants} | changes  # fmt: skip
     result = {"run": run.name, "machine": "a machine", "command": f"python {run.rung}.py", "summary": summary,
@@ -499,7 +500,7 @@ def test_what_is_tried_out_is_kept_apart(tiny, capfd, monkeypatch):
     assert json.loads(path.read_text())["summary"]["steps"] == 2
     experiments.main(["tiny", "DEVICE=cpu"])
     result = json.loads((store.RESULTS / "tiny" / "a-2.json").read_text())
-    assert result["summary"]["steps"] == 6 and result["source_sha256"] == result["summary"]["rung_sha256"]
+    assert result["summary"]["steps"] == 6 and result["code_sha256"] == result["summary"]["code_sha256"]
     experiments.main(["tiny", "MAX_STEPS=2", "LEARNING_RATE=1", "--table"])  # what was tried is done, too
     assert "Tried out with MAX_STEPS=2 LEARNING_RATE=1" in capfd.readouterr().out
     shutil.copy(path, store.RESULTS / "tiny" / "a-2.json")
@@ -605,7 +606,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
     plan_tiny(monkeypatch, run)
     make_result(run, 2)
     assert experiments.report("tiny")
-    for field, value, why in (("edits", edits.NORMED_EMBEDDINGS, "other edits"),
+    for field, value, why in (("edits", edits.HEAD_OF_ITS_OWN, "other edits"),
                               ("measure", "windows", "'windows' was not measured")):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(run, field, value)
@@ -638,12 +639,12 @@ def test_results_of_different_code_share_a_table_only_with_a_reason(folders, mon
     runs = Run("a", "v3", {"DROPOUT": 0.375}), Run("b", "v3", {"DROPOUT": 0.125}), Run("c", "v0"), Run(
         "d", "v3", {"DROPOUT": 0.25}, edits.COSINE)  # fmt: skip
     plan_tiny(monkeypatch, *runs, seeds=(2, 3))
-    now = checks.short_hash(source_of("v3")[0])
+    now = code_hash(source_of("v3")[0])
     for run in runs[:3]:
         make_result(run, 2)
-    make_result(runs[3], 2, changes_of_result={"source_sha256": now})
+    make_result(runs[3], 2, changes_of_result={"code_sha256": now})
     assert experiments.report("tiny")
-    other = {"rung_sha256": "beef"}, {"changes_of_result": {"source_sha256": "beef"}}
+    other = {"code_sha256": "beef"}, {"changes_of_result": {"code_sha256": "beef"}}
     for changed, how in zip((runs[1], runs[3]), other):
         make_result(changed, 2, **how)
         with pytest.raises(ValueError, match=f"different code of v3.py .*{now}: a-2.json.*beef: {changed.name}-2.json.*"
@@ -652,12 +653,12 @@ def test_results_of_different_code_share_a_table_only_with_a_reason(folders, mon
         monkeypatch.setattr(EXPERIMENTS["tiny"], "mixed_code", "the words of a comment")
         assert "Made with different code: the words of a comment.\n" in experiments.report("tiny")
         monkeypatch.setattr(EXPERIMENTS["tiny"], "mixed_code", "")
-        make_result(changed, 2, changes_of_result={"source_sha256": now})
+        make_result(changed, 2, changes_of_result={"code_sha256": now})
     assert "different code" not in experiments.report("tiny")
 
     monkeypatch.setattr(experiments, "make_all", lambda *_: pytest.fail("it has begun"))
     for run in runs:
-        make_result(run, 2, rung_sha256="beef")
+        make_result(run, 2, code_sha256="beef")
     with pytest.raises(ValueError, match=r"beef: a-2.json.*a-3.json \(to be made\)"):
         experiments.main(["tiny"])
     make_result(runs[0], 2, dataset="another")
@@ -668,10 +669,10 @@ def test_results_of_different_code_share_a_table_only_with_a_reason(folders, mon
 def test_what_was_begun_otherwise_does_not_go_on(folders, tmp_path, capsys):
     """A run of other constants, another text or other code is moved aside, with its checkpoint; one that only another
     device began goes on."""
-    folder, made_of = tmp_path / "a-2", {"rung": "v3", "rung_sha256": "a", "edits": [], "text": {"dataset": "sample"},
+    folder, made_of = tmp_path / "a-2", {"rung": "v3", "code_sha256": "a", "edits": [], "text": {"dataset": "sample"},
                                          "constants": {"MAX_STEPS": 80, "DEVICE": "cpu"}}  # fmt: skip
     output = folder / "run"
-    others = [{"constants": {"MAX_STEPS": 2}}, {"rung_sha256": "b"}, {"text": {"dataset": "b"}},
+    others = [{"constants": {"MAX_STEPS": 2}}, {"code_sha256": "b"}, {"text": {"dataset": "b"}},
               {"edits": [["a", "b"]]}]  # fmt: skip
     for k, other in enumerate(others):
         runner.begin(folder, output, made_of | other)
@@ -685,7 +686,7 @@ def test_what_was_begun_otherwise_does_not_go_on(folders, tmp_path, capsys):
     output.mkdir()
     runner.begin(folder, output, made_of | {"constants": {"MAX_STEPS": 80, "DEVICE": "cuda"}})
     assert output.exists() and capsys.readouterr().out == ""
-    (output / "summary.json").write_text('{"rung_sha256": "b"}')  # the text changed between the note and the start
+    (output / "summary.json").write_text('{"code_sha256": "b"}')  # the text changed between the note and the start
     runner.begin(folder, output, made_of)
     assert not output.exists()
     output.mkdir()
@@ -838,10 +839,10 @@ def test_dynamic_evaluation(load):
     assert still["bpb"] == pytest.approx(module.evaluate(model, tokens["val"], stride=16)["bpb"], rel=1e-5)
     again = copy.copy(tokens["val"])
     again.ids = tokens["val"].ids[:100].repeat(9)
-    before = model.head.weight.clone()
+    before = model.embedding.weight.clone()
     still, learned = (measures.dynamic_eval(module, model, again, rate, ones, stride=16)["bpb"]
                       for rate in (0, 1.0))  # fmt: skip
-    assert learned < 0.9 * still and torch.equal(model.head.weight, before)
+    assert learned < 0.9 * still and torch.equal(model.embedding.weight, before)
 
     two = copy.copy(tokens["val"])
     two.ids, ids = tokens["val"].ids[:25], tokens["val"].ids[:25].long()

@@ -104,8 +104,61 @@ def test_a_summary_says_what_its_run_was_made_of(load, tmp_path, monkeypatch):
     assert summary["rung_sha256"] == hashlib.sha256(text.encode()).hexdigest()[:16]
     assert summary["commit"] == "the first"
     assert summary["tokens_sha256"] == identity.tokens_hash(tokens)
-    changed = hashlib.sha256((text + "# a change\n").encode()).hexdigest()[:16]
-    assert cli.source_hash({"__file__": str(path), "main": lambda: "loaded again"}) == changed
+    assert cli.source_as_loaded({"__file__": str(path), "main": lambda: "loaded again"}) == text + "# a change\n"
+    assert summary["code_sha256"] == identity.code_hash(text)
+
+
+SAME = [("learning rate", "leaning rote, é"), ("MAX_STEPS = 2560", "MAX_STEPS = 25"),
+        ("SEED = 1337\n", "SEED = 1\nNEW = 2\n"),
+        ("    if TEMPERATURE == 0:\n", "    if TEMPERATURE == 1:\n"), ("\n\n\ndef draw(", "\n\n\n\ndef draw("),
+        ("idx = torch.tensor([ids]", "index = torch.tensor([ids]")]  # fmt: skip
+OTHER = [("torch.manual_seed(SEED)\n        model", "torch.manual_seed(1)\n        model"), (".float()", ""),
+         ('"val_', '"rest_'), ("betas=(0.9, 0.999)", "betas=(0.9,0.999)"), ("import math\n", "import math, os\n"),
+         ("@torch.no_grad()\ndef predictions", "def predictions"), ("range(N_LAYER)", "range(2)"),
+         ("    def __init__(self):\n        super", "    def __init__(self, n=0):\n        super"), ("PATIENCE:", "3:")]
+
+
+@pytest.mark.parametrize(("old", "new"), SAME)
+def test_words_constants_and_sampling_do_not_change_the_code(old, new):
+    """Constants are compared one by one, so that a new one leaves the results valid."""
+    text = (ROOT / "v3.py").read_text(encoding="utf-8")
+    assert old in text and identity.code_hash(text.replace(old, new)) == identity.code_hash(text)
+
+
+@pytest.mark.parametrize(("old", "new"), OTHER)
+def test_what_decides_a_loss_is_other_code(old, new):
+    text = (ROOT / "v3.py").read_text(encoding="utf-8")
+    assert old in text and identity.code_hash(text.replace(old, new)) != identity.code_hash(text)
+
+
+def test_the_hash_of_code_holds_all_but_words():
+    """What is left of a text, written out."""
+    text = '''"""Words."""
+import x  # why
+A = B = 1
+b = 2
+
+
+class C:
+    """Doc."""
+
+    def f(self):
+        """More
+        lines."""
+        return "# no comment"
+
+
+@x.y
+@z
+def draw():
+    pass
+
+
+if b:
+    A = 3
+'''
+    left = 'import x\nb = 2\nclass C:\n    def f(self):\n        return "# no comment"\nif b:\n    A = 3'
+    assert identity.code_hash(text) == identity.short_hash(left)
 
 
 def test_the_hash_of_the_tokens_is_that_of_all_splits():

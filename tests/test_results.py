@@ -207,7 +207,7 @@ def test_finished_runs_are_collected(tmp_path, monkeypatch):
     text = "the runs are not comparable: they trained on"
     for wrong, why in ((summary_of("v2", dataset="novel"), f"{text} novel, sample"), ({}, "v2/summary.json is damaged"),
                        (summary_of("v2", MAX_STEPS=2), r"runs/v2 is not what v2.py makes .*MAX_STEPS was 2 and is"),
-                       (summary_of("v2") | {"rung_sha256": "beef"}, "the text of v2.py was another")):  # fmt: skip
+                       (summary_of("v2") | {"code_sha256": "beef"}, "the code of v2.py was another")):  # fmt: skip
         summary.write_text(json.dumps(wrong))
         with pytest.raises(ValueError, match=why):
             pages.collect()
