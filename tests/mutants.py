@@ -515,7 +515,7 @@ FAULTS = [
     (CLI, "the hash is that of the text on the disk",
      'return _source_as_loaded(rung["__file__"], rung["main"])[3]',
      'return _source_as_loaded.__wrapped__(rung["__file__"], rung["main"])[3]', "made_of"),
-    (IDENTITY, "comments are code", "             if token.type == tokenize.COMMENT]", "             if False]", "code"),
+    (IDENTITY, "comments are code", "if token.type == tokenize.COMMENT]", "if False]", "code"),
     (IDENTITY, "docstrings are code", "and ast.get_docstring(node) is not None]", "and False]", "code"),
     (IDENTITY, "constants are code", "            dropped.append(node)", "            pass", "code"),
     (IDENTITY, "decorators are words", "dropped += [*node.decorator_list, node]", "dropped += [node]", "code"),
