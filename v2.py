@@ -48,11 +48,13 @@ SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
 TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
 TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
 TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
+STOP_AT_END = True  # a sample ends where the model ends the text, at <|endoftext|>
+SAMPLES = 1  # how many continuations of PROMPT to write
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 OUT_DIR = "runs/v2"  # where the results go
 RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
-PROMPT = None  # continue this text with the trained model, instead of training
+PROMPT = None  # continue this text with the trained model, instead of training; "-": the text of standard input
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 256, N_LAYER = 6, N_HEAD = 6, N_EMBD = 384,
 # LEARNING_RATE = 3e-4, MAX_STEPS = 5000.
 
@@ -259,7 +261,7 @@ def main():
         run.load_best(model)
         torch.manual_seed(SEED)
         start = tokens["train"].start  # of a document
-        sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
+        sample = harness.text_of(tokenizer, start, generate(model, start, SAMPLE_TOKENS), STOP_AT_END)
         return run.finish(sample)
 
 

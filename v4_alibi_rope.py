@@ -64,6 +64,8 @@ SAMPLE_TOKENS = 200  # length of the sample, or of the continuation of PROMPT
 TEMPERATURE = 0.8  # of sampling: below 1 favors likely tokens; 0 takes the likeliest
 TOP_K = 0  # sample from this many of the likeliest tokens; 0: from all of them
 TOP_P = 1.0  # nucleus sampling: from the fewest likely tokens whose probabilities sum to this
+STOP_AT_END = True  # a sample ends where the model ends the text, at <|endoftext|>
+SAMPLES = 1  # how many continuations of PROMPT to write
 SEED = 1337
 DEVICE = "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
 DTYPE = "auto"  # of matrix products: "float32", "bfloat16", or the faster of them
@@ -72,7 +74,7 @@ SHARD = False  # divide model and optimizer among the processes, for models larg
 OUT_DIR = "runs/v4_alibi_rope"  # where the results go, in a folder for each scheme
 RESUME = False  # continue from the last checkpoint in OUT_DIR, if there is one
 INIT_FROM = None  # fine-tuning: folder of the run whose weights to start from
-PROMPT = None  # continue this text with the trained model, instead of training
+PROMPT = None  # continue this text with the trained model, instead of training; "-": the text of standard input
 # For one GPU: BATCH_SIZE = 64, MICRO_BATCH_SIZE = 64, BLOCK_SIZE = 512, N_LAYER = 12, N_HEAD = 12, N_EMBD = 768,
 # DROPOUT = 0.1, MAX_STEPS = 20_000, EVAL_INTERVAL = 2000, MOMENTUM = 0.95, LEARNING_RATE = 0.02, and WikiText-103
 # (python data/prepare.py --dataset wikitext-103-v1).
@@ -542,7 +544,7 @@ def run_scheme():
         lengths = extrapolate(model, tokens["val"])
         torch.manual_seed(SEED)
         start = tokens["train"].start  # of a document
-        sample = tokenizer.decode([*start, *generate(model, start, SAMPLE_TOKENS)])
+        sample = harness.text_of(tokenizer, start, generate(model, start, SAMPLE_TOKENS), STOP_AT_END)
         return run.finish(sample, **sliding, **test, position=POSITION, extrapolation_bpb=lengths)
 
 

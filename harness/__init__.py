@@ -51,10 +51,11 @@ NAMES = {  # what rungs, notebooks and tools use, by file; each file is loaded w
                     "seed", "share_batches", "sync_gradients", "to_device", "world_size"),
     "errors": ("FileError", "InputError", "MissingFileError", "UserError", "too_few_tokens"),
     "files": ("atomic_write", "atomic_writes", "file_lock"),
-    "models": ("continue_prompt", "load"),
+    "models": ("load",),
     "report": ("draw_curves",),
     "resume": ("RUN_FILES", "same_training"),
     "run": ("Run",),
+    "samples": ("continue_prompt", "text_of"),
 }  # fmt: skip
 
 

@@ -9,7 +9,7 @@ from harness.errors import UserError
 
 _RULES = (  # names, type, what a value must be, whether a value of the type is possible
     ("BATCH_SIZE MICRO_BATCH_SIZE CHUNK_SIZE BLOCK_SIZE CONTEXT_SIZE MAX_STEPS EVAL_INTERVAL PATIENCE N_HEAD N_EMBD "
-     "N_HIDDEN STRIDE SAMPLE_TOKENS", int, "a whole number from 1 to 2147483647", lambda v: 1 <= v < 2**31),
+     "N_HIDDEN STRIDE SAMPLE_TOKENS SAMPLES", int, "a whole number from 1 to 2147483647", lambda v: 1 <= v < 2**31),
     ("SEED WARMUP_STEPS TOP_K", int, "a whole number from 0 to 2147483647", lambda v: 0 <= v < 2**31),
     ("N_LAYER", int, "a whole number from 1 to 10000", lambda v: 1 <= v <= 10000),
     ("LEARNING_RATE LEARNING_RATE_ADAMW WEIGHT_DECAY GRAD_CLIP", float, "a number from 0 to 1e30",
@@ -19,7 +19,7 @@ _RULES = (  # names, type, what a value must be, whether a value of the type is 
     ("TEMPERATURE", float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
     ("TOP_P", float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
     ("ROPE_BASE", float, "a number above 1", lambda v: 1 < v <= 1e38),
-    ("COMPILE SHARD RESUME", bool, "True or False", lambda v: True),
+    ("COMPILE SHARD RESUME STOP_AT_END", bool, "True or False", lambda v: True),
     ("VOCABULARY POSITION DEVICE", str, "a text", lambda v: True),
     ("OUT_DIR DATA", str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v),
     ("DTYPE", str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
@@ -30,6 +30,7 @@ _RULES = (  # names, type, what a value must be, whether a value of the type is 
 )  # fmt: skip
 RULES = {name: rule for names, *rule in _RULES for name in names.split()}
 FOLDERS = ("OUT_DIR", "DATA", "INIT_FROM")
+_ESCAPES = {r"\n": "\n", r"\t": "\t", r"\\": "\\"}  # in a PROMPT on the command line
 _BOOLS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("false", "0", "no", "off"), False)}
 
 
@@ -86,7 +87,8 @@ def read_value(name, text, before):
     the constant is now `before`."""
     kind = RULES[name][0] if name in RULES else type(before)
     if name == "PROMPT":
-        return _unquoted(text) if os.name == "nt" and text.startswith("'") else text.rstrip("\r")
+        text = _unquoted(text) if os.name == "nt" and text.startswith("'") else text.rstrip("\r")
+        return re.sub(r"\\[nt\\]", lambda found: _ESCAPES[found[0]], text)
     if name not in RULES and kind is str:
         return text
     text = _unquoted(text)

@@ -129,6 +129,9 @@ def _sampling(h, chosen):
     if greedy and idle:
         values = " and ".join(f"{name}={h[name]:g}" for name in idle)
         yield f"{greedy} takes the likeliest token: {values} {'has' if len(idle) == 1 else 'have'} no effect"
+    if h.get("SAMPLES", 1) > 1 and (greedy or h.get("PROMPT") is None):
+        why = f"{greedy} makes all alike" if greedy else "without PROMPT there is one sample, of a trained run"
+        yield f"SAMPLES={h['SAMPLES']}: {why}"
 
 
 def process_count():

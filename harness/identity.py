@@ -12,7 +12,7 @@ from harness.cli import source_as_loaded
 
 ROOT = Path(__file__).resolve().parents[1]
 GIT_SECONDS = 3  # after which the commit counts as unknown
-AFTER_TRAINING = ("draw", "generate")  # functions of a rung that decide none of its losses
+AFTER_TRAINING = ("draw", "generate", "sample")  # what has such a name in a rung decides none of its losses
 
 
 def commit(folder=ROOT, seconds=GIT_SECONDS):
@@ -41,18 +41,20 @@ def short_hash(text):
 
 def code_hash(text):
     """A hash of what decides the losses of a rung, given its text: the code without comments, docstrings and blank
-    lines, without its constants, whose values are compared one by one, and without the functions that only sample."""
+    lines, without its constants, whose values are compared one by one, and without what only samples."""
     tree, lines = ast.parse(text), [line.encode() for line in io.StringIO(text).readlines()]
     spans = [(token.start, token.end) for token in tokenize.generate_tokens(io.StringIO(text).readline)
              if token.type == tokenize.COMMENT]  # in characters  # fmt: skip
     spans = [tuple((row, len(lines[row - 1].decode()[:column].encode())) for row, column in span) for span in spans]
     dropped = [node.body[0] for node in ast.walk(tree)
                if isinstance(node, (ast.Module, ast.ClassDef, ast.FunctionDef)) and ast.get_docstring(node) is not None]
-    for node in tree.body:
+    for node in ast.walk(tree):
         if isinstance(node, ast.FunctionDef) and node.name in AFTER_TRAINING:
             dropped += [*node.decorator_list, node]
-        elif isinstance(node, ast.Assign) and all(isinstance(t, ast.Name) and t.id.isupper() for t in node.targets):
-            dropped.append(node)
+        elif isinstance(node, ast.Assign) and all(isinstance(target, ast.Name) for target in node.targets):
+            names = [target.id for target in node.targets]
+            if set(names) <= {*AFTER_TRAINING} or node in tree.body and all(map(str.isupper, names)):
+                dropped.append(node)
     spans += [((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)) for node in dropped]
     for (row, column), (end_row, end_column) in spans:  # what is dropped becomes blanks, so that places stay
         for k in range(row - 1, end_row):

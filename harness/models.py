@@ -2,15 +2,13 @@
 
 import ast
 import importlib.util
-import itertools
 import zipfile
 from pathlib import Path
 
 import torch
 
 from bpe_tokenizer import BPETokenizer
-from harness import cli
-from harness.cli import check_constants, first_line, is_out_of_memory, override, say
+from harness.cli import first_line, is_out_of_memory, override
 from harness.distributed import like
 from harness.errors import FileError, MissingFileError, UserError
 
@@ -148,35 +146,3 @@ def load(folder):
     folder = find_model([folder])
     saved, tokenizer = read_model(folder)
     return build(import_rung(saved["rung"], folder), saved, tokenizer, folder), tokenizer
-
-
-def without_effect(rung, saved, vocab_size):
-    """The constants of the command line, as NAME=text, that do not matter to a model that continues a text. `saved`:
-    the constants that it was trained with."""
-    used = ["PROMPT", "OUT_DIR", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "SEED", "DEVICE"]
-    used += [name for name in SHAPE if name in saved and saved[name] == rung.get(name)]  # repeated, as it was trained
-    if saved.get("POSITION") in [name.strip() for name in rung.get("POSITION", "").split(",")]:
-        used.append("POSITION")
-    if rung["TOP_K"] >= vocab_size:
-        used.remove("TOP_K")
-    return [f"{name}={text}" for name, text in cli.COMMAND_LINE.items() if name not in used]
-
-
-def continue_prompt(rung, *folders):
-    """Print PROMPT and, as it comes, what the trained model in the first of `folders` that has one makes of it. An
-    empty one begins as the text that the model was trained on. Returns the text."""
-    check_constants(rung, notes=len(folders) == 1)  # v4, which has several, has checked them
-    folder = find_model(folders)
-    saved, tokenizer = read_model(folder)
-    model = build(rung, saved, tokenizer, folder)
-    if idle := without_effect(rung, saved["hyperparameters"], tokenizer.vocab_size):
-        cli.say_note(rung, f"PROMPT takes the model in {folder} as it is: {', '.join(idle)} "
-                           f"{'has' if len(idle) == 1 else 'have'} no effect")  # fmt: skip
-    ids = tokenizer.encode(rung["PROMPT"], tokenizer.special_tokens) or saved["start"]
-    torch.manual_seed(rung["SEED"])
-    pieces = []
-    for piece in tokenizer.decode_stream(itertools.chain(ids, rung["generate"](model, ids, rung["SAMPLE_TOKENS"]))):
-        say(piece, end="")
-        pieces.append(piece)
-    say()
-    return "".join(pieces)

@@ -18,8 +18,9 @@ RUN_FILES = (*reversed(CHECKPOINTS), "log.jsonl", "steps.csv", "summary.json", "
              "vocabulary.json", "loss.png")  # fmt: skip
 # What a resumed run may change. In silence: what only says how to run. With a line: what the next steps depend on. The
 # rest, shape and order of the data, must stay.
-MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STRIDE", "EXTRAPOLATION",
-              "DEVICE", "SHARD", "DATA", "OUT_DIR", "RESUME", "INIT_FROM", "PROMPT")  # fmt: skip
+MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STOP_AT_END", "SAMPLES",
+              "STRIDE", "EXTRAPOLATION", "DEVICE", "SHARD", "DATA", "OUT_DIR", "RESUME", "INIT_FROM",
+              "PROMPT")  # fmt: skip
 MAY_CHANGE_WITH_A_LINE = ("MAX_STEPS", "LEARNING_RATE", "LEARNING_RATE_ADAMW", "WARMUP_STEPS", "COOLDOWN", "MOMENTUM",
                           "WEIGHT_DECAY", "GRAD_CLIP", "DROPOUT", "DTYPE", "COMPILE", "MICRO_BATCH_SIZE",
                           "CHUNK_SIZE")  # fmt: skip

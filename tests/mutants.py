@@ -44,6 +44,7 @@ SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fa
 V1, V11, V31, V4, LOOK = "v1.py", "v1_1.py", "v3_1.py", "v4_alibi_rope.py", "look.py"
 ARGUMENTS, CHECKS = "harness/arguments.py", "harness/checks.py"
 CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/models.py"
+SAMPLES = "harness/samples.py"
 REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
 IDENTITY, STORE, RESULT_CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
 FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
@@ -420,7 +421,7 @@ FAULTS = [
     (MODELS, "an error of the device is another model", "    parts = model.state_dict()\n",
      "    try:\n        model.load_state_dict(weights)\n    except RuntimeError:\n        raise UserError(path)\n"
      "    parts = model.state_dict()\n", "device"),
-    (MODELS, "what has no effect is not said", "    if idle := without_effect(", "    if () and (",
+    (SAMPLES, "what has no effect is not said", "    if idle := without_effect(", "    if () and (",
      "matter_to_a_prompt"),
     (RESUME, "shorter windows keep all positions", 'weights["position_embedding.weight"] = positions[:length]', "pass",
      "fine_tuning"),
@@ -496,7 +497,13 @@ FAULTS = [
      "    if False:", "prompt or damaged"),
     (MODELS, "the model of another rung is taken", '    if saved["rung"] != Path(rung["__file__"]).stem:',
      "    if False:", "another_rung"),
-    (MODELS, "an empty prompt begins with a line end", ' or saved["start"]', " or [10]", "prompt"),
+    (SAMPLES, "a sample goes on behind its end", "if id == end and stop_at_end:", "if False:", "prompt or special"),
+    (SAMPLES, "the mark is shown", "if id not in special else tokenizer", "if True else tokenizer",
+     "prompt or special"),
+    (SAMPLES, "all samples are alike", 'rung["SEED"] + k', 'rung["SEED"]', "several_samples"),
+    (SAMPLES, "the end of the last line is part of a prompt", r're.sub(r"\r?\n\Z", "", text)', "text",
+     "standard_input"),
+    (SAMPLES, "an empty prompt begins with a line end", ' or saved["start"]', " or [10]", "prompt"),
     (MODELS, "any pickle is opened", 'map_location="cpu", weights_only=True', 'map_location="cpu", weights_only=False',
      "damaged"),
     (MODELS, "too little memory is a file of another version",

@@ -39,6 +39,8 @@ import harness.report
 import harness.run
 import harness.signals
 from bpe_tokenizer import BPETokenizer
+from data.texts import END
+from harness import samples
 
 SHORT = {"MAX_STEPS": 2, "EVAL_INTERVAL": 1}
 LONG = "a text with some words that is longer than a window of the model, which has thirty-two tokens, and goes on " * 4
@@ -961,7 +963,8 @@ def test_a_checkpoint_of_a_changed_model_is_refused(name, trained, start, monkey
 @pytest.mark.parametrize("prompt", ["", LONG, " a \U0001f600 smile \U0001f600", "\n", "\0", "<|endoftext|>"])
 @pytest.mark.parametrize("name", RUNGS)
 def test_a_prompt_is_continued_by_the_model_as_trained(name, prompt, trained, load, start, monkeypatch, tmp_path):
-    """Whatever the constants of its shape are now; without the text. An empty one begins as the text does."""
+    """Whatever the constants of its shape are now; without the text. An empty one begins as the text does. The mark
+    between texts ends it, and is not shown."""
     known = harness.constants(vars(load(name)))
     shape = {"N_LAYER": (1, 2), "N_EMBD": (32, 33), "N_HEAD": (2, 3), "BLOCK_SIZE": (16, 4), "CONTEXT_SIZE": (4, 2)}
     module = trained(name, SAMPLE_TOKENS=40, **{k: v for k, (v, _) in shape.items() if k in known})
@@ -970,20 +973,72 @@ def test_a_prompt_is_continued_by_the_model_as_trained(name, prompt, trained, lo
     monkeypatch.setattr(data, "DATA_DIR", tmp_path / "gone")
     code, out, err = start(module)
     assert (code, err) == (0, "")
-    assert out.startswith(prompt or " \n =") and len(out) > len(prompt) + 10
+    assert out.startswith(prompt.replace(END, "") or " \n =" * (not prompt))
     assert start(module)[1] == out  # the seed decides
     assert {constant: getattr(module, constant) for constant in other} == other
     model, tokenizer = harness.load(run_folder(module))
     torch.manual_seed(module.SEED)
     ids = tokenizer.encode(prompt or " \n =", tokenizer.special_tokens)
-    assert tokenizer.decode([*ids, *module.generate(model, ids, 40)]) + "\n" == out
+    new_text = tokenizer.decode_bytes(list(module.generate(model, ids, 40)))
+    before = tokenizer.decode_bytes(ids).replace(END.encode(), b"")
+    assert (before + new_text.partition(END.encode())[0]).decode(errors="replace") + "\n" == out
+    everything = start(module, "STOP_AT_END=False")[1]
+    assert (before + new_text.replace(END.encode(), b"\n\n")).decode(errors="replace") + "\n" == everything
+
+
+def test_several_samples_of_a_prompt(trained, start):
+    """The first is that of a single one; each has a seed of its own."""
+    module = trained("v2", SAMPLE_TOKENS=12)
+    code, out, err = start(module, "PROMPT= The", "SAMPLES=3", "STOP_AT_END=False")
+    assert (code, err) == (0, "")
+    parts = re.split(r"^--- (\d) of 3 ---\n", out, flags=re.M)
+    assert parts[0] == "" and parts[1::2] == ["1", "2", "3"]
+    for k, text in enumerate(parts[2::2]):
+        assert start(module, "PROMPT= The", f"SEED={1337 + k}", "SAMPLES=1", "STOP_AT_END=False")[1] == text
+    assert len(set(parts[2::2])) == 3
+    out = start(module, "PROMPT=a", "SAMPLES=2", "TEMPERATURE=0")
+    assert "SAMPLES=2: TEMPERATURE=0 makes all alike" in out[2]
+
+
+@pytest.mark.parametrize(("given", "prompt"), [
+    (b"The\nend\n", "The\nend"), (b"a\r\n", "a"), (b"a\n\n", "a\n"), ("\ufeffé".encode(), "é"), (b"-", "-"), (b"", ""),
+])  # fmt: skip
+def test_a_prompt_from_standard_input(given, prompt, monkeypatch):
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(given)))
+    assert samples.read_prompt("-") == prompt
+    assert samples.read_prompt("- a") == "- a"
+
+
+def test_standard_input_that_is_no_text(trained, start, monkeypatch):
+    module = trained("v2")
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
+    assert_refused(start(module, "PROMPT=-"), "standard input is no UTF-8 text; convert it first")
+    monkeypatch.setattr(sys, "stdin", None)
+    assert_refused(start(module, "PROMPT=-"), "standard input, which is closed; pipe a text into it")
+
+
+def test_a_prompt_on_the_command_line_may_hold_line_ends(load):
+    for text, prompt in ((r"a\nb", "a\nb"), (r"\ta", "\ta"), (r"\\nabla", r"\nabla"), (r"\alpha", r"\alpha"),
+                         ("a\\", "a\\")):  # fmt: skip
+        module = load("v2")
+        harness.set_constants(vars(module), [f"PROMPT={text}"])
+        assert module.PROMPT == prompt
+
+
+def test_special_tokens_are_no_text():
+    """Of a tokenizer with several, only <|endoftext|> ends a sample."""
+    tokenizer = BPETokenizer([], ("<|pad|>", END))
+    ids = [257, 97, 256, 98]
+    assert samples.text_of(tokenizer, ids, [256, 99, 257, 100]) == "abc"
+    assert samples.text_of(tokenizer, ids, [256, 99, 257, 100], stop_at_end=False) == "abc\n\nd"
+    assert samples.text_of(BPETokenizer([]), [97], [98]) == "ab"
 
 
 def test_a_prompt_finds_the_scheme_that_was_trained(trained, load, start, monkeypatch):
     """The first of those that POSITION names, or else any other."""
     module, read, found = trained(V4, POSITION="rope"), harness.models.read_model, []
     folder = run_folder(module)
-    monkeypatch.setattr(harness.models, "read_model", lambda folder: found.append(folder.name) or read(folder))
+    monkeypatch.setattr(samples, "read_model", lambda folder: found.append(folder.name) or read(folder))
     load(V4, PROMPT=" The")
     for position in ("alibi,rope", "alibi"):
         code, out, err = start(module, f"POSITION={position}")
