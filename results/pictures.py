@@ -6,7 +6,7 @@ from statistics import mean
 from harness.errors import FileError, UserError
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
-from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
+from results.plan import EXPERIMENTS, OPTIMIZERS, ROOT, VOCABULARIES
 from results.store import command, full_length, results_of
 from results.tables import PLACES, TRAINED, at_best_rate, n_gram
 
@@ -60,7 +60,7 @@ def plot_v3_to_v4(plt):
             for style, place in zip(("-", "--", ":"), PLACES):
                 names = [name for name in results if name.startswith(f"{trained} ") and name.endswith(f", {place}")]
                 of_rates = {float(name.split()[1].strip(",")): mean(bpb_of(results[name])) for name in names}
-                middle = sorted(of_rates)[len(of_rates) // 2]
+                middle = sorted(OPTIMIZERS[trained][0])[1]
                 rates.plot([rate / middle for rate in of_rates], list(of_rates.values()), f"{'os^'[k]}{style}",
                            color=f"C{k}", label=f"{trained}, {place}")  # fmt: skip
     best.set_xticks(range(3), ["learned,\nat random", "learned,\nsinusoids", "RoPE"])
@@ -123,6 +123,7 @@ def plot_depth_and_width(axes):
     lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 8)],
              "width (4 layers)": [f"4 × {width}" for width in (128, 256, 384)]}  # fmt: skip
     for k, (title, names) in enumerate(lines.items()):
+        names = [name for name in names if name in results]
         values = [min(mean(bpb_of(found)) for other, found in results.items()
                       if other == name or other.startswith(f"{name}, rate")) for name in names]  # fmt: skip
         params = [results[name][0]["summary"]["n_params"] / 1e6 for name in names]

@@ -69,7 +69,7 @@ def usual(name, **constants):
 
 
 def recipes():
-    """v3, and v3 without each part of its recipe, or with another one; the usual one at several rates."""
+    """v3's recipe and the usual one, each at several rates."""
     runs = [Run("v3", "v3")]
     runs += [Run(f"v3, rate {rate:g}", "v3", {"LEARNING_RATE": rate}) for rate in (7e-4, 1e-3, 2e-3)]
     runs += [usual("usual recipe")]
