@@ -52,17 +52,18 @@ def plot_v3_to_v4(plt):
     results = results_of("v3_to_v4")
     figure, (best, rates) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
     for k, (trained, title) in enumerate(TRAINED.items()):
-        values = [bpb_of(at_best_rate(results, trained, place)[1]) for place in PLACES]
-        best.plot(range(3), list(map(mean, values)), f"{'os^'[k]}-", color=f"C{k}", label=title)
-        for place, seeds in enumerate(values):
-            best.plot([place] * len(seeds), seeds, ".", color=f"C{k}", ms=4)
+        values = {i: bpb_of(at_best_rate(results, trained, place)[1]) for i, place in enumerate(PLACES)}
+        values = {i: seeds for i, seeds in values.items() if seeds}
+        best.plot(list(values), list(map(mean, values.values())), f"{'os^'[k]}-", color=f"C{k}", label=title)
+        for i, seeds in values.items():
+            best.plot([i] * len(seeds), seeds, ".", color=f"C{k}", ms=4)
         if trained != "v3":
             for style, place in zip(("-", "--", ":"), PLACES):
                 names = [name for name in results if name.startswith(f"{trained} ") and name.endswith(f", {place}")]
                 of_rates = {float(name.split()[1].strip(",")): mean(bpb_of(results[name])) for name in names}
-                middle = sorted(OPTIMIZERS[trained][0])[1]
-                rates.plot([rate / middle for rate in of_rates], list(of_rates.values()), f"{'os^'[k]}{style}",
-                           color=f"C{k}", label=f"{trained}, {place}")  # fmt: skip
+                of_rates = dict(sorted(of_rates.items()))
+                rates.plot([rate / OPTIMIZERS[trained][0][0] for rate in of_rates], list(of_rates.values()),
+                           f"{'os^'[k]}{style}", color=f"C{k}", label=f"{trained}, {place}")  # fmt: skip
     best.set_xticks(range(3), ["learned,\nat random", "learned,\nsinusoids", "RoPE"])
     best.set(ylabel="validation bits per byte", title="at the best rate of each")
     rates.set(xlabel="learning rate (1: 0.002 of AdamW, 0.03 of Muon)", xscale="log", title="v4's block at three rates")

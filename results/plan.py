@@ -95,7 +95,8 @@ def parts():
                                for name, change in changes.items())]  # fmt: skip
 
 
-OPTIMIZERS = {"AdamW": ((1e-3, 2e-3, 4e-3), edits.ADAMW), "Muon": ((0.015, 0.03, 0.06), ())}  # rates, edits
+# Rates, the usual one first, and edits
+OPTIMIZERS = {"AdamW": ((2e-3, 1e-3, 4e-3), edits.ADAMW), "Muon": ((0.03, 0.015, 0.06), ())}
 
 
 def from_v3_to_v4():
@@ -105,11 +106,11 @@ def from_v3_to_v4():
               "RoPE": (V4, ROPE, ())}  # fmt: skip
     runs = [Run("v3, at random", "v3", {}, edits.RANDOM_POSITIONS), Run("v3, sinusoids", "v3"),
             Run("v3, RoPE", "v3", {}, edits.ROPE_IN_V3)]  # fmt: skip
-    for optimizer, (rates, other) in OPTIMIZERS.items():
-        for place, (rung, constants, change) in places.items():
-            for rate in rates:
-                more = {} if (optimizer, rate) == ("Muon", 0.03) else {"LEARNING_RATE": rate}
-                runs.append(Run(f"{optimizer} {rate:g}, {place}", rung, constants | more, (*change, *other)))
+    for k in range(3):
+        for optimizer, (rates, other) in OPTIMIZERS.items():
+            for place, (rung, constants, change) in places.items():
+                more = {"LEARNING_RATE": rates[k]} if (optimizer, k) != ("Muon", 0) else {}
+                runs.append(Run(f"{optimizer} {rates[k]:g}, {place}", rung, constants | more, (*change, *other)))
     return runs
 
 

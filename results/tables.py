@@ -107,10 +107,10 @@ PLACES = {"at random": "learned, random at the start", "sinusoids": "learned, si
 
 def at_best_rate(results, trained, place):
     """(learning rate or "", results) of the experiment v3_to_v4: of the rate that is best for this way to train and to
-    know positions."""
+    know positions; ("", []) if there is none yet."""
     found = {name: results[name] for name in results if re.fullmatch(rf"{trained}[ .\d]*, {place}", name)}
     if not found:
-        return results[f"{trained}, {place}"]  # says what is missing
+        return "", []
     name = min(found, key=lambda name: mean_of(found[name], "val_bpb"))
     return name.partition(",")[0].removeprefix(trained).strip(), found[name]
 
@@ -122,7 +122,7 @@ def v3_to_v4():
         cells = []
         for place in PLACES:
             rate, of_rate = at_best_rate(results, trained, place)
-            cells.append(spread_of(of_rate, "val_bpb") + (f"; rate {rate}" if rate else ""))
+            cells.append(spread_of(of_rate, "val_bpb") + f"; rate {rate}" * bool(rate))
         rows.append([title, *cells])
     return table(["", *PLACES.values()], rows)
 
