@@ -1,10 +1,49 @@
-"""What a trained model does with a text.
+"""What trained models think of a text: how much each token surprises them, and what they expected in its place.
+
+    python look.py "The castle was built in the 12th century." runs/v0 runs/v2 runs/v4_alibi_rope
+    python look.py --file novel.txt runs/v3     the text of a file
+    cat novel.txt | python look.py - runs/v3    the text of standard input
+
+It prints bits per byte, word perplexity and the total for each model, and writes look.html (another file: --to FILE), a
+page to open in a browser. It has the text once for each model, each token colored by its surprise. Point at a token to
+see what the model expected; click on one of a transformer to see what its heads attend to. Of a long text the page has
+the passages that surprise the models most.
+
+A model reads the text after a line break, or after <|endoftext|> if its documents begin with that, so that it predicts
+the first token, too. Of a text longer than its windows it reads windows that overlap by half, and the first window that
+predicts a token counts: all but those of the first window have half a window before them.
+
+In Python:
 
     model, tokenizer = harness.load("runs/v3")
     weights = look.attention_weights(model, torch.tensor([tokenizer.encode("The castle was built in")]))
 """
 
+import argparse
+import base64
+import codecs
+import contextlib
+import json
+import math
+import re
+import sys
+import unicodedata
+from pathlib import Path
+
+import harness
+import numpy as np
 import torch
+from tqdm import tqdm
+
+from harness import models
+from harness.cli import is_out_of_memory, robust_streams, say
+from harness.errors import FileError, MissingFileError, UserError
+
+WHOLE = 500  # tokens: a text with more is long, and the page has passages of it
+PASSAGES, PASSAGE = 5, 100  # how many, and about how many tokens in each
+LIKELIEST = 10  # tokens that the page shows for each place
+UNITS = 65535  # attention weights on the page are 16-bit numbers: this one is a weight of 1
+TEMPLATE = Path(__file__).absolute().with_name("look.html.in")
 
 
 @torch.no_grad()
@@ -41,3 +80,348 @@ def attention_weights(model, idx):
         heads = [column.view(B, T, H, D).transpose(1, 2) for column in columns]  # (B, H, T, D)
         found.append(torch.cat(heads, -1)[..., :T])
     return torch.stack(found)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# Reading a text with a model
+# ----------------------------------------------------------------------------------------------------------
+
+
+def windows(n, size):
+    """Windows of at most `size` of n tokens, as (start, new, stop): each holds the tokens from `start` to `stop`, and
+    those from `new` on are in none before it. They overlap by half."""
+    start = new = 0
+    while new < n:
+        stop = min(start + size, n)
+        yield start, new, stop
+        start, new = start + max(1, size // 2), stop
+
+
+def size_of(text, special_tokens):
+    """(bytes, words) of a text as data/prepare.py counts them: special tokens separate documents and are no part of
+    it. No words where white space does not separate them."""
+    from data import BYTES_PER_WORD
+
+    names = sorted(special_tokens, key=len, reverse=True)
+    documents = re.split("|".join(map(re.escape, names)), text) if names else [text]
+    n_bytes = sum(len(document.encode()) for document in documents)
+    n_words = sum(len(document.split()) + document.count("\n") for document in documents)
+    return n_bytes, n_words if n_bytes <= BYTES_PER_WORD * n_words else 0
+
+
+class Reading:
+    """A text as the model in the folder `name` has read it.
+
+    `ids` (N,): one token before the text, then those of the text. `bits` (N,): the surprise of each, -log2 of its
+    probability; 0 for the first one. `ends` (N,): where the bytes of each end in the text.
+    """
+
+    def __init__(self, name, text):
+        folder = models.find_model([name])
+        saved, self.tokenizer = models.read_model(folder)
+        self.name, self.rung, special = name, saved["rung"], self.tokenizer.special_tokens
+        self.model = models.build(models.import_rung(self.rung, folder), saved, self.tokenizer, folder)
+        self.first_special = self.tokenizer.vocab_size - len(special)
+        own_start = len(saved["start"]) == 1 and saved["start"][0] >= self.first_special
+        before = saved["start"] if own_start else self.tokenizer.encode("\n")
+        self.ids = torch.tensor([*before, *self.tokenizer.encode(text, special)])
+        self.ends = np.cumsum([0, *(len(self.tokenizer.token_bytes(id)) for id in self.ids[1:].tolist())])
+        self.bits = self._surprise()
+        total = self.bits.sum().item()
+        if not math.isfinite(total):
+            raise UserError(f"the model in {folder} gives no finite probabilities; train it again, with a lower "
+                            "LEARNING_RATE")  # fmt: skip
+        n_bytes, n_words = size_of(text, special)
+        self.figures = {
+            "bits_per_byte": total / n_bytes if n_bytes else None,
+            "word_perplexity": math.exp(min(total * math.log(2) / n_words, 700)) if n_words else None,
+            "bits": total, "tokens": len(self.ids) - 1, "bytes": n_bytes, "words": n_words,
+            "window": self.model.block_size, "vocabulary": self.tokenizer.vocab_size,
+        }  # fmt: skip
+
+    @torch.no_grad()
+    def _log_probabilities(self, start, new, stop):
+        """Of the token after each of those from `new` to `stop`, in a window that begins at `start`: (stop - new, V)"""
+        idx = self.ids[None, start:stop].to(next(self.model.parameters()).device)
+        return self.model(idx)[0, new - start :].float().log_softmax(-1).cpu()
+
+    def _surprise(self):
+        bits, N = torch.zeros(len(self.ids), dtype=torch.double), len(self.ids)
+        hidden = N <= WHOLE or not sys.stderr.isatty()
+        with tqdm(total=N, desc=self.name, unit="token", leave=False, disable=hidden) as bar:
+            for start, new, stop in windows(N, self.model.block_size):
+                targets = self.ids[new + 1 : stop + 1, None]  # (n, 1); the last token of the text has none
+                log_p = self._log_probabilities(start, new, stop)[: len(targets)]
+                bits[new + 1 : new + 1 + len(targets)] = -log_p.gather(1, targets)[:, 0].double() / math.log(2)
+                bar.update(stop - new)
+        return bits
+
+    def tokens_of(self, start, stop):
+        """(i, j): the tokens i to j - 1 are those that begin in the bytes `start` to `stop` of the text."""
+        begins = self.ends[:-1]  # of all but the token before the text
+        return tuple((np.searchsorted(begins, [start, stop]) + 1).tolist())
+
+    def passage(self, i, j):
+        """What the page shows of the tokens i to j - 1."""
+        top, ranks, attention = [], [], []
+        for start, new, stop in windows(len(self.ids), self.model.block_size):
+            first, last = max(new, i - 1), min(stop, j)  # what follows the first of these is token i
+            if first >= last:
+                continue
+            targets = self.ids[first + 1 : min(last + 1, j), None]
+            log_p = self._log_probabilities(start, new, stop)[first - new :][: len(targets)]
+            ranks += (1 + (log_p > log_p.gather(1, targets)).sum(1)).tolist()
+            likeliest = (x.tolist() for x in log_p.exp().topk(min(LIKELIEST, log_p.size(1))))
+            top += [[(id, float(f"{p:.6g}")) for p, id in zip(*row)] for row in zip(*likeliest)]
+            if hasattr(self.model, "blocks"):
+                idx = self.ids[None, start:stop].to(next(self.model.parameters()).device)
+                weights = attention_weights(self.model, idx).cpu().flatten(0, 2).double().numpy()  # (heads, T, T)
+                attention += [attention_row(weights[:, q - start], start, i, q) for q in range(max(first, i), last)]
+        ids = self.ids[i:j].tolist()
+        return {
+            "before": self.shown(self.ids[0].item())[0] if i == 1 else None, "n_before": i - 1,
+            "ids": ids, "bits": [round(bits, 4) for bits in self.bits[i:j].tolist()], "ranks": ranks, "top": top,
+            "completed": self._completed(ids), "attention": packed(attention) if attention else None,
+        }  # fmt: skip
+
+    def _completed(self, ids):
+        """{k: the character whose last bytes token k has}, of characters that no token has whole"""
+        decoder, found = codecs.getincrementaldecoder("utf-8")("ignore"), {}
+        for k, id in enumerate(ids):
+            begun, data = decoder.getstate()[0], self.tokenizer.token_bytes(id)
+            text = decoder.decode(data)
+            if begun and text:
+                found[k] = visible(text[0])
+        return found
+
+    def shown(self, id):
+        """(text to show for a token, what it is: "text", "bytes" if not of whole characters, or "special")"""
+        data = self.tokenizer.token_bytes(id)
+        if id >= self.first_special:
+            return visible(data.decode()), "special"
+        with contextlib.suppress(UnicodeDecodeError):
+            return visible(data.decode()), "text"
+        return visible(data.decode(errors="backslashreplace")), "bytes"
+
+    def for_page(self, spans):
+        """What the page shows of this model, for passages that are `spans` of bytes, (start, stop)."""
+        passages = [self.passage(*self.tokens_of(*span)) for span in spans]
+        used = {id for p in passages for id in [*p["ids"], *(id for top in p["top"] for id, _ in top)]}
+        blocks = getattr(self.model, "blocks", ())
+        heads = blocks[0].attention.n_head if len(blocks) else 0
+        return {"name": self.name, "rung": self.rung, "layers": len(blocks), "heads": heads, **self.figures,
+                "shown": {id: self.shown(id) for id in sorted(used)}, "passages": passages}  # fmt: skip
+
+
+def attention_row(weights, start, i, q):
+    """What token q attends to in each head, (heads, q - i + 2): all tokens before token i together, then the tokens i
+    to q. `weights` (heads, T): of the tokens in the window that begins at `start`."""
+    row = np.zeros((len(weights), q - i + 2))
+    row[:, 0] = weights[:, : max(0, i - start)].sum(1)
+    row[:, 1 + max(0, start - i) :] = weights[:, max(0, i - start) : q - start + 1]
+    return row
+
+
+def packed(rows):
+    """The rows of all queries, head by head, as 16-bit numbers in base64: each is within 1 / UNITS of its weight, and
+    each row sums to UNITS."""
+    whole = []
+    for row in rows:
+        exact = row / row.sum(1, keepdims=True) * UNITS
+        units = np.floor(exact)
+        missing = UNITS - units.sum(1, keepdims=True)
+        order = np.argsort(np.argsort(units - exact, axis=1), axis=1)  # 0 where most was cut off
+        whole.append(units + (order < missing))
+    return base64.b64encode(np.concatenate(whole, axis=1).astype("<u2").tobytes()).decode()
+
+
+def visible(text):
+    """`text` with a sign or a number in place of each character that cannot be seen, but spaces and line breaks."""
+    def one(c):
+        if c in " \n" or unicodedata.category(c) not in ("Cc", "Cf", "Cn", "Co", "Zs", "Zl", "Zp"):
+            return c
+        return {"\t": "⇥", "\r": "␍"}.get(c, f"U+{ord(c):04X}")
+
+    return "".join(map(one, text))
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The page
+# ----------------------------------------------------------------------------------------------------------
+
+
+def pieces(data, size):
+    """Cut a text, bytes of UTF-8, into spans of about `size` bytes: after a line break, else before a space, else
+    between two characters."""
+    start = 0
+    while start < len(data):
+        stop = start + size
+        if stop + size // 2 >= len(data):
+            stop = len(data)  # no short one at the end
+        elif (line := data.rfind(b"\n", start + size // 2, stop)) >= 0:
+            stop = line + 1
+        elif (space := data.rfind(b" ", start + size // 2, stop)) >= 0:
+            stop = space
+        else:
+            while stop < len(data) and data[stop] & 0xC0 == 0x80:  # within a character
+                stop += 1
+        yield start, stop
+        start = stop
+
+
+def choose_passages(data, readings):
+    """[(start, stop, bits per byte), ...] of the passages for the page, in bytes of the text: the whole of a short
+    one, else those with the most bits per byte, as a mean of all models."""
+    def surprise(start, stop):
+        bits = sum(r.bits[slice(*r.tokens_of(start, stop))].sum().item() for r in readings)
+        return bits / len(readings) / (stop - start)
+
+    most = max(len(reading.ids) for reading in readings)
+    if most <= WHOLE:
+        return [(0, len(data), surprise(0, len(data)))]
+    spans = [(*span, surprise(*span)) for span in pieces(data, max(1, PASSAGE * len(data) // most))]
+    return sorted(spans, key=lambda span: -span[2])[:PASSAGES]
+
+
+def make_page(text, readings):
+    """The page, a str."""
+    data = text.encode()
+    chosen = choose_passages(data, readings)
+    spans = [(start, stop) for start, stop, _ in chosen]
+    content = {
+        "text": visible(" ".join(text[:200].split())), "bytes": len(data), "whole": spans == [(0, len(data))],
+        "passages": [{"line": data[:start].count(b"\n") + 1, "bits_per_byte": bits} for start, _, bits in chosen],
+        "models": [reading.for_page(spans) for reading in readings], "units": UNITS,
+    }  # fmt: skip
+    script = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # ends no <script>
+    return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", script)
+
+
+# ----------------------------------------------------------------------------------------------------------
+# The command
+# ----------------------------------------------------------------------------------------------------------
+
+
+def read_text(path):
+    """The text of a file, or of standard input if `path` is "-". Raises OSError, and ValueError if it is no text."""
+    from data.formats import BYTE_ORDER_MARKS, HEAD, is_binary
+
+    name = "standard input" if path == "-" else path
+    try:
+        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+    except FileNotFoundError:
+        raise MissingFileError(f"there is no file {path}; name one that holds the text") from None
+    except (OSError, ValueError) as error:
+        why = getattr(error, "strerror", None) or error
+        raise FileError(f"{name} cannot be read ({why}); name a file of text that this user may read") from None
+    encoding = next((known for mark, known in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
+    if is_binary(data[:HEAD], encoding):
+        raise UserError(f"{name} holds binary data, and a model here reads text; give a file of plain text")
+    try:
+        return data.decode(encoding).removeprefix("\ufeff")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{name} is not {encoding.upper()} text (byte 0x{data[error.start]:02X} at offset "
+                        f"{error.start}); save it as UTF-8") from None  # fmt: skip
+
+
+def check_text(text, where):
+    """Raises ValueError, with what to do, if there is nothing to look at in a text."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(f"{where} is not UTF-8; write it to a file in UTF-8, and give --file FILE") from None
+    if not text.strip():
+        raise UserError(f"{where} is empty, so there is nothing to predict; give a word or more")
+
+
+def find_all(name):
+    """`name`, or the folders of its schemes if it is the folder of a run of v4 with several."""
+    try:
+        models.find_model([name])
+        return [name]
+    except MissingFileError:
+        from v4_alibi_rope import SCHEMES  # only here: it loads what the other rungs do not need
+
+        found = []
+        for place in (f"{name}/{scheme}" for scheme in SCHEMES):
+            with contextlib.suppress(MissingFileError):
+                models.find_model([place])
+                found.append(place)
+        if not found:
+            raise
+        return found
+
+
+def check_output(path):
+    """Raises ValueError or OSError if the page cannot be written to `path`: nothing is overwritten but a page."""
+    if path.is_dir() or not path.parent.is_dir():
+        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise FileError(f"cannot write the page to {path}: {why}; name a file, as in --to look.html")
+    if path.exists():
+        beginning = TEMPLATE.read_bytes()[:100]
+        try:
+            with open(path, "rb") as file:
+                is_page = file.read(len(beginning)) == beginning
+        except OSError as error:
+            raise FileError(f"{path} is in the way and cannot be read ({error.strerror}); name another file with "
+                            "--to") from None  # fmt: skip
+        if not is_page:
+            raise UserError(f"{path} is there already, and is no page of this program; name another file with --to")
+
+
+def look_at(text, names, to):
+    """Print what the models in the folders `names` think of the text, and write the page to the file `to`."""
+    to = Path(to).expanduser()
+    check_output(to)
+    readings = [Reading(name, text) for name in dict.fromkeys(place for name in names for place in find_all(name))]
+    width = max(len(reading.name) for reading in readings)
+    say(f"{'':{width}}  bits per byte  word perplexity   total bits     tokens")
+    for reading in readings:
+        f = reading.figures
+        bpb, ppl = ("–" if f[key] is None else f"{f[key]:{form}}" for key, form in (
+                    ("bits_per_byte", ".4f"), ("word_perplexity", ",.1f")))  # fmt: skip
+        say(f"{reading.name:{width}}  {bpb:>13}  {ppl:>15}  {f['bits']:>11,.1f}  {f['tokens']:>9,}")
+    page = make_page(text, readings)
+    harness.atomic_write(to, lambda file: file.write(page.encode()))
+    say(f"wrote {to}; open it in a browser")
+
+
+def main(argv=None):
+    what, _, how = __doc__.partition("\n\n")
+    parser = argparse.ArgumentParser(description=what, epilog=how, formatter_class=argparse.RawDescriptionHelpFormatter,
+                                     usage="%(prog)s TEXT MODEL ...  or  %(prog)s --file FILE MODEL ...")  # fmt: skip
+    parser.add_argument("--file", metavar="FILE", help="a file that holds the text, in UTF-8")
+    parser.add_argument("--to", metavar="FILE", default="look.html", help="the page to write (default: look.html)")
+    parser.add_argument("words", metavar="TEXT MODEL", nargs="*", help="the text, or - for standard input, and folders "
+                        "of runs; with --file the folders alone")  # fmt: skip
+    parser.error = lambda message: sys.exit(f"look.py: {message}; see --help")
+    args = parser.parse_intermixed_args(argv)
+    if len(args.words) < (2 if args.file is None else 1):
+        parser.error("name a text and a model, as in python look.py \"The castle was\" runs/v3")
+    text, *names = args.words if args.file is None else [None, *args.words]
+    if text is None or text == "-":
+        path = text or args.file
+        text = read_text(path)
+        check_text(text, "standard input" if path == "-" else path)
+    else:
+        check_text(text, "the text")
+        with contextlib.suppress(OSError, ValueError):  # too long for a name, or a null character
+            if Path(text).is_dir():
+                parser.error(f"{text} is a folder; the text comes first, then the models")
+            if Path(text).is_file():
+                parser.error(f"{text} is a file; --file {text} reads the text in it")
+    look_at(text, names, args.to)
+
+
+if __name__ == "__main__":
+    robust_streams()
+    try:
+        main()
+    except UserError as error:
+        sys.exit(f"look.py: {error}")
+    except (MemoryError, RuntimeError, OSError) as error:
+        if not is_out_of_memory(error):
+            raise
+        sys.exit("look.py: out of memory; close other programs, or look at a shorter text")
+    except KeyboardInterrupt:
+        sys.exit(130)
