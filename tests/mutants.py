@@ -27,7 +27,7 @@ from queue import Queue
 ROOT = Path(__file__).resolve().parents[1]
 TESTS = ("test_models.py", "test_training.py", "test_kernels.py", "test_files.py", "test_errors.py", "test_harness.py",
          "test_processes.py", "test_survival.py", "test_identity.py", "test_flops.py",
-         "test_benchmark_training.py", "test_checks.py", "test_ngram.py")  # fmt: skip
+         "test_benchmark_training.py", "test_checks.py", "test_ngram.py", "test_look.py")  # fmt: skip
 RESULTS_TESTS = ("test_experiments.py", "test_results.py")  # of faults in results/
 DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
 OWN_TESTS = {  # those to run first
@@ -41,7 +41,8 @@ TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
 SLOW = "compiled or memory or fast_alibi"  # left to the second run, unless a fault asks for them
 
-V1, V11, V31, V4, LOOK = "v1.py", "v1_1.py", "v3_1.py", "v4_alibi_rope.py", "look.py"
+V1, V11, V31, V4 = "v1.py", "v1_1.py", "v3_1.py", "v4_alibi_rope.py"
+LOOK, PAGE = "look.py", "look.html.in"
 ARGUMENTS, CHECKS = "harness/arguments.py", "harness/checks.py"
 CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/models.py"
 SAMPLES = "harness/samples.py"
@@ -382,6 +383,54 @@ FAULTS = [
     (LOOK, "weights with dropout", "    model.eval()\n", ""),
     (LOOK, "a model goes on with unit vectors",
      "            for hook in hooks:\n                hook.remove()\n", ""),
+    (LOOK, "windows do not overlap", "new = start + max(1, size // 2), stop", "new = stop, stop", "windows_have"),
+    (LOOK, "a token counts in two windows", "yield start, new, stop", "yield start, start, stop", "windows_have"),
+    (LOOK, "any start of a text is read first", 'before = saved["start"] if own_start else',
+     'before = saved["start"] or', "reads_it_first"),
+    (LOOK, "special tokens are text", "self.tokenizer.encode(text, special)", "self.tokenizer.encode(text)",
+     "separates_documents"),
+    (LOOK, "bytes of separators count", "sum(len(document.encode()) for document in documents)", "len(text.encode())",
+     "separates_documents"),
+    (LOOK, "words without white space", "n_words if n_bytes <= BYTES_PER_WORD * n_words else 0", "n_words",
+     "separates_documents"),
+    (LOOK, "surprise is a token early", "bits[new + 1 : new + 1 + len(targets)]", "bits[new : new + len(targets)]",
+     "forward_pass and v0"),
+    (LOOK, "ranks are one too high", "(log_p > log_p.gather(1, targets))", "(log_p >= log_p.gather(1, targets))",
+     "forward_pass and v0"),
+    (LOOK, "rows of attention lose what is cut off", "units + (order < missing)", "units", "forward_pass and v2"),
+    (LOOK, "attention to what is before is lost", "row[:, 0] = weights[:, : max(0, i - start)].sum(1)",
+     "row[:, 0] = weights[:, 0]", "before_a_passage"),
+    (LOOK, "attention is that of the whole window", "weights[:, max(0, i - start) : q - start + 1]",
+     "weights[:, max(0, i - start) :][:, : q - max(i, start) + 1].mean(0)", "before_a_passage"),
+    (LOOK, "the least surprising passages", "key=lambda span: -span[2]", "key=lambda span: span[2]", "surprises_most"),
+    (LOOK, "passages are a token late", "np.searchsorted(begins, [start, stop]) + 1",
+     "np.searchsorted(begins, [start, stop]) + 2", "surprises_most"),
+    (LOOK, "pieces cut characters", "data[stop] & 0xC0 == 0x80", "data[stop] == 0", "pieces"),
+    (LOOK, "the last piece is short", "if stop + size // 2 >= len(data):", "if stop >= len(data):", "pieces"),
+    (LOOK, "a text ends its script", '.replace("<", "\\\\u003c")', "", "end_its_script"),
+    (LOOK, "every character is completed", "if begun and text:", "if text:", "readably"),
+    (LOOK, "what cannot be seen is not shown", 'not in ("Cc", "Cf", "Cn"', 'not in ("Cc", "Cn"', "readably"),
+    (LOOK, "probabilities that are no numbers", "if not math.isfinite(total):", "if False:", "mistake"),
+    (LOOK, "a page replaces any file", "if not is_page:", "if False:", "mistake"),
+    (LOOK, "binary data is text", "if is_binary(data[:HEAD], encoding):", "if False:", "mistake"),
+    (LOOK, "the name of a file is a text", "if Path(text).is_file():", "if False:", "mistake"),
+    (LOOK, "white space is a text", "if not text.strip():", "if not text:", "mistake"),
+    (LOOK, "byte order marks are text", '.removeprefix("\\ufeff")', "", "reads_arguments"),
+    (LOOK, "a folder of v4 is not found", "        if not found:\n            raise",
+     "        if True:\n            raise", "v4_stands"),
+    (PAGE, "rows of attention begin early", "query * (query + 3) / 2", "query * (query + 1) / 2", "click"),
+    (PAGE, "heads are layers", "layer * this.model.heads + head", "head * this.model.layers + layer", "click"),
+    (PAGE, "the first token has most attention", "row.indexOf(Math.max(...row))", "0", "click"),
+    (PAGE, "ranks begin at 0", "line(likely, i + 1)", "line(likely, i)", "pointing"),
+    (PAGE, "the token itself is not shown", "if (!top[k].some(([id]) => id === ids[k])) {", "if (false) {", "pointing"),
+    (PAGE, "what a token shows stays", '    on("pointerout", hide);\n', "", "pointing"),
+    (PAGE, "the arrow keys do nothing", "        this.tokens[next].focus();\n", "", "keyboard"),
+    (PAGE, "Escape does nothing", "        this.attend(null);\n", "", "keyboard"),
+    (PAGE, "a style sheet from elsewhere", '<link rel="icon" href="data:,">',
+     '<link rel="stylesheet" href="https://example.org/a.css">', "keyboard"),
+    (PAGE, "characters of several tokens are lost", 'token.append(this.passage.completed[k] ?? "");', "", "part_of"),
+    (PAGE, "a dark page has light colors", "--surprise: 176 72 8", "--surprise: 230 97 1", "colors"),
+    (PAGE, "strong surprise hides the text", "--surprise: 230 97 1;", "--surprise: 120 40 0;", "colors"),
     # harness
     ("harness/__init__.py", "help is an unknown constant", "cli.answer_help()", "pass", "help"),
     (ARGUMENTS, "unknown constants are accepted", "        if name not in known:\n            near",
@@ -833,7 +882,8 @@ def first_tests(file, chosen):
 
 
 def limit():
-    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    hard = resource.getrlimit(resource.RLIMIT_AS)[1]  # stays: the tests of look.py lift the limit for a browser
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, hard))
 
 
 def run_tests(tree, arguments):
