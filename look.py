@@ -25,7 +25,9 @@ import codecs
 import contextlib
 import json
 import math
+import os
 import re
+import shlex
 import sys
 import unicodedata
 from pathlib import Path
@@ -307,8 +309,10 @@ def read_text(path):
     from data.formats import BYTE_ORDER_MARKS, HEAD, is_binary
 
     name = "standard input" if path == "-" else path
+    if path == "-" and sys.stdin is None:
+        raise FileError("standard input is closed; give a text, or --file FILE")
     try:
-        data = sys.stdin.buffer.read() if path == "-" else Path(path).expanduser().read_bytes()
+        data = sys.stdin.buffer.read() if path == "-" else Path(os.path.expanduser(path)).read_bytes()
     except FileNotFoundError:
         raise MissingFileError(f"there is no file {path}; name one that holds the text") from None
     except (OSError, ValueError) as error:
@@ -350,36 +354,39 @@ def find_all(name):
         if not found:
             raise
         return found
+    except OSError as error:
+        raise FileError(f"{name} cannot be read ({error.strerror}); name the folder of a run") from None
 
 
 def check_output(path):
     """Raises ValueError or OSError if the page cannot be written to `path`: nothing is overwritten but a page."""
-    if path.is_dir() or not path.parent.is_dir():
-        why = "it is a folder" if path.is_dir() else f"there is no folder {path.parent}"
-        raise FileError(f"cannot write the page to {path}: {why}; name a file, as in --to look.html")
-    if path.exists():
-        beginning = TEMPLATE.read_bytes()[:100]
-        try:
-            with open(path, "rb") as file:
-                is_page = file.read(len(beginning)) == beginning
-        except OSError as error:
-            raise FileError(f"{path} is in the way and cannot be read ({error.strerror}); name another file with "
-                            "--to") from None  # fmt: skip
-        if not is_page:
-            raise UserError(f"{path} is there already, and is no page of this program; name another file with --to")
+    beginning = TEMPLATE.read_bytes()[:100]
+    if not path.parent.is_dir():
+        raise FileError(f"cannot write the page to {path}: there is no folder {path.parent}; make it, or name another "
+                        "file with --to")  # fmt: skip
+    try:
+        with open(path, "rb") as file:
+            is_page = file.read(len(beginning)) == beginning
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise FileError(f"cannot write the page to {path} ({error.strerror}); name another file with --to") from None
+    if not is_page:
+        raise UserError(f"{path} is there already, and is no page of this program; name another file with --to")
 
 
 def look_at(text, names, to):
     """Print what the models in the folders `names` think of the text, and write the page to the file `to`."""
-    to = Path(to).expanduser()
+    to = Path(os.path.expanduser(to))
     check_output(to)
     readings = [Reading(name, text) for name in dict.fromkeys(place for name in names for place in find_all(name))]
     width = max(len(reading.name) for reading in readings)
     say(f"{'':{width}}  bits per byte  word perplexity   total bits     tokens")
     for reading in readings:
         f = reading.figures
-        bpb, ppl = ("–" if f[key] is None else f"{f[key]:{form}}" for key, form in (
-                    ("bits_per_byte", ".4f"), ("word_perplexity", ",.1f")))  # fmt: skip
+        bpb, ppl = f["bits_per_byte"], f["word_perplexity"]
+        bpb = "–" if bpb is None else f"{bpb:.4f}"
+        ppl = "–" if ppl is None else f"{ppl:,.1f}" if ppl < 1e9 else f"{ppl:.1e}"
         say(f"{reading.name:{width}}  {bpb:>13}  {ppl:>15}  {f['bits']:>11,.1f}  {f['tokens']:>9,}")
     page = make_page(text, readings)
     harness.atomic_write(to, lambda file: file.write(page.encode()))
@@ -406,10 +413,10 @@ def main(argv=None):
     else:
         check_text(text, "the text")
         with contextlib.suppress(OSError, ValueError):  # too long for a name, or a null character
-            if Path(text).is_dir():
-                parser.error(f"{text} is a folder; the text comes first, then the models")
+            if [*Path(text).glob("model.pt"), *Path(text).glob("*/model.pt")]:
+                parser.error(f"there is a model in {text}; the text comes first, then the models")
             if Path(text).is_file():
-                parser.error(f"{text} is a file; --file {text} reads the text in it")
+                parser.error(f"{text} is a file; --file {shlex.quote(text)} reads the text in it")
     look_at(text, names, args.to)
 
 

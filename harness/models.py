@@ -2,6 +2,7 @@
 
 import ast
 import importlib.util
+import os
 import zipfile
 from pathlib import Path
 
@@ -72,7 +73,7 @@ def set_weights(model, weights, path):
 def find_model(folders):
     """The first of `folders`, below the current folder or the repository, with a trained model; its model.pt stands for
     a folder. Raises FileNotFoundError."""
-    folders = [Path(folder).expanduser() for folder in folders]
+    folders = [Path(os.path.expanduser(folder)) for folder in folders]
     folders = [folder.parent if folder.name == "model.pt" and not folder.is_dir() else folder for folder in folders]
     bases = dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1]))
     places = [base / folder for base in bases for folder in folders]

@@ -152,7 +152,7 @@ def test_windows_have_every_token_once_as_new_with_half_a_window_before_it(size,
 # ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("text", ["word " * 300, "line\n" * 300, "中文" * 300, "x" * 1000, "a\n\n  b " * 9, "é"])
+@pytest.mark.parametrize("text", ["word " * 300, "line\n" * 300, "中文" * 300, "x" * 1010, "a\n\n  b " * 9, "é"])
 def test_pieces_are_the_whole_text_and_whole_characters(text):
     data = text.encode()
     spans = list(look.pieces(data, 100))
@@ -279,20 +279,24 @@ def mistakes(folder):
         (["--file", f"{folder}/model.pt", folder], "holds binary data"),
         (["--file", "zeros", folder], "holds binary data"),
         (["text.txt", folder], "text.txt is a file; --file text.txt reads"),
-        ([folder, "The castle"], "is a folder; the text comes first"),
+        ([folder, "The castle"], "there is a model in .*; the text comes first"),
+        ([str(Path(folder).parent), "The castle"], "there is a model in .*; the text comes first"),
         (["A text", "nowhere"], "there is no trained model in .*nowhere"),
+        (["A text", "~no-such-user/run"], "there is no trained model in .*~no-such-user/run"),
+        (["A text", "The castle " * 40], r"cannot be read \(File name too long\)"),
         (["A text", "text.txt"], "there is no trained model in .*text.txt"),
         (["A text", "damaged"], "is damaged"),
         (["A text", "nan"], "gives no finite probabilities"),
         (["A text", "other"], "is not the vocabulary that the model beside it was trained"),
         (["A text", folder, "--to", "nowhere/look.html"], "there is no folder nowhere"),
-        (["A text", folder, "--to", "."], "it is a folder"),
+        (["A text", folder, "--to", "."], r"cannot write the page to \. \(Is a directory\)"),
+        (["A text", folder, "--to", "x" * 300], r"cannot write the page to x+ \(File name too long\)"),
         (["A text", folder, "--to", "text.txt"], "text.txt is there already, and is no page"),
         (["A text", folder, "--form", "x"], "unrecognized arguments: --form"),
     ]
 
 
-def test_a_mistake_is_one_line(save, tmp_path):
+def test_a_mistake_is_one_line(save, tmp_path, monkeypatch):
     folder, _ = save("v0")
     for name, content in {"text.txt": b"A text", "empty.txt": b"", "latin.txt": b"caf\xe9 noir", "zeros": bytes(100),
                           "odd.txt": "text".encode("utf-16") + b"x"}.items():  # fmt: skip
@@ -305,11 +309,15 @@ def test_a_mistake_is_one_line(save, tmp_path):
     saved["model"]["table"][:, 3] = math.nan
     torch.save(saved, tmp_path / "nan" / "model.pt")
     BPETokenizer.load(ROOT / "data" / "bpe_vocab.json").save(tmp_path / "other" / "vocabulary.json")
-    for words, said in mistakes(folder):
+    (tmp_path / "The").mkdir()  # a word may be the name of a folder
+    for words, said in [*mistakes(folder), (["The", "nowhere"], "there is no trained model in .*nowhere")]:
         with pytest.raises((SystemExit, UserError)) as info:
             look.main(words)
         assert re.search(said, str(info.value)), words
         assert "\n" not in str(info.value) and not Path("look.html").exists()
+    monkeypatch.setattr(sys, "stdin", None)
+    with pytest.raises(FileError, match="standard input is closed"):
+        look.main(["-", folder])
     assert (tmp_path / "text.txt").read_bytes() == b"A text"
     with pytest.raises(MissingFileError):
         look.look_at("A text", ["nowhere"], "look.html")
