@@ -1,17 +1,17 @@
-"""Models for Hugging Face's transformers and from there: v3 is a GPT-2, v4 with RoPE is an Arcee.
+"""Models for other programs, and from Hugging Face: v3 is a GPT-2, v4 with RoPE is an Arcee.
 
-    python convert_hf.py runs/v3 DIR             write a run of v3 as a GPT2LMHeadModel
+    python convert_hf.py runs/v3 DIR             write a run of v3 as a GPT2LMHeadModel of transformers
     python convert_hf.py runs/v4_alibi_rope DIR  write the run with RoPE as an ArceeForCausalLM
-    python convert_hf.py --from DIR runs/gpt2    make a run of v3 from a GPT-2, or one of v4 from what this wrote
+    python convert_hf.py runs/v3 model.gguf      write either for llama.cpp, Ollama and LM Studio (convert_gguf.py)
+    python convert_hf.py --from gpt2 runs/gpt2   make a run of v3 from a GPT-2, or one of v4 from what this wrote
 
 Out: DIR is then a model like any other there, with its tokenizer:
 
     model = transformers.AutoModelForCausalLM.from_pretrained("DIR")
     tokenizer = transformers.AutoTokenizer.from_pretrained("DIR")
 
-In: DIR holds config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published. Fetch it first:
-
-    hf download openai-community/gpt2 config.json model.safetensors tokenizer.json --local-dir gpt2
+In: a folder with config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published; if there is
+no such folder, the name of a model of the hub, which is fetched.
 
 What can be done with a run that was trained here can be done with it:
 
@@ -19,11 +19,13 @@ What can be done with a run that was trained here can be done with it:
     python v3.py INIT_FROM=runs/gpt2 ...         start from it, with its shape and vocabulary: fine-tuning
 
 Only what computes the same function is converted, and a line says why another is not. Nothing from a file is executed:
-weights are read from safetensors, settings from JSON. It needs `pip install safetensors`; transformers it does not.
+weights are read from safetensors, settings from JSON. It needs `pip install safetensors` (for GGUF `pip install gguf`);
+transformers it does not.
 """
 
 import argparse
 import contextlib
+import hashlib
 import json
 import os
 import re
@@ -33,12 +35,15 @@ from pathlib import Path
 
 import torch
 
+import convert_gguf
 import harness
 import v3
 import v4_alibi_rope as v4
 from bpe_tokenizer import BPETokenizer
-from harness.cli import first_line, robust_streams
+from data import prepare
+from harness.cli import first_line, is_out_of_memory, robust_streams
 from harness.errors import FileError, MissingFileError, UserError
+from harness.models import find_model
 
 try:
     import safetensors.torch
@@ -47,9 +52,36 @@ except ImportError:
 
 END = "<|endoftext|>"  # begins and ends a text, where the vocabulary has it
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
-HF_FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json")
+CARD = "README.md"
+HF_FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", CARD)
+FETCHED = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", WEIGHTS, INDEX, "model-*.safetensors")
 MADE_BY = {"made_by": "convert_hf.py"}  # in the weights' file: transformers does not copy it when it saves a model
 RMS_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square if it is told nothing
+FIGURES = (  # of the card: words, key of summary.json, format
+    ("bits per byte", "bpb", ".4f"), ("bits per byte, overlapping windows", "bpb_sliding", ".4f"),
+    ("word perplexity", "word_ppl", ",.1f"), ("word perplexity, overlapping windows", "word_ppl_sliding", ",.1f"),
+    ("loss per token, nats", "loss", ".4f"), ("likeliest token is right", "top_1", ".1%"),
+)  # fmt: skip
+CARD_TEXT = '''---
+library_name: transformers
+pipeline_tag: text-generation
+---
+
+# {name}
+
+A small language model: {kind}, a vocabulary of {vocab_size:,} tokens, windows of {window:,} tokens.
+
+{trained}
+```python
+from transformers import pipeline
+
+generate = pipeline("text-generation", "{name}")  # the folder
+print(generate([" The castle was", " In 1939 ,"], batch_size=2, max_new_tokens=50))
+```
+
+Batches are padded on the left, as generation needs it. Prompt and answer together have at most {window:,} tokens. The
+model continues text of the kind that it was trained on. It follows no instructions, and what it says is not reliable.
+'''
 NO_COUNTERPART = {
     "v0": "it is a table of bigrams",
     "v1": "it is an MLP over a window of tokens",
@@ -260,26 +292,70 @@ def _reading(path):
                         "folder") from None  # fmt: skip
 
 
-def _check_folder(given):
-    """Raises ValueError, with what to do, if the model to be converted is not a folder with config.json."""
+def find_folder(given):
+    """The folder of the model to be converted, with config.json; where there is none, the name `given` is taken for a
+    model of the hub, and that is fetched. Raises ValueError, with what to do."""
     source = Path(given)
     if (source / "config.json").exists():
-        return
+        return source
     if source.is_dir():
         if (source / "model.pt").exists() or any(source.glob("*/model.pt")):
             raise UserError(f"{source} holds a run; without --from it becomes a model of Hugging Face")
         raise MissingFileError(f"there is no config.json in {source}; name the folder that holds it, with the weights "
                                "and the tokenizer")  # fmt: skip
+    if source.exists() and source.suffix.lower() == ".gguf":
+        raise UserError(f"{source} is a GGUF, and a run is made of a model of Hugging Face; name its folder")
     if source.exists():
         raise UserError(f"{source} is a file; name its folder, which holds config.json, the weights and the tokenizer")
     hub = re.fullmatch(r"(https?://huggingface\.co/|hf://)?(\w[\w.-]*(?:/\w[\w.-]*)?)/?", given)
     if hub and (hub[1] or "/" not in hub[2] or not source.parent.is_dir()):  # else a folder beside others
-        name, folder = hub[2], hub[2].rpartition("/")[2]
-    else:
-        name, folder = "NAME", "FOLDER"
+        return fetch(given, hub[2])
+    raise _missing(given, "NAME", "a model of the hub is fetched")
+
+
+def _missing(given, name, how):
+    """The error of a folder that is not there. how: the words before the command that fetches the model `name`."""
+    folder = "FOLDER" if name == "NAME" else name.rpartition("/")[2]
     then = "" if folder == given else f", then name the folder {folder}"
-    raise MissingFileError(f"there is no folder {given}; a model of the hub is fetched with hf download {name} "
-                           f"config.json model.safetensors tokenizer.json --local-dir {folder}{then}")  # fmt: skip
+    return MissingFileError(f"there is no folder {given}; {how} with hf download {name} config.json model.safetensors "
+                            f"tokenizer.json --local-dir {folder}{then}")  # fmt: skip
+
+
+def _kind(config):
+    """(rung, function that converts, folder below that of the run) for a model with this config.json. Raises
+    ValueError."""
+    kinds = {"gpt2": (v3, from_gpt2, ""), "arcee": (v4, from_arcee, "rope")}
+    if (kind := config.get("model_type")) not in [*kinds]:
+        raise UserError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
+    return kinds[kind]
+
+
+def fetch(given, name):
+    """The folder, in the cache of the hub's library, of the model `name`, fetched if it is not there yet. given: what
+    the user called it. The weights, which may be large, only if the model can become a run. Raises ValueError."""
+    try:
+        import huggingface_hub
+        from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
+    except ImportError:
+        raise _missing(given, name, "after pip install huggingface_hub, a model of the hub is fetched") from None
+    offline = not prepare._hub_answers()
+    try:
+        for files in (FETCHED[:1], FETCHED):
+            folder = Path(huggingface_hub.snapshot_download(name, allow_patterns=files, local_files_only=offline))
+            if (folder / "config.json").exists():
+                _kind(_read_json(folder / "config.json"))
+        return folder
+    except UserError:
+        raise
+    except RepositoryNotFoundError:
+        raise MissingFileError(f"there is no folder {given}; the hub has no model {name}, or shows it only after a "
+                               "login; name another, or run hf auth login") from None  # fmt: skip
+    except Exception as error:  # of many kinds: of the hub's library, of what it reads from the network, of the disk
+        if is_out_of_memory(error):
+            raise
+        offline = offline or isinstance(error, LocalEntryNotFoundError)
+        why = "the hub cannot be reached" if offline else f"it could not be fetched ({first_line(error)})"
+        raise _missing(given, name, f"{why}; try again, or where there is a network fetch it") from None
 
 
 def _read_json(path):
@@ -341,11 +417,17 @@ def _json(content):
     return lambda file: file.write((json.dumps(content, indent=2, ensure_ascii=False) + "\n").encode())
 
 
-def _made_here(path):
-    """Whether this program wrote the weights in `path`."""
+def _digest(content):
+    return hashlib.sha256(content).hexdigest()[:16]
+
+
+def _made_here(folder):
+    """Whether this program wrote the model in `folder`, and nobody has edited its card."""
     try:
-        with safetensors.safe_open(path, "pt") as file:
-            return MADE_BY.items() <= (file.metadata() or {}).items()
+        with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
+            made = file.metadata() or {}
+        card = _digest((folder / CARD).read_bytes()) if (folder / CARD).exists() else made.get("card")
+        return MADE_BY.items() <= made.items() and made.get("card") == card
     except (OSError, safetensors.SafetensorError):
         return False
 
@@ -355,14 +437,59 @@ def _made_here(path):
 # ----------------------------------------------------------------------------------------------------------
 
 
-def load_run(folder):
-    """(model, tokenizer) of the run in `folder`; of a folder of v4, which holds several, that with RoPE if it is there.
-    Raises OSError, ValueError."""
-    places = [folder, *(f"{folder}/{scheme}" for scheme in ("rope", *v4.SCHEMES))]
-    for place in places:
+def find_run(folder):
+    """The folder with the model of a run; of v4's folder, which holds several, that with RoPE if it is there. Raises
+    FileNotFoundError."""
+    for place in (folder, *(f"{folder}/{scheme}" for scheme in ("rope", *v4.SCHEMES))):
         with contextlib.suppress(FileNotFoundError):
-            return harness.load(place)
-    return harness.load(folder)  # says where it looked
+            return find_model([place])
+    return find_model([folder])  # says where it looked
+
+
+def read_run(run, program):
+    """(folder, config, {name: tensor}, tokenizer) of a run, as `program` computes it. Raises OSError, ValueError."""
+    with _reading(run):
+        if (Path(run) / "config.json").exists() and not (Path(run) / "model.pt").exists():
+            raise UserError(f"{run} holds a model of Hugging Face; --from {run} makes a run of it")
+        folder = find_run(run)
+        model, tokenizer = harness.load(folder)
+    rung = type(model).__module__
+    kind = getattr(model, "position", rung)
+    if kind not in ("v3", "rope"):
+        name, why = rung if kind == rung else f"v4 with POSITION={kind}", NO_COUNTERPART.get(kind, "it is unknown here")
+        raise UserError(f"{run} holds {name}, which no model of {program} computes: {why}")
+    try:
+        tokenizer.hf_tokenizer_json()
+    except ValueError as error:
+        raise UserError(f"the vocabulary of {run} has no counterpart in {program}: {error}") from None
+    config, tensors = (to_gpt2 if kind == "v3" else to_arcee)(model.cpu())
+    return folder, config, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, tokenizer
+
+
+def end_of(tokenizer):
+    """The id of the token that begins and ends a text, or None."""
+    return tokenizer.encode(END, [END])[0] if END in tokenizer.special_tokens else None
+
+
+def window_of(config):
+    return config.get("n_positions") or config["max_position_embeddings"]
+
+
+def model_card(name, run, config):
+    """README.md of a model, with the figures of the run in the folder `run`, a str. Raises OSError, ValueError."""
+    summary = _read_json(run / "summary.json") if (run / "summary.json").exists() else {}
+    number = {key: value for key, value in summary.items() if type(value) in (int, float)}
+    trained = "The run that it was made of has left no figures.\n"
+    if number:
+        trained = (f"Trained from scratch on {summary.get('dataset')}: {number.get('steps', 0):,} steps, "
+                   f"{number.get('tokens_seen', 0):,} tokens, {number.get('epochs', 0):.2f} passes over the text, seed "
+                   f"{summary.get('seed')}.\n\n| | validation | test |\n| --- | ---: | ---: |\n")  # fmt: skip
+        for words, key, form in FIGURES:
+            cells = [f"{number[x]:{form}}" if (x := f"{split}_{key}") in number else "–" for split in ("val", "test")]
+            if cells != ["–", "–"]:
+                trained += f"| {words} | {' | '.join(cells)} |\n"
+    return CARD_TEXT.format(name=name, trained=trained, kind=config["architectures"][0], window=window_of(config),
+                            vocab_size=config["vocab_size"])  # fmt: skip
 
 
 def export(run, folder):
@@ -371,44 +498,50 @@ def export(run, folder):
     with _reading(folder):
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
     there -= {f"writing-{name}" for name in HF_FILES}
-    if there and not (there <= {*HF_FILES} and _made_here(folder / WEIGHTS)):
-        raise UserError(f"{folder} holds {min(there)}, and no model that this program wrote; name a new folder")
-    with _reading(run):
-        if (Path(run) / "config.json").exists() and not (Path(run) / "model.pt").exists():
-            raise UserError(f"{run} holds a model of Hugging Face; --from {run} makes a run of it")
-        model, tokenizer = load_run(run)
-    rung = type(model).__module__
-    kind = getattr(model, "position", rung)
-    if kind not in ("v3", "rope"):
-        name, why = rung if kind == rung else f"v4 with POSITION={kind}", NO_COUNTERPART.get(kind, "it is unknown here")
-        raise UserError(f"{run} holds {name}, which no model of transformers computes: {why}")
-    config, tensors = (to_gpt2 if kind == "v3" else to_arcee)(model.cpu())
-    has_end = END in tokenizer.special_tokens
-    ids = {f"{x}_token_id": tokenizer.encode(END, [END])[0] if has_end else None for x in ("bos", "eos")}
-    names = {f"{x}_token": END for x in ("bos", "eos", "unk") if has_end}
-    tensors = {name: tensor.detach().contiguous() for name, tensor in tensors.items()}
+    if there and not (there <= {*HF_FILES} and _made_here(folder)):
+        raise UserError(f"{folder} holds {min(there)}, and no model as this program wrote it; name a new folder")
+    source, config, tensors, tokenizer = read_run(run, "transformers")
+    end = end_of(tokenizer)
+    ids = {f"{x}_token_id": end for x in ("bos", "eos")}
+    names = {f"{x}_token": END for x in ("bos", "eos", "unk", "pad") if end is not None}
+    with _reading(source):
+        card = model_card(folder.resolve().name, source, config).encode()
+    made = {"format": "pt", **MADE_BY, "card": _digest(card)}
     write_files(folder, {
-        WEIGHTS: lambda file: file.write(safetensors.torch.save(tensors, {"format": "pt", **MADE_BY})),
+        WEIGHTS: lambda file: file.write(safetensors.torch.save(tensors, made)),
         "config.json": _json({**config, **ids, "dtype": "float32"}),
-        "generation_config.json": _json({"_from_model_config": True, **ids}),
+        "generation_config.json": _json({**ids, "pad_token_id": end}),
         "tokenizer.json": _json(tokenizer.hf_tokenizer_json()),
-        "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast", **names,
-                                        "model_max_length": model.block_size, "clean_up_tokenization_spaces": False}),
+        "tokenizer_config.json": _json({"tokenizer_class": "PreTrainedTokenizerFast", **names, "padding_side": "left",
+                                        "model_max_length": window_of(config), "clean_up_tokenization_spaces": False}),
+        CARD: lambda file: file.write(card),
     })  # fmt: skip
     harness.say(f"wrote {folder}, for transformers: {config['architectures'][0]}.from_pretrained({str(folder)!r})")
+
+
+def export_gguf(run, path, dtype):
+    """Write the model of a run as the GGUF file `path`. Raises OSError, ValueError."""
+    path = Path(path)
+    with _reading(path):
+        if path.is_file() and not convert_gguf.made_here(path):
+            raise UserError(f"{path} is there already, and this program did not write it; name another file")
+    source, config, tensors, tokenizer = read_run(run, "llama.cpp")
+    write_files(path.parent, {path.name: lambda file: convert_gguf.write(
+        file, source.resolve().name, config, tensors, tokenizer, end_of(tokenizer), dtype)})  # fmt: skip
+    harness.say(f"wrote {path}, for llama.cpp: llama-cli -m {shlex.quote(str(path))} -p \"...\"")
+    if tokenizer.pattern == "gpt4":
+        harness.say("llama.cpp cuts the pattern gpt4 otherwise in two rare places: blanks that follow a line break at the "
+                    "end of a text, and an apostrophe before ſ; all other text has the same ids")
 
 
 def import_model(source, run):
     """Make a run in the folder `run` of the model of Hugging Face in `source`: of v3 in `run` itself, of v4 in the
     folder of its scheme. Raises OSError, ValueError."""
     with _reading(source):
-        _check_folder(source)
-    source, folder = Path(source), Path(run)
+        source = find_folder(source)
     config = _read_json(source / "config.json")
-    kinds = {"gpt2": (v3, from_gpt2, folder), "arcee": (v4, from_arcee, folder / "rope")}
-    if (kind := config.get("model_type")) not in [*kinds]:
-        raise UserError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
-    rung, convert, folder = kinds[kind]
+    rung, convert, below = _kind(config)
+    folder = Path(run) / below
     with _reading(folder):
         there = [name for name in harness.RUN_FILES if (folder / name).exists()]
     if there:
@@ -436,18 +569,29 @@ def import_model(source, run):
 def main(argv=None):
     what, _, how = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=what, epilog=how, formatter_class=argparse.RawDescriptionHelpFormatter,
-                                     usage="%(prog)s RUN DIR  or  %(prog)s --from DIR RUN")  # fmt: skip
+                                     usage="%(prog)s RUN DIR  or  %(prog)s RUN FILE.gguf  or  %(prog)s --from DIR RUN")
     parser.add_argument("--from", dest="source", metavar="DIR", help="a model of Hugging Face that becomes a run")
-    parser.add_argument("folders", metavar="RUN DIR", nargs="+", help="a run, and the folder that becomes a model; "
-                        "with --from the folder that becomes a run")  # fmt: skip
+    parser.add_argument("--dtype", type=str.upper, choices=convert_gguf.DTYPES, help="of the weights in a GGUF: F32, "
+                        "as they are; F16; or Q8_0")  # fmt: skip
+    parser.add_argument("folders", metavar="RUN DIR", nargs="+", help="a run, and the folder or the .gguf file that "
+                        "becomes a model; with --from the folder that becomes a run")  # fmt: skip
     parser.error = lambda message: sys.exit(f"convert_hf.py: {message}; see --help")
     args = parser.parse_args(argv)
     args.folders = list(map(os.path.expanduser, args.folders))
     if len(args.folders) != (2 if args.source is None else 1):
         parser.error("name a run and a folder for the model, or with --from the model and a folder for the run")
-    if safetensors is None:
+    is_gguf = args.folders[-1].lower().endswith(".gguf")
+    if args.source is not None and is_gguf:
+        parser.error("--from makes a run, and a GGUF is made of a run: name a folder for the run")
+    if args.dtype and not is_gguf:
+        parser.error("--dtype is for GGUF: name a file that ends in .gguf")
+    if is_gguf and convert_gguf.gguf is None:
+        raise UserError("a GGUF needs a library: pip install gguf")
+    if not is_gguf and safetensors is None:
         raise UserError("the files of Hugging Face need a library: pip install safetensors")
-    if args.source is None:
+    if is_gguf:
+        export_gguf(*args.folders, args.dtype or "F32")
+    elif args.source is None:
         export(*args.folders)
     else:
         import_model(os.path.expanduser(args.source), *args.folders)
