@@ -530,8 +530,8 @@ def export_gguf(run, path, dtype):
         file, source.resolve().name, config, tensors, tokenizer, end_of(tokenizer), dtype)})  # fmt: skip
     harness.say(f"wrote {path}, for llama.cpp: llama-cli -m {shlex.quote(str(path))} -p \"...\"")
     if tokenizer.pattern == "gpt4":
-        harness.say("llama.cpp cuts the pattern gpt4 otherwise in two rare places: blanks that follow a line break at the "
-                    "end of a text, and an apostrophe before ſ; all other text has the same ids")
+        harness.say("the pattern gpt4 differs in llama.cpp in two rare places, blanks after a line break at the end of a "
+                    "text, and an apostrophe before ſ; all other text has the same ids")  # fmt: skip
 
 
 def import_model(source, run):

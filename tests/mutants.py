@@ -628,6 +628,15 @@ FAULTS = [
     ("convert_hf.py", "what the system forbids has a traceback",
      '    except OSError as error:\n        raise FileError(f"{path} cannot',
      '    except ZeroDivisionError as error:\n        raise FileError(f"{path} cannot', "forbids"),
+    ("convert_hf.py", "a card that was edited is overwritten", 'made.get("card") == card', "True", "overwritten"),
+    ("convert_hf.py", "a batch is padded on the right", '"padding_side": "left"', '"padding_side": "right"', "padded"),
+    ("convert_gguf.py", "RoPE turns other pairs", "view(n_head, 2, -1,", "view(n_head, -1, 2,", "same and arcee"),
+    ("convert_gguf.py", "matrices of GPT-2 as they are", "            tensor = tensor.T\n", "            pass\n",
+     "same and gpt2"),
+    ("convert_gguf.py", "a prompt begins with an end", "add_add_bos_token(False)", "add_add_bos_token(True)", "tokens"),
+    ("convert_gguf.py", "a comma ends a text", "if end is None else end", "if False else end or 11", "without_an_end"),
+    ("convert_gguf.py", "a pattern of another name", '"gpt4": "dbrx"', '"gpt4": "gpt-2"', "tokens"),
+    ("convert_gguf.py", "a file of the user is overwritten", "field.contents() == MADE_BY", "True", "overwritten"),
     (REPORT, "the best record is the last", 'best = min(run.records, key=lambda record: record["val_loss"])',
      "best = run.records[-1]", "what_a_run and v2"),
     (REPORT, "bytes of another text", 'round(last["tokens_seen"] * train.n_bytes / len(train))',
@@ -867,7 +876,8 @@ FAULTS = [
 
 
 def all_tests(file):
-    others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, "convert_hf.py": ("test_convert.py",)}
+    others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, "convert_hf.py": ("test_convert.py",),
+              "convert_gguf.py": ("test_gguf.py",)}
     names = next((names for start, names in others.items() if file.startswith(start)), TESTS)
     return [f"tests/{name}" for name in names]
 

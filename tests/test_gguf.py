@@ -1,5 +1,5 @@
-"""A run as a GGUF file: what stands in it computes the same function, by llama.cpp's own rules, and cuts the same tokens,
-or a line says why not."""
+"""A run as a GGUF file: by the rules of llama.cpp it computes the same function and has the same tokens, or a line says
+why not."""
 
 import numpy as np
 import pytest
@@ -34,7 +34,8 @@ def gpt2_logits(fields, t, ids):
     norm = lambda x, name: F.layer_norm(x, (C,), t[f"{name}.weight"], t[f"{name}.bias"], eps)  # noqa: E731
     x = t["token_embd.weight"][ids] + t["position_embd.weight"][: len(ids)]
     for i in range(fields["gpt2.block_count"]):
-        q, k, v = linear(norm(x, f"blk.{i}.attn_norm"), f"blk.{i}.attn_qkv").view(len(ids), 3, H, -1).permute(1, 2, 0, 3)
+        y = linear(norm(x, f"blk.{i}.attn_norm"), f"blk.{i}.attn_qkv")
+        q, k, v = y.view(len(ids), 3, H, -1).permute(1, 2, 0, 3)
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(len(ids), C)
         x = x + linear(y, f"blk.{i}.attn_output")
         hidden = F.gelu(linear(norm(x, f"blk.{i}.ffn_norm"), f"blk.{i}.ffn_up"), approximate="tanh")
@@ -58,7 +59,8 @@ def arcee_logits(fields, t, ids):
                 for x in (q, k))  # fmt: skip
         y = F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(0, 1).reshape(len(ids), C)
         x = x + y @ t[f"blk.{i}.attn_output.weight"].T
-        x = x + F.relu(norm(x, f"blk.{i}.ffn_norm") @ t[f"blk.{i}.ffn_up.weight"].T) ** 2 @ t[f"blk.{i}.ffn_down.weight"].T
+        hidden = F.relu(norm(x, f"blk.{i}.ffn_norm") @ t[f"blk.{i}.ffn_up.weight"].T) ** 2
+        x = x + hidden @ t[f"blk.{i}.ffn_down.weight"].T
     return norm(x, "output_norm") @ t["output.weight"].T
 
 
