@@ -79,8 +79,9 @@ generate = pipeline("text-generation", "{name}")  # the folder
 print(generate([" The castle was", " In 1939 ,"], batch_size=2, max_new_tokens=50))
 ```
 
-Batches are padded on the left, as generation needs it. Prompt and answer together have at most {window:,} tokens. The
-model continues text of the kind that it was trained on. It follows no instructions, and what it says is not reliable.
+Batches are padded on the left, as generation needs it; for the logits of a batch, pad on the right
+(`padding_side="right"`). Prompt and answer together have at most {window:,} tokens. The model continues text of the kind
+that it was trained on. It follows no instructions, and what it says is not reliable.
 '''
 NO_COUNTERPART = {
     "v0": "it is a table of bigrams",
@@ -530,8 +531,8 @@ def export_gguf(run, path, dtype):
         file, source.resolve().name, config, tensors, tokenizer, end_of(tokenizer), dtype)})  # fmt: skip
     harness.say(f"wrote {path}, for llama.cpp: llama-cli -m {shlex.quote(str(path))} -p \"...\"")
     if tokenizer.pattern == "gpt4":
-        harness.say("the pattern gpt4 differs in llama.cpp in two rare places, blanks after a line break at the end of a "
-                    "text, and an apostrophe before ſ; all other text has the same ids")  # fmt: skip
+        harness.say("the pattern gpt4 differs in llama.cpp in two rare places: blanks after a line break at the end of "
+                    "a text, and an apostrophe before ſ; all other text has the same ids")  # fmt: skip
 
 
 def import_model(source, run):

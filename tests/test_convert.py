@@ -47,6 +47,14 @@ NASTY = ["", " ", "\n\n \t x", "don't we'LL", "  1234567  ٣", "naïve Ωμέγ�
 # ----------------------------------------------------------------------------------------------------------
 
 
+@pytest.fixture(autouse=True)
+def no_hub(monkeypatch, tmp_path):
+    """No test reaches the hub, or finds what somebody has fetched from it."""
+    hub = pytest.importorskip("huggingface_hub")
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(hub.constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+
+
 @pytest.fixture(scope="session")
 def text():
     return (ROOT / "data" / "input.txt").read_text(encoding="utf-8")
@@ -243,6 +251,44 @@ def test_the_tokenizer_goes_with_the_model(pattern, load, tmp_path, text):
     assert theirs.clean_up_tokenization_spaces is False  # else older versions decode " ." as "."
     convert("--from", tmp_path / "hf", tmp_path / "back")
     assert harness.load(tmp_path / "back")[1].fingerprint == tokenizer.fingerprint
+
+
+@pytest.mark.parametrize("name", ["v3", V4])
+def test_padded_batches_work_as_they_are(name, load, tmp_path):
+    write_run(load(name), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "hf")
+    texts = [" The castle was built", " He", " In 1939 ,"]
+    pipe = transformers.pipeline("text-generation", str(tmp_path / "hf"))
+    settings = {"max_new_tokens": 8, "do_sample": False, "return_full_text": False}
+    alone = [pipe(text, **settings)[0]["generated_text"] for text in texts]
+    assert [out[0]["generated_text"] for out in pipe(texts, batch_size=2, **settings)] == alone
+    model, tokenizer = open_hf(tmp_path / "hf")
+    batch = tokenizer(texts, padding=True, return_tensors="pt")
+    assert tokenizer.pad_token_id == model.generation_config.pad_token_id == tokenizer.eos_token_id
+    assert batch["attention_mask"].sum(1).tolist() == [len(tokenizer(text)["input_ids"]) for text in texts]
+    out = model.generate(**batch, max_new_tokens=8, do_sample=False)[:, batch["input_ids"].size(1) :]
+    assert tokenizer.batch_decode(out, skip_special_tokens=True) == alone
+    batch = tokenizer(texts, padding=True, padding_side="right", return_tensors="pt")
+    for i, text in enumerate(texts):  # as the card says of logits
+        one = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert (model(**batch).logits[i, : len(one)] - one).abs().max() < 1e-4
+
+
+def test_the_card_has_the_figures_of_the_run(load, tmp_path):
+    write_run(load("v3"), tmp_path / "run")
+    convert(tmp_path / "run", tmp_path / "hf")
+    assert "has left no figures" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    summary = {"dataset": "wikitext-2-v1", "seed": 7, "steps": 1280, "tokens_seen": 5_242_880, "epochs": 1.724,
+               "val_bpb": 1.66012, "test_bpb": 1.64, "val_word_ppl": 1376.31, "test_word_ppl": None}  # fmt: skip
+    (tmp_path / "run" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
+    convert(tmp_path / "run", tmp_path / "hf")
+    card = (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert card.startswith("---\nlibrary_name: transformers\n") and "1,280 steps, 5,242,880 tokens, 1.72 passes" in card
+    assert "| bits per byte | 1.6601 | 1.6400 |" in card and "| word perplexity | 1,376.3 | – |" in card
+    (tmp_path / "hf" / "README.md").write_text(card + "and mine", encoding="utf-8")
+    assert "no model as this program wrote it" in refusal(tmp_path / "run", tmp_path / "hf")  # edited: not overwritten
+    (tmp_path / "run" / "summary.json").write_text("{", encoding="utf-8")
+    assert "summary.json is damaged" in refusal(tmp_path / "run", tmp_path / "other")
 
 
 @pytest.mark.parametrize("pattern", ["gpt2", "gpt4"])
@@ -571,6 +617,35 @@ def test_a_name_of_the_hub_is_no_folder(name, model, folder, tmp_path, monkeypat
     if name == "gpt2":
         write_gpt2(tmp_path / folder, gpt2_vocabulary)
         convert("--from", folder, "run")
+
+
+def test_a_model_of_the_hub_is_fetched(load, tmp_path, monkeypatch, gpt2_vocabulary):
+    """Its config.json first: what cannot become a run costs no download of weights."""
+    import huggingface_hub
+
+    theirs = write_gpt2(tmp_path / "hub", gpt2_vocabulary)
+    load("v3")
+    asked = []
+
+    def snapshot(name, allow_patterns, local_files_only):
+        asked.append((name, len(allow_patterns) > 1, local_files_only))
+        return str(tmp_path / "hub")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    monkeypatch.setattr(prepare, "_hub_answers", lambda: True)
+    convert("--from", "someone/gpt2", "run")
+    assert asked == [("someone/gpt2", False, False), ("someone/gpt2", True, False)]
+    assert distance(harness.load(tmp_path / "run")[0], theirs, 32, 600) < 1e-5
+    change_config(tmp_path / "hub", model_type="llama")
+    assert "model_type is 'llama'" in refusal("--from", "gpt2", "other") and len(asked) == 3
+
+    def broken(*_, **__):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", broken)
+    message = refusal("--from", "gpt2", "other")
+    assert "No space left" in message and "hf download gpt2" in message
 
 
 def test_a_folder_that_is_something_else_is_told(load, tmp_path):
