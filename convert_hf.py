@@ -80,8 +80,8 @@ print(generate([" The castle was", " In 1939 ,"], batch_size=2, max_new_tokens=5
 ```
 
 Batches are padded on the left, as generation needs it; for the logits of a batch, pad on the right
-(`padding_side="right"`). Prompt and answer together have at most {window:,} tokens. The model continues text of the kind
-that it was trained on. It follows no instructions, and what it says is not reliable.
+(`padding_side="right"`). Prompt and answer together have at most {window:,} tokens. The model continues text of the
+kind that it was trained on. It follows no instructions, and what it says is not reliable.
 '''
 NO_COUNTERPART = {
     "v0": "it is a table of bigrams",
