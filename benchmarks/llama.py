@@ -108,10 +108,12 @@ def report(results):
     rows = []
     for run, by_dtype in results["runs"].items():
         for dtype, r in by_dtype.items():
-            there = dtype != "ours"
-            rows.append([run, f"llama.cpp, {dtype}" if there else "PyTorch", f"{r['ppl']:.3f}", f"{r['rate']:.0f}"] + (
-                        ["yes" if r["same_ids"] else "no", f"{r['difference']:.1e}", "yes" if r["same_greedy"] else "no",
-                         f"{r['bytes'] / 1e6:.1f}"] if there else ["–"] * 4))  # fmt: skip
+            there = ["–"] * 4
+            if dtype != "ours":
+                same = ["yes" if r[key] else "no" for key in ("same_ids", "same_greedy")]
+                there = [same[0], f"{r['difference']:.1e}", same[1], f"{r['bytes'] / 1e6:.1f}"]
+            program = "PyTorch" if dtype == "ours" else f"llama.cpp, {dtype}"
+            rows.append([run, program, f"{r['ppl']:.3f}", f"{r['rate']:.0f}", *there])
     head = ["run", "program", "perplexity", "tokens/s", "same ids", "logits differ by", "same 50 tokens", "MB"]
     return (f"{table(head, rows, left=(0, 1))}\nPerplexity per token on {results['windows']} windows of the validation "
             f"split, side by side. Speed of a greedy continuation, a single measurement.\nMachine: "
