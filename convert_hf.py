@@ -423,12 +423,12 @@ def _digest(content):
 
 
 def _made_here(folder):
-    """Whether this program wrote the model in `folder`, and nobody has edited its card."""
+    """Whether this program wrote the model in `folder`, and nobody has edited its card. Raises OSError."""
+    card = _digest((folder / CARD).read_bytes()) if (folder / CARD).exists() else None
     try:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
             made = file.metadata() or {}
-        card = _digest((folder / CARD).read_bytes()) if (folder / CARD).exists() else made.get("card")
-        return MADE_BY.items() <= made.items() and made.get("card") == card
+        return MADE_BY.items() <= made.items() and card in (made.get("card"), None)
     except (OSError, safetensors.SafetensorError):
         return False
 
@@ -498,8 +498,9 @@ def export(run, folder):
     folder = Path(folder)
     with _reading(folder):
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
-    there -= {f"writing-{name}" for name in HF_FILES}
-    if there and not (there <= {*HF_FILES} and _made_here(folder)):
+        there -= {f"writing-{name}" for name in HF_FILES}
+        ours = there <= {*HF_FILES} and _made_here(folder)
+    if there and not ours:
         raise UserError(f"{folder} holds {min(there)}, and no model as this program wrote it; name a new folder")
     source, config, tensors, tokenizer = read_run(run, "transformers")
     end = end_of(tokenizer)
