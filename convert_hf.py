@@ -3,7 +3,7 @@
     python convert_hf.py runs/v3 DIR             write a run of v3 as a GPT2LMHeadModel of transformers
     python convert_hf.py runs/v4_alibi_rope DIR  write the run with RoPE as an ArceeForCausalLM
     python convert_hf.py runs/v3 model.gguf      write either for llama.cpp, Ollama and LM Studio (convert_gguf.py)
-    python convert_hf.py --from gpt2 runs/gpt2   make a run of v3 from a GPT-2, or one of v4 from what this wrote
+    python convert_hf.py --from DIR runs/gpt2    make a run of v3 from a GPT-2, or one of v4 from what this wrote
 
 Out: DIR is then a model like any other there, with its tokenizer:
 
