@@ -146,7 +146,7 @@ def load_tokens(vocabulary, folder="data"):
     tokenizer = BPETokenizer.load(vocabulary_file(vocabulary, folder))
     command = _command(vocabulary, folder)
     again = f"make the token files again with {command}"
-    again += " (and with --from or --dataset, if you gave them)" if "--from" not in command else ""
+    again += " (and with --from or --dataset, if you gave them)" if not re.search("--(from|dataset)", command) else ""
     missing = [path.name for split in SPLITS if not (path := token_file(split, vocabulary, folder)).exists()]
     if len(missing) == len(SPLITS):
         if dataset_dir(folder) != DATA_DIR or any(DATA_DIR.glob("train_ids*.pt")):

@@ -41,12 +41,14 @@ ENCODING_NAMES = {"ansi": "cp1252", "unicode": "utf-16", "utf-8-bom": "utf-8-sig
 @dataclass
 class ReadOptions:
     """How files are read: their encoding, what happens to bytes that do not fit ("strict" or "replace"), the column of
-    tables that holds the text, and what separates the documents of a text. None: it was not said."""
+    tables that holds the text, what separates the documents of a text, and how many bytes of text are read. None: it
+    was not said."""
 
     encoding: str | None = None
     errors: str | None = None
     column: str | None = None
     separator: str | None = None
+    max_bytes: int | None = None
 
 
 @dataclass
@@ -55,7 +57,7 @@ class File:
 
     name: str  # for messages
     place: PurePosixPath  # below what the user named, without the endings of what packs it
-    open: Callable  # gives a binary file
+    open: Callable  # gives a binary file; of kind "rows" what a reader yields
     path: Path | None = None  # on the disk
     packed: bool = False  # `open` gives a file in which one cannot jump
     kind: str = "text"
@@ -192,7 +194,7 @@ KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": 
          ".tab": "csv", ".parquet": "parquet", ".pq": "parquet", ".arrow": "arrow", ".feather": "arrow",
          ".ipc": "arrow", ".orc": "orc"}  # fmt: skip
 DECODED = {"text", "jsonl", "json", "csv"}  # the kinds that have an encoding
-TABLES = {"jsonl", "json", "csv", "parquet", "arrow", "orc"}  # the kinds that have columns
+TABLES = {"jsonl", "json", "csv", "parquet", "arrow", "orc", "rows"}  # the kinds that have columns
 UNPACK, CONVERT, EXPORT = "unpack it", "convert it to plain text", "export its texts as .jsonl or .csv"
 NOT_READ = {  # first bytes: what it is, what to do. No text begins like these.
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACK), b"Rar!\x1a\x07": ("a RAR archive", UNPACK),
@@ -418,7 +420,7 @@ def _decode(decoder, chunk, file, encoding, n_bytes, n_lines):
         raise UserError(f"{file.name} is not {encoding} text ({error}); --errors replace reads on") from None
 
 
-def _encoded(text, place, options):
+def encoded(text, place, options):
     """The text of a row as bytes: none for a missing one. Raises ValueError if UTF-8 cannot express it."""
     try:
         return (text or "").encode("utf-8", options.errors or "strict")
@@ -427,7 +429,7 @@ def _encoded(text, place, options):
                         "reads on") from None  # fmt: skip
 
 
-def _check_row(value, place, column):
+def check_row(value, place, column):
     """Raise ValueError if the value of a row is no text. A missing one is none, and allowed."""
     if value is not None and not isinstance(value, str):
         raise Unread(place, f"without text in its column {column}",
@@ -454,7 +456,7 @@ def _read_text(file, options, scratch):
     pieces = decoded(file, options)
     split = ((piece, False) for piece in pieces) if options.separator is None else _split(pieces, options.separator)
     for piece, ends in split:
-        yield _encoded(piece, file.name, options), ends
+        yield encoded(piece, file.name, options), ends
     if options.separator is None:
         yield b"", True
 
@@ -476,11 +478,11 @@ def _row_text(row, place, options):
     """The text of a row of JSON, as bytes."""
     column = options.column or "text"
     if isinstance(row, str) and options.column is None:
-        return _encoded(row, place, options)
+        return encoded(row, place, options)
     if not isinstance(row, dict) or column not in row:
         raise NoColumn(place, row if isinstance(row, dict) else (), column)
-    _check_row(row[column], place, column)
-    return _encoded(row[column], place, options)
+    check_row(row[column], place, column)
+    return encoded(row[column], place, options)
 
 
 def _read_jsonl(file, options, scratch):
@@ -541,8 +543,8 @@ def _read_json(file, options, scratch):
         if isinstance(value, dict) and isinstance(value.get(column), (list, dict)):  # columns in place of rows
             texts = value[column].values() if isinstance(value[column], dict) else value[column]
             for text in texts:
-                _check_row(text, place, column)
-                yield _encoded(text, place, options), True
+                check_row(text, place, column)
+                yield encoded(text, place, options), True
         else:
             yield _row_text(value, place, options), True
 
@@ -566,7 +568,7 @@ def _read_csv(file, options, scratch):
             if row:
                 if len(row) != len(names):
                     raise csv.Error(f"it has {len(row)} columns, and the first line {len(names)}")
-                yield _encoded(row[k], f"{file.name}, line {rows.line_num + 1}", options), True
+                yield encoded(row[k], f"{file.name}, line {rows.line_num + 1}", options), True
     except csv.Error as error:
         raise UserError(f"{file.name}, line {rows.line_num + 1} is no row of this table ({error}); correct it, or give "
                         "the file the ending .txt to read it as plain text") from None  # fmt: skip
@@ -617,7 +619,7 @@ def read_table(file, column="text", scratch=None):
             for batch in _batches(stream, file.kind, column, file.name):
                 rows = batch.to_pylist()
                 for row in rows:
-                    _check_row(row, file.name, column)
+                    check_row(row, file.name, column)
                 yield rows
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, UserError):
@@ -628,7 +630,7 @@ def read_table(file, column="text", scratch=None):
 def _read_rows(file, options, scratch):
     for rows in read_table(file, options.column or "text", scratch):
         for row in rows:
-            yield _encoded(row, file.name, options), True
+            yield encoded(row, file.name, options), True
 
 
 READERS = {"text": _read_text, "jsonl": _read_jsonl, "json": _read_json, "csv": _read_csv}
@@ -636,4 +638,6 @@ READERS = {"text": _read_text, "jsonl": _read_jsonl, "json": _read_json, "csv": 
 
 def read(file, options, scratch=None):
     """(bytes of UTF-8, whether a document ends here) of a file. Raises OSError and ValueError in one line."""
+    if file.kind == "rows":
+        return file.open()
     return READERS.get(file.kind, _read_rows)(file, options, scratch)

@@ -6,6 +6,8 @@
     python data/prepare.py --from novel.txt --to data/novel    a text of your own, with its own vocabularies; then
                                                                python v3.py DATA=data/novel
     python data/prepare.py --dataset wikitext-103-v1   a larger text
+    python data/prepare.py --dataset roneneldan/TinyStories --to data/stories    any text data set of the hub, with
+                                                       --config, --split, --column and --max-bytes where it needs them
     python data/prepare.py --sample                    the bundled sample, data/input.txt
     python data/prepare.py --vocab-size 8192           with a vocabulary of its own, data/bpe_vocab_8192.json
     python data/prepare.py --vocabulary NAME           with the vocabulary data/NAME, or any vocabulary file, as it is
@@ -18,7 +20,8 @@ the text takes the committed vocabularies; for any other dataset folder they are
 (.gz, .bz2, .xz, .zst, .lz4) or in archives (.zip, .tar), folders of them, and - for standard input. Files whose names
 carry train, valid or test, such as x.train.txt, are the splits; other text is split 90 / 5 / 5 by bytes: by documents
 where there are many, else where a paragraph or a line ends. It says which files become which split. If a text has
-several documents, <|endoftext|> stands before each of them. A text may be larger than the memory.
+several documents, <|endoftext|> stands before each of them. A text may be larger than the memory. A data set of the hub
+is read in the same way: its splits are named or cut like files, and its rows are documents. No code of it is run.
 
 For each split it writes `{train,val,test}_ids.pt`, and with the small vocabulary of v0 `{train,val,test}_ids_500.pt`.
 A rung that finds none of its files in data/ has `data.load_tokens` call `prepare()`.
@@ -30,6 +33,7 @@ words are the white-space separated words plus one end-of-line a line. Separator
 import argparse
 import atexit
 import contextlib
+import difflib
 import hashlib
 import http.client
 import os
@@ -70,7 +74,8 @@ import data
 from bpe_tokenizer import PATTERNS, BPETokenizer
 from harness.files import Locked, atomic_writes, file_lock
 from data.formats import ENCODING_NAMES, File, ReadOptions, read_table, reading, temporary_file, writing
-from data.texts import END, as_paths, read_texts, separator_of
+from data.hub import HubError, hub_files, name_of
+from data.texts import END, as_paths, read_splits, read_texts, separator_of
 from harness.cli import first_line, say
 from harness.errors import FileError, MissingFileError, UserError
 
@@ -80,6 +85,7 @@ HUB_DATASET = "Salesforce/wikitext"
 DATASETS = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
 HUB_TIMEOUT = 8  # seconds until the hub counts as out of reach
 BLOCK = 1 << 20  # characters read at a time
+FEWEST = 10_000  # bytes that --max-bytes may ask for: three splits must have some text
 
 # Words of the training splits as published (Merity et al. 2016, arXiv:1609.07843, table 1, end-of-lines included).
 PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
@@ -88,10 +94,6 @@ PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
 # ----------------------------------------------------------------------------------------------------------
 # Sources
 # ----------------------------------------------------------------------------------------------------------
-
-
-class HubError(FileError, ConnectionError):
-    """The dataset hub is out of reach, and its files are not in the cache."""
 
 
 class Source(dict):
@@ -183,9 +185,16 @@ def folder_source(folder, dataset):
 def own_source(paths, options, scratch=None):
     """A text of the user's in files and folders. `scratch`: the folder of a temporary copy. Raises as `read_texts`
     does."""
-    splits, documents = read_texts(paths, options, lambda line: say(line, error=True), scratch)
+    return _source_of(*read_texts(paths, options, _say_error, scratch))
+
+
+def _source_of(splits, documents):
     return Source({split: (some.n_bytes, some.texts if documents else some.pieces) for split, some in splits.items()},
                   documents, own=True)  # fmt: skip
+
+
+def _say_error(line):
+    say(line, error=True)
 
 
 def _hub_answers():
@@ -210,10 +219,21 @@ def _hub_answers():
     return answered.is_set()
 
 
+def _ask_hub(name):
+    """Whether the data set `name` can be fetched: it is a folder of this machine, or the hub answers. If not, the
+    `datasets` package looks into its cache and does not wait for the hub."""
+    if Path(name).is_dir() or _hub_answers():
+        return True
+    os.environ["HF_HUB_OFFLINE"] = "1"
+    for module in ("datasets.config", "huggingface_hub.constants"):  # they read it once, when they are imported
+        if module in sys.modules:
+            sys.modules[module].HF_HUB_OFFLINE = True
+    return False
+
+
 def hub_source(dataset):
     """WikiText through the `datasets` package. Raises ConnectionError if it is neither in reach nor in the cache."""
-    if not Path(HUB_DATASET).is_dir() and not _hub_answers():
-        os.environ["HF_HUB_OFFLINE"] = "1"  # `datasets` then looks into its cache and does not wait for the hub
+    _ask_hub(HUB_DATASET)
     import datasets
 
     try:
@@ -225,6 +245,13 @@ def hub_source(dataset):
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
         for split, rows in zip(data.SPLITS, (splits["train"], splits["validation"], splits["test"]))
     })
+
+
+def other_hub_source(name, options, config=None, splits=None, scratch=None):
+    """Any text data set of the hub, as a text of the user's. config: which part of it; splits: names of those to read;
+    scratch: the folder of a temporary copy. Raises as `data.hub.hub_files` does."""
+    files, found = hub_files(name, config, splits, options, _ask_hub(name), _say_error, scratch)
+    return _source_of(*read_splits(files, found, options, name, _say_error, scratch))
 
 
 def sample_source():
@@ -249,12 +276,19 @@ def _name_of(paths):
     return name + (f" and {len(paths) - 1} more" if len(paths) > 1 else "")
 
 
-def open_source(paths=None, dataset=None, sample=False, options=None, scratch=None):
-    """(source, name of the data set or of its files). Where the hub is out of reach it is the sample, and said so.
+def open_source(paths=None, dataset=None, sample=False, options=None, scratch=None, config=None, splits=None):
+    """(source, name of the data set or of its files). Where the hub is out of reach and no data set was asked for, it
+    is the sample, and said so.
 
-    paths: a file or folder, or a list of them. options: how files of one's own are read, `ReadOptions`. scratch: the
-    folder for a temporary copy of their text.
+    paths: a file or folder, or a list of them. dataset: one of `DATASETS`, or the name of any data set of the hub, of
+    which `config` and `splits` choose a part. options: how these texts are read, `ReadOptions`. scratch: the folder for
+    a temporary copy of them.
     """
+    if dataset is not None and dataset not in DATASETS:
+        name = _name_of([dataset]) if Path(dataset).is_dir() else dataset
+        name = f"{name}/{config}" if config else name
+        source = other_hub_source(dataset, options or ReadOptions(), config, splits, scratch)
+        return source, "a data set named sample" if name == "sample" else name
     if paths is not None:
         paths = as_paths([paths] if isinstance(paths, (str, os.PathLike)) else paths)
         source = folder_source(paths[0], dataset) if len(paths) == 1 and os.path.isdir(paths[0]) else None
@@ -495,13 +529,54 @@ def _choose_vocabularies(parser, args):
     return list(names), {} if in_data and not args.train_vocab else names, {}
 
 
+def size(text):
+    """A number of bytes, as people write it: 5000000, 5_000_000, 5e6, 5M or 5MB."""
+    found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d)?) ?([kmgt]?)b?", text.strip(), re.IGNORECASE)
+    n = round(float(found[1].replace("_", "")) * 1000 ** " kmgt".index(found[2].lower() or " ")) if found else 0
+    if n < FEWEST:
+        raise argparse.ArgumentTypeError(f"{text!r} must be a number of bytes, {FEWEST:,} or more, such as 100M or 2G")
+    return n
+
+
+def _as_option(given):
+    """The first of some arguments, as it is written."""
+    return next(iter(given)).replace("_", "-")
+
+
+def _choose_dataset(parser, args):
+    """Check --dataset, --config and --split. Returns whether it is a data set of the hub other than WikiText."""
+    if args.dataset is not None and args.dataset not in DATASETS:
+        args.dataset = name_of(args.dataset)
+        if args.dataset.lower() in (HUB_DATASET.lower(), HUB_DATASET.split("/")[1]):
+            if args.config not in DATASETS:
+                parser.error(f"WikiText has four configs: give --dataset with one of {', '.join(DATASETS)}")
+            args.dataset, args.config = args.config, None
+        elif not Path(args.dataset).is_dir() and difflib.get_close_matches(args.dataset, DATASETS, cutoff=0.7):
+            parser.error(f"argument --dataset: invalid choice: {args.dataset!r} (choose from {', '.join(DATASETS)}, or "
+                         "give the name of a data set of the hub, OWNER/NAME)")  # fmt: skip
+    of_hub = args.dataset is not None and args.dataset not in DATASETS
+    if of_hub and args.paths is not None:
+        parser.error(f"--dataset {args.dataset} is a text of the hub, and --from names others: leave one of them out")
+    for option in ("config", "split"):
+        if vars(args)[option] is not None and not of_hub:
+            parser.error(f"--{option} chooses a part of a data set of the hub: name it with --dataset OWNER/NAME" +
+                         f"; {args.dataset} has no such choice" * (args.dataset is not None))  # fmt: skip
+    return of_hub
+
+
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the token files that the rungs train on.")
     parser.add_argument("--from", dest="paths", metavar="PATH", nargs="+", action="extend", help="read text files, "
                         "tables, archives, or folders of them: WikiText's, or a text of your own")  # fmt: skip
     parser.add_argument("--to", dest="folder", metavar="DIR", default="data", help="dataset folder, for token files "
                         "and vocabularies (default: data)")  # fmt: skip
-    parser.add_argument("--dataset", choices=DATASETS, help=f"which WikiText (default: {DATASETS[0]})")
+    parser.add_argument("--dataset", metavar="NAME", help=f"which WikiText (default: {DATASETS[0]}) of "
+                        f"{', '.join(DATASETS)}; or any text data set of the Hugging Face hub, such as "
+                        "roneneldan/TinyStories")  # fmt: skip
+    parser.add_argument("--config", metavar="NAME", help="which config of a data set of the hub: a language, a subset")
+    parser.add_argument("--split", metavar="NAME", nargs="+", help="which splits of it to read (default: all)")
+    parser.add_argument("--max-bytes", type=size, metavar="N", help="read N bytes of the text at most, such as 100M or "
+                        "2G; of a data set of the hub no more is fetched")  # fmt: skip
     parser.add_argument("--sample", action="store_true", help="use the bundled sample")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="learn a vocabulary of N tokens and use it")
     parser.add_argument("--vocabulary", metavar="FILE", help="use a vocabulary as it is, of the dataset folder or "
@@ -510,8 +585,8 @@ def main(argv=None):
     parser.add_argument("--pattern", choices=PATTERNS, help="how a vocabulary that is learned cuts the text into words "
                         "(default: gpt2)")  # fmt: skip
     parser.add_argument("--separator", metavar="TEXT", help=f"what separates documents in text files, such as {END!r}")
-    parser.add_argument("--column", metavar="NAME", help="the column of tables, such as .jsonl and .parquet files "
-                        "(default: text)")  # fmt: skip
+    parser.add_argument("--column", metavar="NAME", help="the column of tables, such as .jsonl and .parquet files, and "
+                        "of data sets of the hub (default: text)")  # fmt: skip
     parser.add_argument("--encoding", metavar="NAME", help="encoding of text files (default: utf-8)")
     parser.add_argument("--errors", choices=("strict", "replace"), help="replace: read on over bytes that are no text")
     args = parser.parse_args(argv)
@@ -519,10 +594,12 @@ def main(argv=None):
     args.vocabulary = args.vocabulary and os.path.expanduser(args.vocabulary)
     if args.sample and (args.paths is not None or args.dataset):
         parser.error("--sample is a text of its own: leave --from and --dataset out, or --sample")
-    given = {name: value for name in ("separator", "column", "encoding", "errors")
+    of_hub = _choose_dataset(parser, args)
+    given = {name: value for name in ("separator", "column", "encoding", "errors", "max_bytes")
              if (value := vars(args)[name]) is not None}  # fmt: skip
-    if given and args.paths is None:
-        parser.error(f"--{next(iter(given))} says how files are read: name them with --from")
+    if given and args.paths is None and not of_hub:
+        parser.error(f"--{_as_option(given)} says how files are read: name them with --from, or a data set of the hub "
+                     "with --dataset")  # fmt: skip
     if "" in given.values():
         parser.error(f"--{next(name for name, value in given.items() if value == '')} must not be empty")
     if args.separator:
@@ -540,11 +617,12 @@ def main(argv=None):
                      "--vocab-size")  # fmt: skip
     directory = data.dataset_dir(args.folder)  # of a folder that is not there yet, the one that it will be in
     scratch = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.is_dir())
-    source, name = open_source(args.paths, args.dataset, args.sample, ReadOptions(**given), scratch)
+    source, name = open_source(args.paths, args.dataset, args.sample, ReadOptions(**given), scratch, args.config,
+                               args.split)  # fmt: skip
     for split, shards in source.files.items():
         say(f"{split}: {', '.join(map(str, shards))}", error=True)
     if given and not source.own:
-        parser.error(f"--{next(iter(given))} is of a text of your own, and this is WikiText")
+        parser.error(f"--{_as_option(given)} is of a text of your own, and this is WikiText")
     in_data = data.dataset_dir(args.folder) == data.DATA_DIR
     if source.own and in_data and not vocab_sizes:
         say("data/ keeps the vocabulary of WikiText-2; in a dataset folder of its own, --to data/NAME, a text has a "

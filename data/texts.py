@@ -163,10 +163,15 @@ def find_files(paths, options, say, scratch=None):
         why = f": {left_out[0]}" if left_out else ""
         advice = f"; {GIVE}" * (";" not in why)
         raise MissingFileError(f"there is no text in {', '.join(map(str, paths))}{why}{advice}")
+    say_left_out(left_out, say)
+    return files
+
+
+def say_left_out(left_out, say):
+    """Say which files are not read, `Unread`s, if there are any."""
     if left_out:
         shown = ", ".join(f"{each.name} ({each.what})" for each in left_out[:3])
         say(f"Left out: {shown}{f' and {len(left_out) - 3} more' * (len(left_out) > 3)}")
-    return files
 
 
 def _file(path, place):
@@ -291,6 +296,26 @@ class Documents:
 
     def chosen(self, which):
         return Documents(self.file, self.spans[which])
+
+
+class Budget:
+    """How many bytes of a split are still read: a `share` of `max_bytes`, without end if that is None."""
+
+    def __init__(self, max_bytes, share):
+        self.whole = self.left = float("inf") if max_bytes is None else max(1, round(share * max_bytes))
+
+    def spent_on(self, pieces):
+        """What a reader gives, up to the first document that does not fit. A first one that is too long is cut."""
+        within = False  # a document
+        for piece, ends in pieces:
+            if len(piece) > self.left:
+                if within or self.left == self.whole:
+                    yield piece[: cut_place(piece, self.left, 0)], True
+                self.left = 0
+                return
+            self.left -= len(piece)
+            yield piece, ends
+            within = not ends
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -462,11 +487,18 @@ def read_texts(paths, options, say, scratch=None):
     Raises OSError if a file cannot be read, ValueError if one is not what its name says, both in one line.
     """
     files = find_files(paths, options, say, scratch)
-    check_options(options, files)
     found = splits_of([file.place for file in files])
+    if "train" not in found:
+        _check_held_out([file.place for file in files])
+    return read_splits(files, found, options, ", ".join(map(str, paths)), say, scratch)
+
+
+def read_splits(files, found, options, where, say, scratch=None):
+    """The same of `File`s. found: the split that each is named after, or None, as `splits_of` gives it; where: what
+    holds them, for messages."""
+    check_options(options, files)
     named = {split: [file for file, name in zip(files, found) if name == split] for split in SPLITS}
     if not named["train"]:
-        _check_held_out([file.place for file in files])
         used = {None: files}
     else:
         used = {split: some for split, some in named.items() if some}
@@ -474,19 +506,26 @@ def read_texts(paths, options, say, scratch=None):
             say(f"Left out, since the splits are named: {_names(others)}")
     copy, ranges, sections = Copy(scratch), {}, False
     for split, some in used.items():
-        first, seen, twice = len(copy.digests), set(), []
+        first, seen, twice, unread = len(copy.digests), set(), [], []
+        budget = Budget(options.max_bytes, HELD_OUT if split in ("val", "test") else 1 - HELD_OUT * (len(used) - 1))
         for file in some:
             key = file.path and (_identity(file.path), file.name.removeprefix(str(file.path)))
             if key in seen:
                 twice.append(file)
                 continue
             seen |= {key} - {None}
-            sections |= _copy_one(copy, file, options, scratch) > 1
+            if budget.left == 0:
+                unread.append(file)
+                continue
+            sections |= _copy_one(copy, file, options, budget, scratch) > 1
         if twice:
             say(f"Read once, though it is given twice: {_names(twice)}")
+        if unread:
+            say(f"Not read, since --max-bytes was reached before: {_names(unread)}")
+            used[split] = [file for file in some if all(file is not each for each in unread)]
         ranges[split] = first, len(copy.digests)
     if not copy.digests:
-        raise UserError(f"there is no text in {', '.join(map(str, paths))}: it is empty")
+        raise UserError(f"there is no text in {where}: it is empty")
     if copy.empty and any(file.kind in TABLES for file in files):
         say(f"Left out: {copy.empty:,} of {copy.empty + len(copy.digests):,} rows, since they are empty")
     if options.separator is not None and not sections:
@@ -509,7 +548,7 @@ def read_texts(paths, options, say, scratch=None):
     return splits, any(len(documents) > 1 for documents in splits.values())
 
 
-def _copy_one(copy, file, options, scratch):
+def _copy_one(copy, file, options, budget, scratch):
     """Copy the documents of a file. Returns how many there are."""
 
     def state():
@@ -517,7 +556,7 @@ def _copy_one(copy, file, options, scratch):
 
     try:
         before = state()
-        n = copy.add(read(file, options, scratch))
+        n = copy.add(budget.spent_on(read(file, options, scratch)))
         after = state()
     except FileNotFoundError as error:
         if isinstance(error, UserError):
