@@ -33,7 +33,7 @@ def name_of(text):
     name = found[1] if found else text
     if Path(name).is_file():
         raise UserError(f"--dataset {name} is a file, and a data set of the hub is expected; --from {name} reads it")
-    if Path(name).is_dir():
+    if name and Path(name).is_dir():
         if any((Path(name) / state).is_file() for state in ("dataset_dict.json", "state.json")):
             raise UserError(f"--dataset {name} is a folder made by save_to_disk; --from {name} reads it")
     elif not NAME.fullmatch(name):
@@ -93,7 +93,7 @@ def _builder(name, config, online):
     configs, if one must be chosen."""
     import datasets
 
-    datasets.logging.set_verbosity_error()  # what it would say is said here
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said here
     if not sys.stderr or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 an environment variable could set it

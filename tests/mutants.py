@@ -29,13 +29,13 @@ TESTS = ("test_models.py", "test_training.py", "test_kernels.py", "test_files.py
          "test_processes.py", "test_survival.py", "test_identity.py", "test_flops.py",
          "test_benchmark_training.py", "test_checks.py", "test_ngram.py", "test_look.py")  # fmt: skip
 RESULTS_TESTS = ("test_experiments.py", "test_results.py")  # of faults in results/
-DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py")  # of faults in data/
+DATA_TESTS = ("test_files.py", "test_data.py", "test_texts.py", "test_hub.py")  # of faults in data/
 OWN_TESTS = {  # those to run first
     "kernels.py": "test_kernels.py", "harness/files.py": "test_files.py", "harness/identity.py": "test_identity.py",
     "harness/flops.py": "test_flops.py", "benchmarks/training.py": "test_benchmark_training.py",
     "benchmarks/steps.py": "test_benchmark_training.py", "harness/checks.py": "test_checks.py",
     "harness/arguments.py": "test_checks.py", "benchmarks/ngram.py": "test_ngram.py",
-    "benchmarks/mixture.py": "test_ngram.py",
+    "benchmarks/mixture.py": "test_ngram.py", "data/hub.py": "test_hub.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
@@ -853,9 +853,31 @@ FAULTS = [
     ("data/formats.py", "a string of JSON ends with its piece",
      'and not error.msg.startswith("Unterminated string")', ""),
     ("data/formats.py", "a row with too many columns loses some", "if len(row) != len(names):", "if False:"),
-    ("data/formats.py", "a parquet column of numbers is text", "_check_row(row, file.name, column)", "pass"),
+    ("data/formats.py", "a parquet column of numbers is text", "check_row(row, file.name, column)", "pass"),
     ("data/formats.py", "a damaged parquet file raises what pyarrow raises",
      "except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error", "except ZeroDivisionError as error"),
+    ("data/texts.py", "max_bytes has no end", "if len(piece) > self.left:", "if False:", "budget or max_bytes"),
+    ("data/texts.py", "max_bytes cuts a character", "cut_place(piece, self.left, 0)", "self.left", "budget or max_bytes"),
+    ("data/texts.py", "a held-out split takes all of max_bytes", 'HELD_OUT if split in ("val", "test") else', "0 +",
+     "max_bytes"),
+    ("data/texts.py", "files after max_bytes are said to be read", "if budget.left == 0:", "if False:", "not_read"),
+    ("data/prepare.py", "lines of WikiText are documents", "if args.dataset.lower() in (HUB", "if False and (HUB",
+     "wikitext_by_its_name or together"),
+    ("data/prepare.py", "a kilobyte has 1,024 bytes", "* 1000 **", "* 1024 **", "sizes"),
+    ("data/prepare.py", "packages that were imported wait for the hub", "].HF_HUB_OFFLINE = True", "]", "without_the_hub"),
+    ("data/__init__.py", "a command with --dataset is to be completed", '"--(from|dataset)"', '"--from"', "command"),
+    ("data/hub.py", "a data set is fetched whole", "elif options.max_bytes is not None and online:", "elif False:"),
+    ("data/hub.py", "the cache is not used", "and online:\n            splits", "and True:\n            splits"),
+    ("data/hub.py", "names of formats read files here", "elif (path := name) in", "elif not (path := name) and"),
+    ("data/hub.py", "code may be run", "HF_DATASETS_TRUST_REMOTE_CODE = False", "HF_DATASETS_TRUST_REMOTE_CODE = True"),
+    ("data/hub.py", "splits of which none says train are one text", "        if len(train) != 1:", "        if False:"),
+    ("data/hub.py", "a single training split loses its name", '"train" if split in train else None', "None"),
+    ("data/hub.py", "splits of text files lose their names", "found.append(named_after)", "found.append(None)"),
+    ("data/hub.py", "numbers are text", '"string" in str(getattr(feature, "dtype", ""))', "True"),
+    ("data/hub.py", "objects in JSON are text", "value is None or isinstance(value, str) for", "True for"),
+    ("data/hub.py", "an error of the connection keeps its lines",
+     "with asking(name):\n                batch", "if True:\n                batch"),
+    ("data/hub.py", "no config is like the one that was given", "names = list(dict.fromkeys(like + names))", "pass"),
     ("harness/files.py", "a file is not on the disk when it takes its place", "os.fsync(file.fileno())", "pass"),
     ("harness/files.py", "the name of a file is not on the disk", "                    os.fsync(descriptor)\n",
      "                    pass\n"),
@@ -885,12 +907,10 @@ def all_tests(file):
 
 def first_tests(file, chosen):
     """Arguments of pytest for the tests that should notice a fault in `file`."""
-    if file.startswith("data/"):
-        return all_tests(file)
     if file in OWN_TESTS:
         return [f"tests/{OWN_TESTS[file]}", *(["-k", chosen] if chosen else [])]
-    if chosen:
-        return [*all_tests(file), "-k", chosen]
+    if chosen or file.startswith("data/"):
+        return [*all_tests(file), *(["-k", chosen] if chosen else [])]
     rung, others = Path(file).stem, "not (v0 or v1 or v2 or v3 or gpt2)"
     words = {"v0": "v0 or optimum", "v1": "v1 and not v1_1", "v1_1": "v1_1 or chunk", "v2": "v2",
              "v3": "v3 and not v3_1 or gelu or gpt2", "v3_1": "v3_1 or modern or muon or orthogonalize or once",
