@@ -118,26 +118,6 @@ def plot_vocabulary(plt):
     return figure
 
 
-def plot_depth_and_width(axes):
-    """v3 by depth and by width on the same text; at the ends the best of three rates."""
-    results = results_of("shape")
-    lines = {"depth (width 256)": [f"{n} × 256" for n in (1, 2, 4, 8)],
-             "width (4 layers)": [f"4 × {width}" for width in (128, 256, 384)]}  # fmt: skip
-    for k, (title, names) in enumerate(lines.items()):
-        names = [name for name in names if name in results]
-        values = [min(mean(bpb_of(found)) for other, found in results.items()
-                      if other == name or other.startswith(f"{name}, rate")) for name in names]  # fmt: skip
-        params = [results[name][0]["summary"]["n_params"] / 1e6 for name in names]
-        axes.plot(params, values, f"{'os'[k]}-", color=f"C{k}", label=title)
-        for name, x, y in zip(names, params, values):
-            if k == 0 or name != "4 × 256":  # it is on both lines
-                axes.annotate(name, (x, y), (7, -3), textcoords="offset points", fontsize=7)
-    axes.set(title="v3 after 18.6 MB of text", xlabel="parameters (millions)")
-    axes.margins(x=0.15)
-    axes.set_ylabel("validation bits per byte")
-    axes.legend(fontsize=8)
-
-
 def plot_dropout(axes, text):
     """v3 on a text that it reads many times, with more and more dropout."""
     for k, p in enumerate(("0", "0.1", "0.2", "0.3")):
@@ -156,11 +136,11 @@ def plot_dropout(axes, text):
     axes.legend(fontsize=8)
 
 
-def plot_shape(plt):
-    """v3 by depth and by width, and what dropout does where a text is read many times."""
-    figure, axes = plt.subplots(2, 2, figsize=(9, 6.8), layout="constrained")
-    plot_depth_and_width(axes[0, 0])
-    for ax, text in zip(axes.flat[1:], dict.fromkeys(name.rpartition(", ")[0] for name in results_of("dropout"))):
+def plot_dropouts(plt):
+    """What dropout does to v3, trained by the usual recipe, where a text is read many times."""
+    texts = list(dict.fromkeys(name.rpartition(", ")[0] for name in results_of("dropout")))
+    figure, axes = plt.subplots(1, len(texts), figsize=(12, 3.6), layout="constrained")
+    for ax, text in zip(axes, texts):
         plot_dropout(ax, text)
     return figure
 
@@ -193,7 +173,7 @@ def plot_two_hours(plt):
 
 
 PICTURES = {"ladder": plot_ladder, "v3_to_v4": plot_v3_to_v4, "positions": plot_positions,
-            "vocabulary": plot_vocabulary, "shape": plot_shape, "two_hours": plot_two_hours}  # fmt: skip
+            "vocabulary": plot_vocabulary, "dropout": plot_dropouts, "two_hours": plot_two_hours}  # fmt: skip
 
 
 def draw():

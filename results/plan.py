@@ -212,12 +212,12 @@ EXPERIMENTS = {
         "What does v3's recipe gain over the usual one of GPT-2, if both are well tuned?", recipes(),
         columns=("val_bpb", "val_word_ppl", "n_params"), search=True,
     ),
+    "v3_to_v4": Experiment(
+        "What makes v4 better than v3?", from_v3_to_v4(), columns=("val_bpb", "val_word_ppl"), search=True,
+    ),
     "recipe_parts": Experiment(
         "Which parts of v3's recipe does it take on a text that is read twice?", parts(), seeds=SEEDS[:1],
         columns=("val_bpb", "val_word_ppl"), search=True,
-    ),
-    "v3_to_v4": Experiment(
-        "What makes v4 better than v3?", from_v3_to_v4(), columns=("val_bpb", "val_word_ppl"), search=True,
     ),
     "positions": Experiment(
         "How does a transformer know the positions of its tokens, and what happens beyond the length of training?",

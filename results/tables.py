@@ -11,7 +11,7 @@ from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
 from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
-TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram", "mixture")
+TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram")
 
 
 def model_in_words(summary):
@@ -91,14 +91,14 @@ def recipe():
     return table(["model", "val bpb", "val word ppl"], rows)
 
 
-def recipe_parts():
-    """v3, and by how much it is worse with each of its parts changed."""
-    of_all = results_of("recipe_parts")
-    v3 = mean_of(of_all["v3"], "val_bpb")
-    rows = [[name, f"{mean_of(results, 'val_bpb'):.4f}",
-             "" if name == "v3" else f"{mean_of(results, 'val_bpb') - v3:+.4f}",
-             f"{mean_of(results, 'val_word_ppl'):,.0f}"] for name, results in of_all.items()]  # fmt: skip
-    return table(["model", "val bpb", "change", "val word ppl"], rows)
+def recipe_search():
+    """What was tried on the way to v3's recipe, one seed: on half of the ladder's text, then on all of it, the best
+    first."""
+    rows = [[f"{one['megabytes']:.1f}", f"{one['windows']}", f"{one['rate']:g}", f"{one['beta2']:g}",
+             f"{one['warmup']}", one["other"] or "–", f"{one['val_bpb']:.4f}"]
+            for one in read_json(ROOT / "results" / "tried" / "v3_recipe.json")]  # fmt: skip
+    head = ["text, MB", "windows a step", "rate", "β2", "warm-up, steps", "other", "val bpb"]
+    return table(head, rows, left=(5,))
 
 
 TRAINED = {"v3": "v3's block, AdamW", "AdamW": "v4's block, AdamW", "Muon": "v4's block, Muon"}
@@ -176,20 +176,6 @@ def vocabulary():
         cells = [spread_of(runs[name], "val_bpb") if name in runs else "–" for name in names]
         rows.append([f"{size:,}", *(f"**{cell}**" if name in best else cell for name, cell in zip(names, cells))])
     return table(["vocabulary", *columns], rows)
-
-
-def shape():
-    """By depth, then by width; the other rates beside the usual one."""
-    of_all, rows = results_of("shape"), []
-    for name, results in of_all.items():
-        if ", rate" in name:
-            continue
-        others = [f"{other.partition('rate ')[2]}: {mean_of(of_all[other], 'val_bpb'):.4f}"
-                  for other in of_all if other.startswith(f"{name}, rate")]  # fmt: skip
-        summary = results[0]["summary"]
-        rows.append([name, f"{summary['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
-                     "; ".join(others) or "–", f"{mean_of(results, 'val_word_ppl'):,.0f}"])  # fmt: skip
-    return table(["v3, layers × width", "parameters", "val bpb", "at other rates", "val word ppl"], rows)
 
 
 def dropout():
@@ -285,7 +271,7 @@ def benchmark(name):
 
 
 TABLES = {make.__name__: make for make in (
-    ladder, counting, closed_form, memory, recipe, recipe_parts, v3_to_v4, v3_to_v4_rates, positions, positions_all,
-    vocabulary, shape, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
+    ladder, counting, closed_form, memory, recipe, recipe_search, v3_to_v4, v3_to_v4_rates, positions, positions_all,
+    vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
 )}  # fmt: skip
 TABLES |= {f"benchmark_{name}": lambda name=name: benchmark(name) for name in TIMINGS}
