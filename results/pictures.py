@@ -6,7 +6,7 @@ from statistics import mean
 from harness.errors import FileError, UserError
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
-from results.plan import EXPERIMENTS, OPTIMIZERS, ROOT, VOCABULARIES
+from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
 from results.store import command, full_length, results_of
 from results.tables import PLACES, TRAINED, at_best_rate, n_gram
 
@@ -48,29 +48,19 @@ def plot_ladder(plt):
 
 
 def plot_v3_to_v4(plt):
-    """Ways to train with ways to know positions: the best rate of each, every seed a dot; and all rates."""
+    """Ways to train with ways to know positions: the best rate of each, every seed a dot."""
     results = results_of("v3_to_v4")
-    figure, (best, rates) = plt.subplots(1, 2, figsize=(10, 4), layout="constrained", sharey=True)
+    figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
     for k, (trained, title) in enumerate(TRAINED.items()):
         values = {i: bpb_of(at_best_rate(results, trained, place)[1]) for i, place in enumerate(PLACES)}
         values = {i: seeds for i, seeds in values.items() if seeds}
-        best.plot(list(values), list(map(mean, values.values())), f"{'os^'[k]}-", color=f"C{k}", label=title)
+        if values:
+            axes.plot(list(values), list(map(mean, values.values())), f"{'os^'[k]}-", color=f"C{k}", label=title)
         for i, seeds in values.items():
-            best.plot([i] * len(seeds), seeds, ".", color=f"C{k}", ms=4)
-        if trained != "v3":
-            for style, place in zip(("-", "--", ":"), PLACES):
-                names = [name for name in results if name.startswith(f"{trained} ") and name.endswith(f", {place}")]
-                of_rates = {float(name.split()[1].strip(",")): mean(bpb_of(results[name])) for name in names}
-                of_rates = dict(sorted(of_rates.items()))
-                rates.plot([rate / OPTIMIZERS[trained][0][0] for rate in of_rates], list(of_rates.values()),
-                           f"{'os^'[k]}{style}", color=f"C{k}", label=f"{trained}, {place}")  # fmt: skip
-    best.set_xticks(range(3), ["learned,\nat random", "learned,\nsinusoids", "RoPE"])
-    best.set(ylabel="validation bits per byte", title="at the best rate of each")
-    rates.set(xlabel="learning rate (1: 0.002 of AdamW, 0.03 of Muon)", xscale="log", title="v4's block at three rates")
-    rates.set_xticks((0.5, 1, 2), ("0.5", "1", "2"))
-    rates.minorticks_off()
-    for axes in (best, rates):
-        axes.legend(fontsize=8)
+            axes.plot([i] * len(seeds), seeds, ".", color=f"C{k}", ms=4)
+    axes.set_xticks(range(3), ["learned,\nrandom at the start", "learned,\nsinusoids at the start", "RoPE"])
+    axes.set(ylabel="validation bits per byte (lower is better)")
+    axes.legend(fontsize=8)
     return figure
 
 
