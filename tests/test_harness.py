@@ -732,7 +732,8 @@ MAY_CHANGE = {"LEARNING_RATE": 0.01, "LEARNING_RATE_ADAMW": 0.02, "WARMUP_STEPS"
               "WEIGHT_DECAY": 0.3, "GRAD_CLIP": 0.5, "DROPOUT": 0.2, "DTYPE": "bfloat16", "MICRO_BATCH_SIZE": 1,
               "CHUNK_SIZE": 30, "MAX_STEPS": 3}  # fmt: skip
 IN_SILENCE = {"EVAL_INTERVAL": 2, "PATIENCE": 7, "SAMPLE_TOKENS": 5, "TEMPERATURE": 0.5, "STRIDE": 8, "TOP_K": 3,
-              "TOP_P": 0.5, "EXTRAPOLATION": (1,), "SHARD": True, "INIT_FROM": "a folder that is gone"}  # fmt: skip
+              "TOP_P": 0.5, "STOP_AT_END": False, "SAMPLES": 1, "EXTRAPOLATION": (1,), "SHARD": True,
+              "INIT_FROM": "a folder that is gone"}  # fmt: skip
 
 
 @pytest.mark.parametrize("name", RUNGS)
