@@ -12,6 +12,7 @@ from harness.cli import first_line, say
 from harness.distributed import rank, world_size
 from harness.errors import FileError
 from harness.files import atomic_write
+from harness.pictures import curve
 
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 STEP_COLUMNS = "step,tokens_seen,loss,learning_rate,grad_norm,tokens_per_second,mfu"  # of steps.csv
@@ -156,8 +157,8 @@ def draw_curves(path, curves, xlabel, ylabel, title, log_x=False, mark=None):
 
         figure = Figure(figsize=(7, 4.5), layout="constrained")
         axes = figure.subplots()
-        for (label, points), marker in zip(curves.items(), "osD^v"):
-            axes.plot(*zip(*points), f"{marker}-", label=label)
+        for k, (label, points) in enumerate(curves.items()):
+            axes.plot(*zip(*points), **curve(k), label=label)
         if log_x:
             places = sorted({x for points in curves.values() for x, _ in points})
             axes.set_xscale("log", base=2)
