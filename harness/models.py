@@ -88,8 +88,12 @@ def find_model(folders):
 
 
 def read_model(folder):
-    """What `Run.save_best` wrote in `folder`: (contents of model.pt, tokenizer). Raises OSError and ValueError."""
+    """What `Run.save_best` wrote in `folder`: (contents of model.pt, tokenizer). Weights that are stored in 16 bits are
+    widened to float32. Raises OSError and ValueError."""
     saved = read_file(folder / "model.pt", ("rung", "model", "hyperparameters", "fingerprint", "start"))
+    if isinstance(saved["model"], dict):
+        saved["model"] = {name: x.float() if torch.is_tensor(x) and x.is_floating_point() else x
+                          for name, x in saved["model"].items()}  # fmt: skip
     tokenizer = BPETokenizer.load(folder / "vocabulary.json")
     if saved["fingerprint"] != tokenizer.fingerprint:
         raise UserError(f"{folder / 'vocabulary.json'} is not the vocabulary that the model beside it was trained "

@@ -1,6 +1,7 @@
 """The best run, two hours on two cores, and what has been published on the same text."""
 
-from results.store import results_of
+from results.plan import EXPERIMENTS
+from results.store import result_file, results_of, work_folder
 
 # Word perplexities on the test split of WikiText-2, of models that were trained on GPUs. GluonNLP's are those of its
 # logs at commit 2c480f6, each with the epoch that it belongs to: the logs go on to 750.
@@ -26,6 +27,12 @@ ADAPTIVE = {
 def best_run():
     """What its file holds."""
     return results_of("best")["v4, two hours"][0]
+
+
+def best_folder():
+    """Where `experiments.py best` trains it, and leaves its weights."""
+    (run,), (seed, *_) = EXPERIMENTS["best"].runs, EXPERIMENTS["best"].seeds
+    return work_folder(result_file(run, seed)) / "run" / run.constants["POSITION"]
 
 
 def word_perplexities():

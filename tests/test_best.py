@@ -1,0 +1,107 @@
+"""The model in results/best: how it is kept, and that it opens everywhere."""
+
+import json
+import re
+
+import pytest
+import torch
+from common import ROOT, V4, random_ids
+from safetensors.torch import load_file
+from test_convert import convert, write_run
+
+import harness
+from data import load_tokens
+from harness.models import read_file
+from results import keep_best
+from results.best import best_run
+
+BEST = ROOT / "results" / "best"
+there = pytest.mark.skipif(not (BEST / "model.pt").exists(), reason="there is no results/best yet")
+
+
+def finished_run(module, folder):
+    """A run with random weights in `folder`, with the files that a finished one has."""
+    model = write_run(module, folder)
+    for name in ("summary.json", "sample.txt"):
+        (folder / name).write_text(json.dumps({"this": name}), encoding="utf-8")
+    return model
+
+
+def test_a_model_is_kept_in_half_the_bytes(load, tmp_path):
+    model = finished_run(load(V4), tmp_path / "run")
+    keep_best.keep(tmp_path / "run", tmp_path / "kept")
+    assert (tmp_path / "kept/model.pt").stat().st_size < 0.6 * (tmp_path / "run/model.pt").stat().st_size
+    for name in ("summary.json", "sample.txt", "vocabulary.json"):
+        assert (tmp_path / "kept" / name).read_bytes() == (tmp_path / "run" / name).read_bytes()
+    kept, _ = harness.load(tmp_path / "kept")
+    for name, weight in model.state_dict().items():
+        assert kept.state_dict()[name].dtype == torch.float32
+        assert torch.equal(kept.state_dict()[name], weight.bfloat16().float())
+
+
+def test_a_kept_model_is_exported(load, tmp_path):
+    """With the weights that it is kept with."""
+    finished_run(load(V4), tmp_path / "run")
+    keep_best.keep(tmp_path / "run", tmp_path / "kept")
+    for ending in ("", ".gguf"):
+        convert(tmp_path / "kept", tmp_path / f"exported{ending}")
+    weights = load_file(tmp_path / "exported/model.safetensors")
+    head = read_file(tmp_path / "kept/model.pt", ("model",))["model"]["head.weight"]
+    assert torch.equal(weights["lm_head.weight"], head.float()) and (tmp_path / "exported.gguf").exists()
+
+
+def test_a_run_that_has_not_finished_is_not_kept(load, tmp_path):
+    write_run(load(V4), tmp_path / "run")
+    with pytest.raises(harness.UserError, match="no summary.json in .*run: the run has not finished"):
+        keep_best.keep(tmp_path / "run", tmp_path / "kept")
+    assert not (tmp_path / "kept").exists()
+
+
+@there
+def test_the_model_that_comes_with_the_repository_is_that_of_the_best_run():
+    """Small enough to be cloned, and with the figures of the table."""
+    summary = json.loads((BEST / "summary.json").read_text(encoding="utf-8"))
+    shown = best_run()["summary"]
+    same = ("val_bpb", "val_bpb_sliding", "test_bpb", "steps", "seed", "code_sha256", "tokens_sha256", "n_params")
+    assert [summary[name] for name in same] == [shown[name] for name in same]
+    assert summary["n_params"] < 5.5e6
+    assert sum(path.stat().st_size for path in BEST.iterdir()) < 11e6
+
+
+@there
+def test_the_model_that_comes_with_the_repository_continues_a_prompt():
+    """By the README's command, with English words."""
+    import v4_alibi_rope as v4
+
+    constants = {"OUT_DIR": "results/best", "PROMPT": "The history of", "SAMPLE_TOKENS": 60}
+    with harness.override(vars(v4), **constants):
+        text = v4.main()
+    words = re.findall(r"[a-z]+", text)
+    common = {"the", "of", "and", "in", "to", "a", "was", "is", "by", "on", "as", "for", "with", "from", "it", "that"}
+    assert text.startswith("The history of") and sum(word in common for word in words) > 0.15 * len(words)
+
+
+@there
+def test_the_model_that_comes_with_the_repository_is_as_good_as_the_table_says():
+    """On the first tokens of the validation split, in windows side by side, close to what the whole split gives: the
+    run's weights were rounded to bfloat16, and the loss must not show it."""
+    try:
+        val = load_tokens("bpe_vocab.json", "data")["val"]
+    except (OSError, ValueError):
+        pytest.skip("data/ has no token files of WikiText-2")
+    if val.dataset != "wikitext-2-v1":
+        pytest.skip("data/ has another text than WikiText-2")
+    model, _ = harness.load(BEST)
+    ids = val.ids[: 16 * 512 + 1].long()
+    with torch.no_grad():
+        loss = torch.nn.functional.cross_entropy(model(ids[:-1].view(16, 512)).flatten(0, 1), ids[1:]).item()
+    assert loss == pytest.approx(best_run()["summary"]["val_loss"], abs=0.15)
+
+
+def test_kept_weights_compute_the_same_within_their_precision(load, tmp_path):
+    model = finished_run(load(V4), tmp_path / "run")
+    keep_best.keep(tmp_path / "run", tmp_path / "kept")
+    ids = random_ids(1, 32, vocab_size=500)
+    with torch.no_grad():
+        ours, kept = (m.eval()(ids).log_softmax(-1) for m in (model, harness.load(tmp_path / "kept")[0]))
+    assert 0 < (ours - kept).abs().mean() < 0.02 * ours.abs().mean()
