@@ -153,6 +153,24 @@ class GELU(nn.Module):
 
 
 # ----------------------------------------------------------------------------------------------------------
+# Sampling
+# ----------------------------------------------------------------------------------------------------------
+
+
+def multinomial(p):
+    """One index for each row of `p` (B, V), drawn with these probabilities: torch.multinomial(p, 1), (B, 1).
+
+    That function takes V random numbers for a row. On a CPU one is enough: u in (0, 1] falls on the first index whose
+    cumulative probability reaches it. The same seed gives other indices, with the same probabilities.
+    """
+    if p.device.type != "cpu":
+        return torch.multinomial(p, 1)
+    cumulative = p.double().cumsum(-1)
+    u = 1 - torch.rand(len(p), 1, dtype=torch.double)
+    return torch.searchsorted(cumulative, u * cumulative[:, -1:])
+
+
+# ----------------------------------------------------------------------------------------------------------
 # Products of matrices on a GPU
 # ----------------------------------------------------------------------------------------------------------
 

@@ -469,7 +469,7 @@ def draw(logits):
             likelier = (ranked / ranked.sum(-1, keepdim=True)).cumsum(-1)[:, :-1]  # before each but the first
             ranked[:, 1:][likelier >= TOP_P] = 0
         p = torch.zeros_like(p).scatter(-1, order, ranked)
-    return torch.multinomial(p, 1)
+    return kernels.multinomial(p)  # torch.multinomial(p, 1)
 
 
 @torch.inference_mode()

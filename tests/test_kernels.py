@@ -278,3 +278,23 @@ def test_a_function_that_cannot_be_compiled_is_called_as_it_is(monkeypatch):
     for _ in range(2):
         assert double(torch.ones(2, device="meta"), 2).shape == (2,)
     assert calls == [{"dynamic": False}]  # tried once
+
+
+def test_an_index_is_drawn_with_its_probability(monkeypatch):
+    """Random numbers in equal steps fall on each index as often as its probability says; the ends of the range, and
+    a sum that is not one, do no harm."""
+    n = 10_000
+    p = torch.tensor([0.0, 0.2, 0.0, 0.5, 0.05, 0.25, 0.0]) * 3
+    monkeypatch.setattr(torch, "rand", lambda *shape, **_: (torch.arange(n, dtype=torch.double) / n)[:, None])
+    drawn = kernels.multinomial(p.expand(n, -1))
+    assert drawn.shape == (n, 1)
+    assert (torch.bincount(drawn[:, 0], minlength=7) / n - p / 3).abs().max() < 1.5 / n
+    for u, index in ((0.0, 5), (1 - 2.0**-53, 1)):  # 1 - u is one, and as small as it gets
+        monkeypatch.setattr(torch, "rand", lambda *shape, u=u, **_: torch.full((1, 1), u, dtype=torch.double))
+        assert kernels.multinomial(p[None]).item() == index
+
+
+def test_rows_are_drawn_independently():
+    torch.manual_seed(0)
+    drawn = kernels.multinomial(torch.full((2000, 2), 0.5))[:, 0]
+    assert 0.45 < drawn.float().mean() < 0.55 and 0.45 < (drawn[1:] == drawn[:-1]).float().mean() < 0.55
