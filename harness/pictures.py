@@ -31,6 +31,4 @@ def heat():
     """A map of values to colors, for `imshow`: the higher the darker, NaN (masked) pale blue."""
     from matplotlib import colormaps
 
-    colors = colormaps["Greys"].copy()
-    colors.set_bad(MASKED)
-    return colors
+    return colormaps["Greys"].with_extremes(bad=MASKED)
