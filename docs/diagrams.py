@@ -12,6 +12,7 @@ import importlib
 import json
 import re
 import sys
+from math import nan
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -23,7 +24,7 @@ import harness  # noqa: E402
 from bpe_tokenizer import BPETokenizer  # noqa: E402
 from data import vocabulary_file  # noqa: E402
 from harness.errors import FileError, UserError  # noqa: E402
-from harness.pictures import COLORS, MASKED  # noqa: E402
+from harness.pictures import COLORS, heat  # noqa: E402
 
 FOLDER = ROOT / "docs" / "pictures"
 WIDTH, DPI, FONT = 9, 150, 9  # inches: 900 pixels of a page are 100 to an inch
@@ -157,12 +158,13 @@ class Picture:
         self.axes.plot([x], [y], "+", ms=8, mec="black", mew=1.3, zorder=4)
 
     def grid(self, x, y, shades, cell=0.07):
-        """A matrix as small squares, from white (0) to black (1); None is masked. (x, y): its lower left corner."""
-        for i, row in enumerate(reversed(shades)):
-            for j, shade in enumerate(row):
-                color = MASKED if shade is None else str(round(1 - shade, 3))
-                self.rectangle(x + cell * (j + 0.5), y + cell * i, cell, cell, facecolor=color, edgecolor="#777777",
-                               linewidth=0.4)  # fmt: skip
+        """A matrix as small squares, from white (0) to black (1); NaN is masked. (x, y): its lower left corner."""
+        n, m = len(shades), len(shades[0])
+        self.drawn.append(["grid", round(x, 3), round(y, 3), cell, str(shades)])
+        self.boxes.append((x, y, x + cell * m, y + cell * n))
+        edges = x + cell * numpy.arange(m + 1), y + cell * numpy.arange(n + 1)
+        self.axes.pcolormesh(*edges, numpy.array(shades[::-1]), cmap=heat(), vmin=0, vmax=1, edgecolors="#777777",
+                             linewidth=0.4)  # fmt: skip
 
     def legend(self, rung, numbers, notes):
         """At the bottom: what is new but has no box, the legend, and what the letters mean."""
@@ -482,10 +484,10 @@ def draw_transformer(picture, numbers):
     if "alibi" in spec["new"]:
         slopes = ", ".join(f"1/{1 / slope:g}" for slope in numbers.module.alibi_slopes(sizes["H"]))
         inside.box("if ALiBi: add slope · (j − i)", f"slopes {slopes}", new=True)
-        picture.grid(7.5, inside.y - 0.44, [[1 - (i - j) / n if j <= i else None for j in range(n)] for i in range(n)])
+        picture.grid(7.5, inside.y - 0.44, [[1 - (i - j) / n if j <= i else nan for j in range(n)] for i in range(n)])
         inside.arrow()
     inside.box("mask", "query i sees keys j ≤ i", **new("mask"))
-    picture.grid(7.5, inside.y - 0.44, [[0.6 if j <= i else None for j in range(n)] for i in range(n)])
+    picture.grid(7.5, inside.y - 0.44, [[0.6 if j <= i else nan for j in range(n)] for i in range(n)])
     inside.arrow()
     inside.box("softmax over the keys", **new("softmax"))
     inside.arrow(s("B H T T", "\n= "))
