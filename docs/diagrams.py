@@ -199,7 +199,7 @@ class Picture:
         parameters, work = (sum(numbers.values()) for numbers in (self.numbers.parameters, self.numbers.work))
         self.text(0.2, top + 0.5, re.match(r"(.+?: .+?)\.", self.numbers.module.__doc__)[1], fontsize=12, weight="bold")
         self.text(0.2, top + 0.25, f"{parameters:,} parameters; work: " + (
-            f"{work:,} multiply-adds for each token (forward pass)" if work else "none, a table is looked up"
+            f"{work:,} multiply-adds for each token (forward pass)" if work else "none, since a table is only looked up"
         ))  # fmt: skip
         self.drawn.append(["height", round(top + 0.7, 3)])
         self.figure.set_size_inches(WIDTH, top + 0.7)
@@ -310,14 +310,14 @@ def draw_v1(picture, numbers):
     inside.arrow(f"{W} × {C} = {W * C} numbers")
     inside.box("hidden layer, tanh, last layer", new=True)
     inside.arrow("logits of the token at t+1")
-    picture.text(6.7, inside.y + 0.2, "tokens before the start of the text count as zeros", ha="center")
+    picture.text(6.7, inside.y + 0.2, "before the start of the window of T tokens: zeros", ha="center")
     inside.y += 0.3
     inside.panel(bottom, f"position t sees {W} tokens, itself the last", context)
     return picture.finish(column.y)
 
 
-NOTES = ["Also new: freed memory goes back to the system at once. The model is that of v1; so are its losses, up to "
-         "rounding."]  # fmt: skip
+NOTES = ["The model is that of v1, and so are its losses, up to rounding. Also new: freed memory goes back to the "
+         "system at once."]  # fmt: skip
 
 
 def draw_v1_1(picture, numbers):
@@ -346,7 +346,7 @@ def draw_v1_1(picture, numbers):
     column.y += 0.12
     picture.rectangle(2.0, start, 3.25, column.y - start, new=True, zorder=0, facecolor="white")
     column.arrow("loss, gradients")
-    column.box("backward pass of the layers below", "then their activations are freed", new=True, linestyle="--")
+    column.box("backward pass of the layers below", "then their activations are freed", new=True)
     column.y += 0.12
     picture.rectangle(2.0, picture.bottom, 3.6, column.y - picture.bottom, new=True, zorder=-1, facecolor="white")
     column.arrow("sums over the micro-batches")
@@ -382,13 +382,16 @@ TRANSFORMERS = {
         "notes": ["Of v1_1 two things stay: micro-batches, and token ids of 16 bits."],
     },
     "v3": {
-        "norm": "LayerNorm", "pre_norm": True, "activation": "GELU", "head": "the embedding again", "new": "norm activation head".split(),
-        "notes": ["Also new: more blocks; positions start as sinusoids, and the last matrix of each branch at zero; "
+        "norm": "LayerNorm", "pre_norm": True, "activation": "GELU",
+        "head": "embedding again", "new": "norm activation head".split(),
+        "notes": ["LayerNorm moves: it comes before each branch, and once more at the end.",
+                  "Also new: more blocks; positions start as sinusoids, and the last matrix of each branch at zero; "
                   "dropout of embeddings", "and branches, at a rate of {DROPOUT:g} here; AdamW, warm-up and cool-down "
                   "of the learning rate, clipped gradients."],
     },
     "v3_1": {
-        "norm": "RMSNorm", "pre_norm": True, "activation": "ReLU squared", "head": "last layer", "new": "norm activation head".split(),
+        "norm": "RMSNorm", "pre_norm": True, "activation": "ReLU squared",
+        "head": "last layer", "new": "norm activation head".split(),
         "notes": ["Also new: no biases; the last layer starts at zero; Muon trains the matrices of the blocks,",
                   "AdamW the embeddings and the last layer."],
     },
@@ -415,9 +418,9 @@ def draw_transformer(picture, numbers):
         column.arrow(s("B T C"))
         column.box(spec["norm"], "no parameters", **new("norm"))
     if numbers.parameters["positions"]:
-        column.arrow()
+        column.arrow(gap=0.38)
         column.plus()
-        beside = Column(picture, 3.35, column.y - 0.4, 1.9)
+        beside = Column(picture, 3.35, column.y - 0.42, 1.9)
         beside.box("learned positions", s("T C"), share("positions"), **new("positions"))
         picture.line((2.4, column.y - 0.09), (column.x + 0.09, column.y - 0.09))
         column.arrow(s("B T C"), gap=0.56, at=0.74)

@@ -78,12 +78,12 @@ def test_nothing_overlaps_and_nothing_is_cut(rung):
         for (other, _), b in texts.items():
             assert a is b or apart(a, b), (name, other)
         for b in picture.boxes:
-            assert apart(a, b) or inside(a, b, 0.02), (name, b)
+            assert apart(a, b) or inside(a, b, 0.04), (name, b)
         for (x0, y0), (x1, y1) in picture.segments:  # which are all horizontal or vertical
             assert apart(a, (min(x0, x1), min(y0, y1), max(x0, x1), max(y0, y1))), (name, (x0, y0))
     for i, a in enumerate(picture.boxes):
         assert inside(a, (0, 0, width, height), 0.03), a
-        assert all(apart(a, b) or inside(a, b) or inside(b, a) for b in picture.boxes[:i] if a != b), a
+        assert all(apart(a, b) or inside(a, b) or inside(b, a) for b in picture.boxes[:i]), a
 
 
 @pytest.mark.parametrize("rung", RUNGS)
