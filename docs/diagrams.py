@@ -12,7 +12,7 @@ import importlib
 import json
 import re
 import sys
-from math import nan
+from math import nan, prod
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -28,8 +28,8 @@ from harness.pictures import COLORS, heat  # noqa: E402
 
 FOLDER = ROOT / "docs" / "pictures"
 WIDTH, DPI, FONT = 9, 150, 9  # inches: 900 pixels of a page are 100 to an inch
-NEW = {"facecolor": "#FDE8D3", "edgecolor": COLORS[1], "linewidth": 2.4}
-OLD = {"facecolor": "white", "edgecolor": "#555555", "linewidth": 1.0}
+NEW = {"facecolor": "#FDE8D3", "edgecolor": COLORS[1], "linewidth": 2.8}
+OLD = {"facecolor": "white", "edgecolor": "#666666", "linewidth": 1.0}
 PALE = {"facecolor": "#F4F4F4", "edgecolor": "#AAAAAA", "linewidth": 0.8}
 EARLIER = {"v0": None, "v1": "v0", "v1_1": "v1", "v2": "v1", "v3": "v2", "v3_1": "v3", "v4_alibi_rope": "v3_1"}
 
@@ -37,22 +37,24 @@ EARLIER = {"v0": None, "v1": "v0", "v1_1": "v1", "v2": "v1", "v3": "v2", "v3_1":
 # Numbers
 # ----------------------------------------------------------------------------------------------------------
 
-# The parts of all models: name, the parameters that belong to it, its multiply-adds for one token in closed form.
+# The parts of all models: name, the parameters that belong to it, and its multiply-adds for one token, as a product.
+# L: blocks, C: width, T: tokens in a window, V: vocabulary, W: tokens of context, N: hidden units, F: inputs of the
+# last layer. A product with a letter that a rung does not have is 0.
 PARTS = [
-    ("table", r"table", ""),
-    ("tokens", r"embedding\.weight", ""),
-    ("positions", r"position_embedding\.weight", ""),
-    ("hidden", r"hidden\..*", "W * C * N"),
-    ("norm_1", r"blocks\.\d+\.norm_1\..*", ""),
-    ("qkv", r"blocks\.\d+\.attention\.qkv\..*", "L * 3 * C * C"),
-    ("scores", None, "L * T * C"),  # H products of D numbers with each of T keys
-    ("mean", None, "L * T * C"),
-    ("proj", r"blocks\.\d+\.attention\.proj\..*", "L * C * C"),
-    ("norm_2", r"blocks\.\d+\.norm_2\..*", ""),
-    ("widen", r"blocks\.\d+\.mlp\.(0|fc)\..*", "L * 4 * C * C"),
-    ("narrow", r"blocks\.\d+\.mlp\.(2|proj)\..*", "L * 4 * C * C"),
-    ("norm", r"norm\..*", ""),
-    ("head", r"head\..*", "V * F"),
+    ("table", r"table", 0),
+    ("tokens", r"embedding\.weight", 0),
+    ("positions", r"position_embedding\.weight", 0),
+    ("hidden", r"hidden\..*", "W C N"),
+    ("norm_1", r"blocks\.\d+\.norm_1\..*", 0),
+    ("qkv", r"blocks\.\d+\.attention\.qkv\..*", "L 3 C C"),
+    ("scores", None, "L T C"),  # H products of D numbers with each of T keys
+    ("mean", None, "L T C"),
+    ("proj", r"blocks\.\d+\.attention\.proj\..*", "L C C"),
+    ("norm_2", r"blocks\.\d+\.norm_2\..*", 0),
+    ("widen", r"blocks\.\d+\.mlp\.(0|fc)\..*", "L 4 C C"),
+    ("narrow", r"blocks\.\d+\.mlp\.(2|proj)\..*", "L 4 C C"),
+    ("norm", r"norm\..*", 0),
+    ("head", r"head\..*", "V F"),
 ]  # fmt: skip
 ATTENTION, MLP = ("qkv", "scores", "mean", "proj"), ("widen", "narrow")
 
@@ -71,15 +73,14 @@ class Numbers:
         names = {"T": "BLOCK_SIZE", "C": "N_EMBD", "L": "N_LAYER", "H": "N_HEAD", "W": "CONTEXT_SIZE", "N": "N_HIDDEN"}
         self.sizes = {letter: values[name] for letter, name in names.items() if name in values}
         self.sizes |= {"B": values.get("MICRO_BATCH_SIZE", values["BATCH_SIZE"]), "V": vocabulary.vocab_size}
-        self.sizes["F"] = self.sizes.get("N", self.sizes.get("C"))  # numbers that the last layer sees of a token
+        self.sizes["F"] = self.sizes.get("N", self.sizes.get("C", 0))
         if "H" in self.sizes:
             self.sizes["D"] = self.sizes["C"] // self.sizes["H"]
         self.parameters = {part: 0 for part, *_ in PARTS}
         for name, p in self.model.named_parameters():  # a matrix that is used twice comes once
             (part,) = (part for part, pattern, _ in PARTS if pattern and re.fullmatch(pattern, name))
             self.parameters[part] += p.numel()
-        has = {"hidden": "N" in self.sizes, "head": rung != "v0"}
-        self.work = {part: eval(work, {}, self.sizes) if work and has.get(part, "L" in self.sizes) else 0
+        self.work = {part: work and prod(int(x) if x.isdigit() else self.sizes.get(x, 0) for x in work.split())
                      for part, _, work in PARTS}  # fmt: skip
 
     def shares(self, *parts):
@@ -285,19 +286,26 @@ def draw_v0(picture, numbers):
     return picture.finish(column.y)
 
 
-def draw_v1(picture, numbers):
-    s, share, (W, C, N, V) = numbers.shape, numbers.share_line, (numbers.sizes[letter] for letter in "WCNV")
-    column = Column(picture, 1.6, picture.bottom, 2.8)
+def draw_context(column, numbers, new):
+    """v1 and v1_1 up to the hidden layer."""
+    s, W, C, N = numbers.shape, *(numbers.sizes[letter] for letter in "WCN")
     column.arrow(f"ids {s('B T')}")
-    column.box("token embedding " + s("V C"), share("tokens"), new=True)
+    column.box("token embedding " + s("V C"), numbers.share_line("tokens"), new=new)
     column.arrow(s("B T C"))
-    context = column.box(f"the last {W} tokens, side by side", "no parameters", new=True)
+    context = column.box(f"the last {W} tokens, side by side", "no parameters", new=new)
     column.arrow(s(f"B T {W}C"))
-    column.box(f"hidden layer, {W * C} → {N}", share("hidden"), new=True)
+    column.box(f"hidden layer, {W * C} → {N}", numbers.share_line("hidden"), new=new)
     column.arrow(s("B T N"))
-    column.box("tanh", new=True)
-    column.arrow(s("B T N"))
-    column.box(f"last layer, {N} → {V}", share("head"), new=True)
+    column.box("tanh", new=new)
+    return context
+
+
+def draw_v1(picture, numbers):
+    W, C, N, V = (numbers.sizes[letter] for letter in "WCNV")
+    column = Column(picture, 1.6, picture.bottom, 2.8)
+    context = draw_context(column, numbers, new=True)
+    column.arrow(numbers.shape("B T N"))
+    column.box(f"last layer, {N} → {V}", numbers.share_line("head"), new=True)
     column.loss(numbers)
 
     cell, bottom = 0.5, picture.bottom + 0.5
@@ -316,29 +324,17 @@ def draw_v1(picture, numbers):
     return picture.finish(column.y)
 
 
-NOTES = ["The model is that of v1, and so are its losses, up to rounding. Also new: freed memory goes back to the "
-         "system at once."]  # fmt: skip
-
-
 def draw_v1_1(picture, numbers):
-    s, share, sizes, module = numbers.shape, numbers.share_line, numbers.sizes, numbers.module
-    (B, T, W, C, N, V), batch = (sizes[letter] for letter in "BTWCNV"), module.BATCH_SIZE
-    tokens, chunk = B * T, min(module.CHUNK_SIZE, B * T)
+    B, T, W, C, N, V = (numbers.sizes[letter] for letter in "BTWCNV")
+    batch, tokens, chunk = numbers.module.BATCH_SIZE, B * T, min(numbers.module.CHUNK_SIZE, B * T)
     column = Column(picture, 2.0, picture.bottom + 0.3, 2.9)
     picture.text(0.35, picture.bottom + 0.15, f"for each of {batch // B} micro-batches of {B} windows:")
-    column.arrow(f"ids {s('B T')}")
-    column.box("token embedding " + s("V C"), share("tokens"))
-    column.arrow(s("B T C"))
-    column.box(f"the last {W} tokens, side by side", "no parameters")
-    column.arrow(s(f"B T {W}C"))
-    column.box(f"hidden layer, {W * C} → {N}", share("hidden"))
-    column.arrow(s("B T N"))
-    column.box("tanh")
+    draw_context(column, numbers, new=False)
     column.arrow(f"(B · T, N) = ({tokens}, {N})")
     start = column.y
     picture.text(0.5, start + 0.15, f"for each of {-(-tokens // chunk)} chunks of {chunk} tokens:")
     column.y += 0.3
-    column.box(f"last layer, {N} → {V}", share("head"))
+    column.box(f"last layer, {N} → {V}", numbers.share_line("head"))
     column.arrow()
     column.box(f"logits (chunk, V) = ({chunk}, {V})", "overwritten by the next chunk", new=True, linestyle="--")
     column.arrow()
@@ -515,12 +511,17 @@ def draw_transformer(picture, numbers):
     return picture.finish(max(column.y, inside.y + 0.1))
 
 
+DRAWN_BY = {"v0": draw_v0, "v1": draw_v1, "v1_1": draw_v1_1}
+NOTES = {"v1_1": ["The model is that of v1, and so are its losses, up to rounding. Also new: freed memory goes back to "
+                  "the system at once."]}  # fmt: skip
+NOTES |= {rung: transformer["notes"] for rung, transformer in TRANSFORMERS.items()}
+
+
 def draw(rung, **constants):
-    """The Picture of a rung. Those of v4's models that differ in positions have the same numbers."""
+    """The Picture of a rung, with the constants that its file sets, or with others."""
     numbers = Numbers(rung, **constants)
-    notes = {"v1_1": NOTES}.get(rung) or TRANSFORMERS.get(rung, {"notes": ()})["notes"]
-    picture = Picture(rung, numbers, [note.format_map(vars(numbers.module)) for note in notes])
-    return globals().get(f"draw_{rung}", draw_transformer)(picture, numbers)
+    picture = Picture(rung, numbers, [note.format_map(vars(numbers.module)) for note in NOTES.get(rung, ())])
+    return DRAWN_BY.get(rung, draw_transformer)(picture, numbers)
 
 
 def main():

@@ -35,7 +35,7 @@ OWN_TESTS = {  # those to run first
     "harness/flops.py": "test_flops.py", "benchmarks/training.py": "test_benchmark_training.py",
     "benchmarks/steps.py": "test_benchmark_training.py", "harness/checks.py": "test_checks.py",
     "harness/arguments.py": "test_checks.py", "benchmarks/ngram.py": "test_ngram.py",
-    "benchmarks/mixture.py": "test_ngram.py", "data/hub.py": "test_hub.py",
+    "benchmarks/mixture.py": "test_ngram.py", "data/hub.py": "test_hub.py", "docs/diagrams.py": "test_diagrams.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
@@ -50,6 +50,7 @@ REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
 IDENTITY, STORE, RESULT_CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
 FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
 N_GRAM, MIXTURE = "benchmarks/ngram.py", "benchmarks/mixture.py"
+DIAGRAMS = "docs/diagrams.py"
 CLOCK, SIGNALS = "harness/clock.py", "harness/signals.py"
 RESUMED = "resum or killed or finished or damaged"
 EVALUATED = '            metrics = evaluate(model, tokens["val"])\n'
@@ -807,6 +808,12 @@ FAULTS = [
     (RUN, "the compile step trains", "                model.zero_grad()\n", "", "compiled"),
     (RUN, "handlers of signals stay", "            self.caught.close()\n        self.stack.close()",
      "            pass\n        self.stack.close()", "left_as_it_was"),
+    # pictures of the models
+    (DIAGRAMS, "a product is left out", '("mean", None, "L T C")', '("mean", None, 0)', "torch"),
+    (DIAGRAMS, "a parameter without a part", '("norm", r"norm\\..*", 0)', '("norm", None, 0)', "parameter"),
+    (DIAGRAMS, "labels on their arrows", "[0] + 0.1, self.y", "[0] - 0.1, self.y", "overlaps"),
+    (DIAGRAMS, "a box without its share", 'share("proj"), **new', '"", **new', "shown"),
+    (DIAGRAMS, "words count for nothing in a file", "round(y, 3), words, ha", "round(y, 3), ha", "changes"),
     # counting
     (N_GRAM, "shorter sequences are counted like the longest", "            if n < order:", "            if False:"),
     (N_GRAM, "one discount", "discounts(count)[np.minimum(count, 3)]", "discounts(count)[np.minimum(count, 1)]"),
@@ -902,8 +909,8 @@ FAULTS = [
 
 
 def all_tests(file):
-    others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, "convert_hf.py": ("test_convert.py",),
-              "convert_gguf.py": ("test_gguf.py",)}
+    others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, DIAGRAMS: ("test_diagrams.py",),
+              "convert_hf.py": ("test_convert.py",), "convert_gguf.py": ("test_gguf.py",)}
     names = next((names for start, names in others.items() if file.startswith(start)), TESTS)
     return [f"tests/{name}" for name in names]
 
@@ -946,6 +953,7 @@ def copy_tree(folder):
     """What the tests need, without what was made by earlier runs."""
     ignore = shutil.ignore_patterns(".*", "runs", "*.pt", "*.png", "__pycache__", "notebooks")
     shutil.copytree(ROOT, folder, ignore=ignore)
+    shutil.copytree(ROOT / "docs" / "pictures", folder / "docs" / "pictures", dirs_exist_ok=True)
     return folder
 
 

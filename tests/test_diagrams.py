@@ -7,7 +7,7 @@ import pytest
 from PIL import Image
 
 import harness
-from common import ROOT, RUNGS, random_ids
+from common import ROOT, RUNGS, V4, random_ids
 from harness import flops
 
 pytest.importorskip("matplotlib")
@@ -95,6 +95,14 @@ def test_the_committed_picture_is_current(rung):
         assert image.text["Drawn"] == picture.fingerprint()
         assert image.size == picture.canvas.get_width_height()
     assert path.stat().st_size < 120_000
+
+
+def test_rope_and_alibi_share_a_picture():
+    assert diagrams.draw(V4, POSITION="rope").fingerprint() == picture_of(V4).fingerprint()
+
+
+def test_a_picture_changes_with_the_rung():
+    assert diagrams.draw("v1", N_HIDDEN=300).fingerprint() != picture_of("v1").fingerprint()
 
 
 def test_there_is_a_picture_of_each_rung():
