@@ -1,0 +1,97 @@
+"""Checks of sampling.py: against `draw` of v0.py, and plain loops."""
+
+from unittest import mock
+
+import torch
+
+import harness
+import v0
+from exercises.checking import compare, expect, fail, has_nan, random
+
+LOGITS = torch.tensor([0.3, -1.0, 2.0, 0.9, -2.0, 1.4])
+
+
+def drawn_from(logits, **constants):
+    """The probabilities that v0 draws from, (V,)."""
+    with harness.override(vars(v0), **constants), mock.patch("torch.multinomial", lambda p, n: p / p.sum()):
+        return v0.draw(logits[None])[0]
+
+
+def test_with_temperature(my):
+    for temperature in (0.5, 1.0, 2.0):
+        compare(my.with_temperature(LOGITS, temperature), drawn_from(LOGITS, TEMPERATURE=temperature), {
+            "the logits are multiplied by the temperature, not divided": (LOGITS * temperature).softmax(-1),
+            "the temperature has no influence": LOGITS.softmax(-1),
+            "the probabilities are divided by the temperature; it should be the logits, before the softmax":
+                LOGITS.softmax(-1) / temperature,
+            "these are logits: the softmax is missing": LOGITS / temperature,
+        }, f"with_temperature(logits, {temperature})")  # fmt: skip
+    answer = my.with_temperature(LOGITS, 0)
+    if has_nan(answer):
+        fail("at temperature 0 the logits become infinite, and the result nan: it needs a case of its own")
+    compare(answer, torch.eye(6)[2], what="with_temperature(logits, 0)")
+
+
+def test_top_k(my):
+    p = LOGITS.softmax(-1)
+    for k in (1, 3, 6):
+        right = drawn_from(LOGITS, TOP_K=k, TEMPERATURE=1.0)
+        smallest = torch.where(p <= p.sort().values[k - 1], p, 0)
+        compare(my.top_k(p.clone(), k), right, {
+            "the rest does not sum to 1: divide by its sum": torch.where(right > 0, p, 0),
+            "the smallest probabilities are kept, not the largest": smallest / smallest.sum(),
+            "the probabilities have lost their places: they are sorted": right.sort(descending=True).values,
+            "the softmax of probabilities is not what scales them: divide by their sum":
+                torch.where(right > 0, p, -torch.inf).softmax(-1),
+        }, f"top_k(p, {k})")  # fmt: skip
+
+
+def test_top_p(my):
+    p = torch.tensor([0.05, 0.4, 0.1, 0.25, 0.2])
+    logits, order = p.log(), [1, 3, 4, 2, 0]
+    for share, n in ((0.3, 1), (0.5, 2), (0.7, 3), (0.97, 5), (1.0, 5)):
+        right = drawn_from(logits, TOP_P=share, TEMPERATURE=1.0)
+
+        def first(n):
+            kept = torch.zeros(5)
+            kept[order[:n]] = p[order[:n]]
+            return kept / kept.sum()
+
+        short = first(n - 1) if n > 1 else torch.full((5,), torch.nan)
+        answer = my.top_p(p.clone(), share)
+        if n == 1 and has_nan(answer):
+            fail("nothing is left where the likeliest token alone exceeds `share`: it should always stay")
+        compare(answer, right, {
+            "the token with which the sum reaches `share` should stay": short,
+            "the rest does not sum to 1: divide by its sum": torch.where(right > 0, p, 0),
+            "the probabilities have lost their places: they are sorted": right.sort(descending=True).values,
+            "tokens with a probability above 1 - share are kept; what counts is the sum from the likeliest on":
+                torch.where(p > 1 - share, p, 0) / p[p > 1 - share].sum(),
+        }, f"top_p(p, {share})")  # fmt: skip
+
+
+def test_generate_greedily(my):
+    block_size, weights = 4, random(11, 11, seed=3)
+
+    def model(idx):
+        expect(isinstance(idx, torch.Tensor) and idx.dim() == 2 and len(idx) == 1,
+               "the model takes a tensor (1, T)")  # fmt: skip
+        expect(idx.size(1) <= block_size,
+               f"the model got {idx.size(1)} tokens; it takes at most {block_size}: cut the text to its end")
+        return (weights[idx] * (1 + torch.arange(idx.size(1)))[:, None]).cumsum(1)  # it depends on the whole window
+
+    prompt, text = [2, 5, 1], [2, 5, 1]
+    while len(text) < 12:
+        text.append(int(model(torch.tensor([text[-4:]]))[0, -1].argmax()))
+    answer = my.generate_greedily(model, prompt, 9, block_size)
+    expect(prompt == [2, 5, 1], "the list of the prompt is changed; work on a copy: list(ids)")
+    first = int(model(torch.tensor([prompt]))[0, 0].argmax())
+    stuck = int(model(torch.tensor([prompt]))[0, -1].argmax())
+    compare(answer, text[3:], {
+        "the result should be the new tokens alone, without the prompt": text,
+        "each new token should become part of the text before the next one is predicted": [stuck] * 9,
+        "a token too few": text[3:-1],
+    }, "the continuation")  # fmt: skip
+    compare(my.generate_greedily(model, prompt, 1, block_size), [stuck], {
+        "the next token comes from the logits of the last place, not of the first": [first],
+    }, "the continuation by one token")  # fmt: skip
