@@ -7,6 +7,7 @@ import pytest
 import torch
 
 ROOT = Path(__file__).resolve().parents[1]
+NOTHING = "is None: is a `return` missing?"
 
 
 def fail(words):
@@ -57,12 +58,12 @@ def equal(a, b, tolerance=1e-4):
 def difference(answer, right, what, tolerance):
     """In words, how `answer` differs from `right`."""
     if answer is None:
-        return f"{what} is None: is a `return` missing?"
-    if isinstance(right, tuple):
-        if not isinstance(answer, (list, tuple)) or len(answer) != len(right):
-            return f"{what} should be {len(right)} values, separated by commas"
-        k = [equal(a, r, tolerance) for a, r in zip(answer, right)].index(False)
-        return difference(answer[k], right[k], f"{what} number {k + 1}", tolerance)
+        return f"{what} {NOTHING}"
+    if isinstance(right, (list, tuple)) and isinstance(answer, (list, tuple)) and len(str(right)) > 80:
+        k = next((k for k, pair in enumerate(zip(answer, right)) if not equal(*pair, tolerance)), None)
+        if k is None:
+            return f"{what} should have {len(right)} values, and has {len(answer)}"
+        return difference(answer[k], right[k], f"{what}[{k}]", tolerance)
     if not isinstance(right, torch.Tensor):
         return f"{what} is not right\n  yours: {answer!r}\n  right: {right!r}"
     if not isinstance(answer, torch.Tensor):
@@ -89,6 +90,8 @@ def rounded(x):
 def check_causal(function, x):
     """Fail if an output of `function`, of tokens x (..., T, C), changes when a later token changes."""
     before, T = function(x), x.size(-2)
+    expect(isinstance(before, torch.Tensor) and before.shape[:-1] == x.shape[:-1],
+           "there should be one output for each token" if before is not None else "the result " + NOTHING)  # fmt: skip
     for later in range(1, T):
         changed = x.clone()
         changed[..., later, :] += 1

@@ -83,15 +83,16 @@ def test_generate_greedily(my):
     prompt, text = [2, 5, 1], [2, 5, 1]
     while len(text) < 12:
         text.append(int(model(torch.tensor([text[-4:]]))[0, -1].argmax()))
-    answer = my.generate_greedily(model, prompt, 9, block_size)
-    expect(prompt == [2, 5, 1], "the list of the prompt is changed; work on a copy: list(ids)")
     first = int(model(torch.tensor([prompt]))[0, 0].argmax())
     stuck = int(model(torch.tensor([prompt]))[0, -1].argmax())
+    compare(my.generate_greedily(model, prompt, 1, block_size), [stuck], {
+        "the next token comes from the logits of the last place, not of the first": [first],
+        "the result should be the new tokens alone, without the prompt": [*prompt, stuck],
+    }, "the continuation by one token")  # fmt: skip
+    answer = my.generate_greedily(model, prompt, 9, block_size)
+    expect(prompt == [2, 5, 1], "the list of the prompt is changed; work on a copy: list(ids)")
     compare(answer, text[3:], {
         "the result should be the new tokens alone, without the prompt": text,
         "each new token should become part of the text before the next one is predicted": [stuck] * 9,
         "a token too few": text[3:-1],
     }, "the continuation")  # fmt: skip
-    compare(my.generate_greedily(model, prompt, 1, block_size), [stuck], {
-        "the next token comes from the logits of the last place, not of the first": [first],
-    }, "the continuation by one token")  # fmt: skip

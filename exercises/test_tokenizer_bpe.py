@@ -10,7 +10,8 @@ TEXT = (ROOT / "data" / "input.txt").read_text(encoding="utf-8").encode("ascii",
 
 def test_pretokenize(my):
     patterns = {
-        "a space belongs to the word that follows it": r"'(?:[stmd]|ll|ve|re)|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]+|\s+",
+        "a space belongs to the word that follows it":
+            r"'(?:[stmd]|ll|ve|re)|[A-Za-z]+|[0-9]+|[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
         "letters and digits should be separate pre-tokens":
             r"'(?:[stmd]|ll|ve|re)| ?[A-Za-z0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
         "contractions are not cut off: 's is one pre-token": r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
@@ -27,7 +28,7 @@ def test_pretokenize(my):
 
 
 def test_best_pair(my):
-    compare(my.best_pair([([1, 2], 3), ([8, 9, 8, 9], 1), ([4, 8, 9], 1)]), (1, 2), {
+    compare(my.best_pair([([1, 2], 4), ([8, 9, 8, 9], 1), ([4, 8, 9], 1)]), (1, 2), {
         "the pairs of a pre-token count as often as the pre-token occurs; here each pre-token counts once": (8, 9),
     })  # fmt: skip
     compare(my.best_pair([([5, 6], 2), ([3, 9], 2), ([3, 7], 2)]), (3, 7), {
@@ -62,6 +63,7 @@ def test_merge(my):
 def test_learn_merges(my):
     compare(my.learn_merges({b"ab": 2, b"abc": 3, b"d": 9}, 10), [(97, 98), (256, 99)], {
         "after the first merge its token, 256, should take part in pairs": [(97, 98), (98, 99)],
+        "the first merge makes id 256, the second 257, and so on": [(97, 98), (257, 99)],
     })  # fmt: skip
     counts = bpe_tokenizer.count_pretokens(TEXT[:4000])
     right = bpe_tokenizer.learn_merges(counts, 30)

@@ -85,5 +85,5 @@ def test_gradients_in_chunks(my):
         "what the chunks give for weight and bias should be added; here the last chunk replaces it":
             (d @ weight, *gradients(d[8:], x[8:])[1:]),
         "the one-hot of the target is missing": gradients(d + F.one_hot(targets, V) / len(x)),
-    }, "the gradient")  # fmt: skip
+    }, "(d_x, d_weight, d_bias)")  # fmt: skip
     expect(rows.most <= 4, f"{rows.most} rows of logits or of their gradients exist at once; a chunk has 4")

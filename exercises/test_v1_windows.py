@@ -19,15 +19,14 @@ def test_batch_of_windows(my):
         "the last target is the first token of its window: take one more token from the text": (x, x.roll(-1, 1)),
         "inputs and targets are exchanged": (y, x),
         "the windows have a token too few": (x[:, :-1], y[:, :-1]),
-    }, "the batch, value")  # fmt: skip
+    }, "(x, y)")  # fmt: skip
 
 
 def test_batches_in_epoch(my):
     for n, B, T in ((1000, 4, 10), (419, 4, 10), (410, 4, 10), (409, 4, 10), (16 * 128 * 3, 16, 128), (5000, 7, 9)):
         answer, tokens = my.batches_in_epoch(n, B, T), B * T
         compare(answer, (n - T) // tokens, {
-            "at the largest offset, the last windows reach beyond the end of the text": n // tokens,
-            "the last window needs one more token, and an offset may cost up to T - 1 tokens": (n - 1) // tokens,
+            "at the largest offset, T - 1, the last window or its target is beyond the end of the text": n // tokens,
             "these are the windows of an epoch: a batch has batch_size of them": (n - T) // T,
         }, f"batches_in_epoch({n}, {B}, {T})")  # fmt: skip
         expect(isinstance(answer, int), "the number of batches should be an int: divide with //")

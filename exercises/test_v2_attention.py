@@ -68,7 +68,7 @@ def test_split_heads(my):
             tuple(qkv.view(3, B, H, T, D)),
         "in `qkv` come the queries of all heads, then their keys; not head by head": tuple(by_head),
         "a head has D numbers that are neighbours, not every H-th number": tuple(interleaved),
-    }, "queries, keys and values: tensor")  # fmt: skip
+    }, "(q, k, v)")  # fmt: skip
 
 
 def test_join_heads(my):

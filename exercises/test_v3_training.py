@@ -113,7 +113,7 @@ def test_clip_gradients(my):
             [g * 0.5 / sum(g.norm().item() for g in gradients) for g in gradients],
         "the root is missing: the norm is the root of the sum of squares": [g * 0.5 / norm**2 for g in gradients],
         "nothing is clipped": gradients,
-    }, "the clipped gradients", tolerance=1e-5)  # fmt: skip
+    }, "the list of clipped gradients", tolerance=1e-5)  # fmt: skip
     compare(my.clip_gradients([g.clone() for g in gradients], 100.0), gradients, {
         "small gradients are scaled up; they should stay as they are": [g * 100 / norm for g in gradients],
     }, "gradients with a small norm")  # fmt: skip
@@ -149,12 +149,13 @@ def test_adamw_step(my):
         param.grad = grad.clone()
         optimizer.step()
     state = optimizer.state[param]
-    frozen = start.clone(), grads[0].clone(), torch.zeros(6), torch.zeros(6)
+    values = start, grads[0], grads[1], grads[2].square()
+    frozen = tuple(x.clone() for x in values)
     answer = my.adamw_step(*frozen, 1, lr, betas, eps, decay)
     if not isinstance(answer, tuple) or len(answer) != 3:
         fail("the result should be three tensors: return p, m, v")
-    unchanged = all(torch.equal(x, y) for x, y in zip(frozen, (start, grads[0], torch.zeros(6), torch.zeros(6))))
-    expect(unchanged, "what comes in is changed in place: write m = b1 * m + ..., not m *= b1")
+    expect(all(torch.equal(x, y) for x, y in zip(frozen, values)),
+           "what comes in is changed in place: write m = b1 * m + ..., not m *= b1")  # fmt: skip
     answer = by(lambda p, grad, m, v, step: my.adamw_step(p, grad, m, v, step, lr, betas, eps, decay))
     right = param.detach(), state["exp_avg"], state["exp_avg_sq"]
     m, v = right[1:]
@@ -169,7 +170,7 @@ def test_adamw_step(my):
     }, "p after three steps", tolerance=1e-5)  # fmt: skip
     compare(answer[1:], (m, v), {
         "m and v come back corrected; the correction is for this step alone": (m / (1 - b1**3), v / (1 - b2**3)),
-    }, "m and v after three steps: tensor")  # fmt: skip
+    }, "(m, v) after three steps")  # fmt: skip
 
 
 def test_weight_decay_groups(my):
@@ -188,7 +189,7 @@ def test_weight_decay_groups(my):
         "embeddings are matrices, and decay": split(
             lambda name: name.endswith("weight") and "norm" not in name and "embedding" not in name),
         "the two lists are exchanged: first come those that decay": right[::-1],
-    }, "the groups, list")  # fmt: skip
+    }, "(those that decay, the others)")  # fmt: skip
 
 
 def test_n_parameters(my):

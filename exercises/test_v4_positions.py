@@ -21,7 +21,7 @@ def test_rope_angles(my):
         "the table is transposed: a row should belong to a position": (t[:, None] * base ** (-2 * i / D)).T,
     }, "the angles")  # fmt: skip
     cos, sin = v4.rope_table(t, D, base)
-    compare((answer.cos(), answer.sin()), (cos, sin), what="cosines and sines: tensor")
+    compare((answer.cos(), answer.sin()), (cos, sin), what="(cosines, sines)")
 
 
 def test_rotate(my):
@@ -115,6 +115,6 @@ def test_attend_with_cache(my):
             "keys and values are exchanged in the cache": (v[:, :, : t + 1], k[:, :, : t + 1]),
             "the cache should hold the new token too": (k[:, :, :t], v[:, :, :t]),
             "the cache holds the new token alone": (k[:, :, t : t + 1], v[:, :, t : t + 1]),
-        }, f"the cache after token {t}: tensor")  # fmt: skip
+        }, f"the cache (keys, values) after token {t}")  # fmt: skip
         answers.append(y)
     compare(torch.cat(answers, 2), right, what="the outputs of all tokens")

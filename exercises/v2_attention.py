@@ -73,7 +73,7 @@ def layer_norm(x, weight, bias):
     plus `bias`, both (C,). The variance is the mean of the squared distances from the mean: divide by C, not by C - 1.
 
     >>> layer_norm(torch.tensor([[[1.0, 3.0]]]), torch.ones(2), torch.tensor([0.0, 10.0]))
-    tensor([[[-1., 11.]]])
+    tensor([[[-1.0000, 11.0000]]])
 
     Hint: mean(-1, keepdim=True).
     Read: v2.py, `Block`; Ba et al. 2016, arXiv:1607.06450, equation 3.

@@ -58,7 +58,7 @@ def lr_factor(step, max_steps, warmup_steps, cooldown):
     rise and fall overlap, the smaller counts.
 
     >>> [lr_factor(step, 10, 2, 0.4) for step in range(10)]
-    [0.5, 1, 1, 1, 1, 1, 1.0, 0.75, 0.5, 0.25]
+    [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
     Hint: the smallest of three numbers.
     Read: v3.py, `lr_factor`.
