@@ -25,6 +25,8 @@ def compare(answer, right, mistakes=None, what="the result", tolerance=1e-4):
 
     mistakes: {words: what the function would return if it made this mistake}.
     """
+    if isinstance(right, (list, tuple)) and isinstance(answer, torch.Tensor) and answer.dim():
+        answer = tuple(answer)  # a tensor can be unpacked as well
     if not equal(answer, right, tolerance):
         notice(answer, mistakes or {}, tolerance)
         fail(difference(answer, right, what, tolerance))
@@ -64,6 +66,8 @@ def difference(answer, right, what, tolerance):
         if k is None:
             return f"{what} should have {len(right)} values, and has {len(answer)}"
         return difference(answer[k], right[k], f"{what}[{k}]", tolerance)
+    if isinstance(right, (list, tuple)) and not isinstance(answer, (list, tuple)):
+        return f"{what} is of type {type(answer).__name__}; it should be a {type(right).__name__}"
     if not isinstance(right, torch.Tensor):
         return f"{what} is not right\n  yours: {answer!r}\n  right: {right!r}"
     if not isinstance(answer, torch.Tensor):

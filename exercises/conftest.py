@@ -26,13 +26,17 @@ def my(request):
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item, call):
-    """A gap is one line and no traceback."""
+    """A gap, or an error in an answer, is a line or two and no traceback."""
     report = yield
-    if call.excinfo and call.excinfo.errisinstance(NotImplementedError) and str(call.excinfo.value) == "your turn":
-        gap = call.excinfo.traceback[-1]
-        line = gap.frame.code.firstlineno + 1
-        report.unwritten = line, gap.name
-        report.longrepr = f"{UNWRITTEN}: {gap.name}, in line {line} of {gap.path}"
+    if call.excinfo:
+        answers = Path(item.path).name.removeprefix("test_")
+        places = [place for place in call.excinfo.traceback if Path(place.path).name == answers]
+        if places and call.excinfo.errisinstance(NotImplementedError) and str(call.excinfo.value) == "your turn":
+            report.unwritten = places[-1].lineno, places[-1].name
+            report.longrepr = f"{UNWRITTEN}: {places[-1].name}"
+        elif places:
+            line = str(places[-1].statement).strip()
+            report.longrepr = f"{call.excinfo.exconly()}\nin {answers}, line {places[-1].lineno + 1}: {line}"
     return report
 
 

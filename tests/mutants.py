@@ -36,6 +36,8 @@ OWN_TESTS = {  # those to run first
     "benchmarks/steps.py": "test_benchmark_training.py", "harness/checks.py": "test_checks.py",
     "harness/arguments.py": "test_checks.py", "benchmarks/ngram.py": "test_ngram.py",
     "benchmarks/mixture.py": "test_ngram.py", "data/hub.py": "test_hub.py", "docs/diagrams.py": "test_diagrams.py",
+    "exercises/checking.py": "test_exercises.py", "exercises/conftest.py": "test_exercises.py",
+    "exercises/v2_attention.py": "test_exercises.py", "exercises/solutions/v4_positions.py": "test_exercises.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
@@ -905,12 +907,25 @@ FAULTS = [
      "os.O_RDWR | os.O_CREAT | os.O_TRUNC |"),
     ("harness/files.py", "a file system without locks ends the program", "            held = None\n",
      "            raise\n"),
+    ("exercises/checking.py", "a mistake is not named", "        notice(answer, mistakes or {}, tolerance)\n", ""),
+    ("exercises/checking.py", "an exercise lets the future leak", "if place < later and", "if place > later and"),
+    ("exercises/checking.py", "an answer of another shape is right", "a.shape != b.shape", "a.numel() != b.numel()"),
+    ("exercises/conftest.py", "a gap counts as a failure",
+     "            report.unwritten = places[-1].lineno, places[-1].name\n", ""),
+    ("exercises/conftest.py", "an error in an answer shows the source of its check",
+     '            report.longrepr = f"{call', '            _ = f"{call'),
+    ("exercises/conftest.py", "the option for the solutions checks the answers", '"exercises.solutions" if',
+     '"exercises" if'),
+    ("exercises/v2_attention.py", "the example of an exercise is wrong", "[[0, 1, 1], [0, 0, 1], [0, 0, 0]]",
+     "[[1, 1, 1], [0, 1, 1], [0, 0, 1]]"),
+    ("exercises/solutions/v4_positions.py", "a solution is wrong", "2 ** (-8 * h / n_head)", "2 ** (-4 * h / n_head)"),
 ]  # fmt: skip
 
 
 def all_tests(file):
     others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, DIAGRAMS: ("test_diagrams.py",),
-              "convert_hf.py": ("test_convert.py",), "convert_gguf.py": ("test_gguf.py",)}
+              "convert_hf.py": ("test_convert.py",), "convert_gguf.py": ("test_gguf.py",),
+              "exercises/": ("test_exercises.py",)}
     names = next((names for start, names in others.items() if file.startswith(start)), TESTS)
     return [f"tests/{name}" for name in names]
 
