@@ -128,6 +128,18 @@ def summarize(run, results):
     }  # fmt: skip
 
 
+def evaluation_line(record):
+    """What is printed of an evaluation, a record of log.jsonl."""
+    train_loss = "-" if record["train_loss"] is None else f"{record['train_loss']:.4f}"
+    return (f"step {record['step']:5}  {record['seconds']:5.0f} s  training loss {train_loss:>6}  val loss "
+            f"{record['val_loss']:.4f}  val bpb {record['val_bpb']:.4f}")  # fmt: skip
+
+
+def stopped_early(constants):
+    """What is printed of a run that has ended before MAX_STEPS."""
+    return f"stopped early: no better validation loss in {constants['PATIENCE']} evaluations"
+
+
 def last_lines(summary, label, sample):
     """Print the sample and the metrics of a finished run."""
     say(f"--- sample ---\n{sample}\n--------------")

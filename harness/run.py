@@ -202,9 +202,7 @@ class Run:
         train_loss = torch.tensor(self.losses).mean().item() if self.losses else None
         self.records.append({"step": step, "tokens_seen": step * self.step_tokens, "seconds": self.seconds,
                              "train_loss": train_loss, **{f"val_{k}": v for k, v in metrics.items()}})  # fmt: skip
-        self.progress.say(f"step {step:5}  {self.seconds:5.0f} s  training loss "
-                          f"{f'{train_loss:.4f}' if self.losses else '-':>6}  val loss {metrics['loss']:.4f}  val bpb "
-                          f"{metrics['bpb']:.4f}")  # fmt: skip
+        self.progress.say(report.evaluation_line(self.records[-1]))
         self.losses = []
         self.write("log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         self.checkpoint()
@@ -299,7 +297,7 @@ class Run:
         self._stop_if(all_reduce(torch.tensor(len(self.signals))).item())  # what came after the last step
         self.caught.close()
         if self.state.step < self.constants["MAX_STEPS"]:
-            say(f"stopped early: no better validation loss in {self.constants['PATIENCE']} evaluations")
+            say(report.stopped_early(self.constants))
         self.peak_mb = peak_memory_mb(self.device)
         barrier()  # the first process has written the best weights
         set_weights(model, read_file(self.out_dir / "model.pt", ("model",))["model"], self.out_dir / "model.pt")

@@ -1,4 +1,5 @@
-"""Make the tables of README.md and results/README.md, and the pictures in results/, from the committed results.
+"""Make the tables of README.md, results/README.md and docs/course.md, and the pictures in results/, from the
+committed results.
 
     python results/pages.py --collect   first copy the finished runs from runs/ to results/runs/
     python results/pages.py             write tables and pictures
@@ -25,7 +26,7 @@ from results import checks, pictures, store  # noqa: E402
 from results.plan import EXPERIMENTS, V4, Run  # noqa: E402
 from results.tables import TABLES  # noqa: E402
 
-PAGES = ("README.md", "results/README.md")
+PAGES = ("README.md", "results/README.md", "docs/course.md")
 RUNS = ("v0", "v1", "v1_1", "v2", "v3", "v3_1", f"{V4}/alibi", f"{V4}/rope")  # folders below runs/
 KEPT = ("summary.json", "log.jsonl", "steps.csv", "sample.txt", "*.png")  # of a run; the weights are not committed
 

@@ -5,7 +5,7 @@ import textwrap
 from statistics import mean
 
 from benchmarks.tables import table
-from results import step_time
+from results import course, step_time
 from results.best import ADAPTIVE, LITERATURE, adapted_word_perplexity, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
 from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
@@ -274,4 +274,5 @@ TABLES = {make.__name__: make for make in (
     ladder, counting, closed_form, memory, recipe, recipe_search, v3_to_v4, v3_to_v4_rates, positions, positions_all,
     vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
 )}  # fmt: skip
+TABLES |= course.TABLES
 TABLES |= {f"benchmark_{name}": lambda name=name: benchmark(name) for name in TIMINGS}

@@ -38,6 +38,7 @@ OWN_TESTS = {  # those to run first
     "benchmarks/mixture.py": "test_ngram.py", "data/hub.py": "test_hub.py", "docs/diagrams.py": "test_diagrams.py",
     "exercises/checking.py": "test_exercises.py", "exercises/conftest.py": "test_exercises.py",
     "exercises/v2_attention.py": "test_exercises.py", "exercises/solutions/v4_positions.py": "test_exercises.py",
+    "docs/course.md": "test_course.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
@@ -49,6 +50,7 @@ ARGUMENTS, CHECKS = "harness/arguments.py", "harness/checks.py"
 CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/models.py"
 SAMPLES = "harness/samples.py"
 REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
+COURSE = "docs/course.md"
 IDENTITY, STORE, RESULT_CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
 FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
 N_GRAM, MIXTURE = "benchmarks/ngram.py", "benchmarks/mixture.py"
@@ -653,6 +655,17 @@ FAULTS = [
     (REPORT, "the last two lines vanish", ' if metrics else ():', " if not metrics else ():", "last_lines and v3"),
     (REPORT, "windows that overlap have the metrics of the others", "summary[key + end]", "summary[key]",
      "last_lines and v3"),
+    (REPORT, "the loss on the screen is that of training", "f\"{record['val_loss']:.4f}  val bpb",
+     "f\"{record['train_loss']:.4f}  val bpb", "last_lines and v0"),
+    ("results/course.py", "a screen begins with the first evaluations", "records[-EVALUATIONS:]",
+     "records[:EVALUATIONS]", "tables_are"),
+    ("results/course.py", "a difference has the other sign", "{bpb - usual:+.3f}", "{usual - bpb:+.3f}", "tables_are"),
+    ("results/course.py", "only the last scheme is compared", "for one in summaries:", "for one in summaries[-1:]:",
+     "tables_are"),
+    (COURSE, "a number is another", "1.4440 bits", "1.4441 bits", "numbers"),
+    (COURSE, "a constant does not exist", "`python v3_1.py MOMENTUM=0.95", "`python v3_1.py MOMENTA=0.95", "constants"),
+    (COURSE, "an answer is missing", "5. `p.sub_(u, alpha=...)`", "`p.sub_(u, alpha=...)`", "parts"),
+    (COURSE, "a line is not in the script", "`y = scores.softmax(-1) @ v`", "`y = scores.softmax(1) @ v`", "lines"),
     (REPORT, "rows of steps that are made again", 'if int(row.split(",")[0]) <= step and', "if", "rows"),
     (REPORT, "a row has the rate of another step", "{step.rate:.6g}", "{step.rate * 2:.6g}", "row"),
     (REPORT, "rows that were cut stay", ' and row.count(",") == head.count(",")]', "]", "rows"),
@@ -925,7 +938,7 @@ FAULTS = [
 def all_tests(file):
     others = {"data/": DATA_TESTS, "results/": RESULTS_TESTS, DIAGRAMS: ("test_diagrams.py",),
               "convert_hf.py": ("test_convert.py",), "convert_gguf.py": ("test_gguf.py",),
-              "exercises/": ("test_exercises.py",)}
+              "exercises/": ("test_exercises.py",), "docs/": ("test_course.py",)}
     names = next((names for start, names in others.items() if file.startswith(start)), TESTS)
     return [f"tests/{name}" for name in names]
 

@@ -41,6 +41,7 @@ import harness.signals
 from bpe_tokenizer import BPETokenizer
 from data.texts import END
 from harness import samples
+from results import course
 
 SHORT = {"MAX_STEPS": 2, "EVAL_INTERVAL": 1}
 LONG = "a text with some words that is longer than a window of the model, which has thirty-two tokens, and goes on " * 4
@@ -553,6 +554,10 @@ def test_the_last_lines_are_the_metrics_and_the_place_of_the_results(name, load,
         lines[1:3] = []
     assert lines[1].startswith(f"results in {folder}: log.jsonl, loss.png, ")
     assert len(lines) == 2 or name == V4
+    train, val, bpb = (read_log(folder)[-1][key] for key in ("train_loss", "val_loss", "val_bpb"))
+    assert f"  training loss {train:.4f}  val loss {val:.4f}  val bpb {bpb:.4f}\n" in out
+    shown = [line for line in course.screen(folder) if line[:50] not in sample]  # as docs/course.md shows it
+    assert len(shown) > 5 and set(shown) <= {*out.splitlines(), "..."}
 
 
 def test_v4_compares_the_schemes_that_were_trained_with_the_same_constants(load, start):
