@@ -278,7 +278,7 @@ def test_every_page_is_reached_from_the_readme():
 def commands(text):
     """[words] of every `python FILE ...` that a page shows, in blocks and in sentences."""
     text = re.sub(r"`[^`]*`", lambda code: code[0].replace("\n", " "), text.replace("```", ""))
-    return [shlex.split(line) for line in re.findall(r"(?:python|torchrun(?: --\S+)+) ([\w/]+\.py[^`#\n]*)", text)]
+    return [shlex.split(line) for line in re.findall(r"(?:python|torchrun(?: --\S+)+) ([\w/]+\.py[^`#<\n]*)", text)]
 
 
 @pytest.mark.parametrize("page", TEXTS)
