@@ -74,7 +74,10 @@ def changes(rung):
 
 def tried(rung):
     """Runs that were made for the course; the first has the constants that all of them have."""
-    return [(one["command"].partition(" ")[2], one["val_bpb"]) for one in read_json(CHANGES)[rung]]
+    found = [(one["command"].split()[1:], one["val_bpb"]) for one in read_json(CHANGES)[rung]]
+    usual = found[0][0]
+    return [(" ".join(words if words == usual else [word for word in words if word not in usual]), bpb)
+            for words, bpb in found]  # fmt: skip
 
 
 def of_the_search():
