@@ -59,6 +59,13 @@ def test_a_section_has_its_parts_in_order(step):
         assert all(len(lines.splitlines()) > 8 for _, lines in shown)
 
 
+def test_outputs_and_tables_are_those_of_the_files():
+    """Those of no other page: all tables of all pages are compared in test_results.py."""
+    shown = dict(re.findall(r"<!-- ((?:screen|changes)_\w+) -->\n(.*?)<!-- /", TEXT, re.S))
+    assert shown.keys() == course.TABLES.keys()
+    assert [name for name, text in shown.items() if text.strip() != course.TABLES[name]().strip()] == []
+
+
 @pytest.mark.parametrize("rung", [rung for rung in RUNGS if rung != "v1_1"])
 def test_runs_on_the_sample_are_those_of_the_commands(rung):
     """Of v4 both schemes."""
