@@ -12,7 +12,7 @@ from harness.cli import first_line, say
 from harness.distributed import rank, world_size
 from harness.errors import FileError
 from harness.files import atomic_write
-from harness.pictures import curve
+from harness.pictures import NUMBERS, STYLE, curve
 
 PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
 STEP_COLUMNS = "step,tokens_seen,loss,learning_rate,grad_norm,tokens_per_second,mfu"  # of steps.csv
@@ -154,34 +154,36 @@ def last_lines(summary, label, sample):
 
 
 def draw_losses(run):
-    """Draw the losses of the run as loss.png."""
+    """Draw the losses of the run as loss.png. The training loss is a mean of steps, with dropout, so it lags behind."""
     curves = {"training (mean since the last point)": "train_loss", "validation": "val_loss"}
     points = {label: [(record["tokens_seen"] / 1e6, record[key]) for record in run.records if record[key] is not None]
               for label, key in curves.items()}  # fmt: skip
-    draw_curves(run.out_dir / "loss.png", points, "tokens seen (millions)", "loss (nats per token)", run.label)
+    draw_curves(run.out_dir / "loss.png", points, "tokens seen (millions)", "loss (nats per token)",
+                run.label.replace(", ", " with "))  # fmt: skip
 
 
 def draw_curves(path, curves, xlabel, ylabel, title, log_x=False, mark=None):
-    """Draw `curves`, {label: [(x, y), ...]}, as the picture `path`; `mark`: a place on the x-axis. A picture that fails
-    costs a line, not the run."""
+    """Draw `curves` of losses, {label: [(x, y), ...]}, as the picture `path`; `mark`: a place on the x-axis. A picture
+    that fails costs a line, not the run."""
     try:
+        from matplotlib import rc_context
         from matplotlib.figure import Figure
 
-        figure = Figure(figsize=(7, 4.5), layout="constrained")
-        axes = figure.subplots()
-        for k, (label, points) in enumerate(curves.items()):
-            axes.plot(*zip(*points), **curve(k), label=label)
-        if log_x:
-            places = sorted({x for points in curves.values() for x, _ in points})
-            axes.set_xscale("log", base=2)
-            axes.set_xticks(places, [f"{x:,}" for x in places])
-        if mark is not None:
-            axes.axvline(mark, color="grey", linestyle=":", label="training length")
-        axes.set(xlabel=xlabel, ylabel=ylabel, title=title)
-        axes.grid(alpha=0.3)
-        axes.legend()
         png = io.BytesIO()
-        figure.savefig(png, dpi=120, format="png")
+        with rc_context(STYLE):
+            figure = Figure(figsize=(7, 4.5))
+            axes = figure.subplots()
+            for k, (label, points) in enumerate(curves.items()):
+                axes.plot(*zip(*points), **curve(label if label in NUMBERS else k), label=label)
+            if log_x:
+                places = sorted({x for points in curves.values() for x, _ in points})
+                axes.set_xscale("log", base=2)
+                axes.set_xticks(places, [f"{x:,}" for x in places])
+            if mark is not None:
+                axes.axvline(mark, color="grey", linestyle=":", linewidth=2, label="training length")
+            axes.set(xlabel=xlabel, ylabel=f"{ylabel}, lower is better", title=title)
+            axes.legend()
+            figure.savefig(png, dpi=120, format="png")
         atomic_write(path, lambda file: file.write(png.getvalue()))
     except Exception as error:  # matplotlib is missing, or cannot draw what it was given
         say(f"{path.name} was not drawn: {first_line(error)}")

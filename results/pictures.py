@@ -4,6 +4,7 @@ import importlib
 from statistics import mean
 
 from harness.errors import FileError, UserError
+from harness.pictures import BARS, STYLE, curve, seeds
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
@@ -11,13 +12,16 @@ from results.store import command, full_length, results_of
 from results.tables import PLACES, TRAINED, at_best_rate, n_gram
 
 
-def band(axes, results, x, key, **style):
-    """A line through the mean over seeds of `key` in their logs, at x(step), and the area from lowest to highest."""
+def note(figure, text):
+    """Say below a picture what its bars are and what it was measured on."""
+    figure.supxlabel(text, fontsize=8)
+
+
+def logs(axes, results, x, key, **style):
+    """A curve of `key` in the logs of the seeds, at x(step)."""
     length = min(len(result["log"]) for result in results)
-    points = [[result["log"][i][key] for result in results] for i in range(length)]
     xs = [x(record["step"]) for record in results[0]["log"][:length]]
-    (line,) = axes.plot(xs, list(map(mean, points)), **{"marker": "o", "ms": 3, **style})
-    axes.fill_between(xs, list(map(min, points)), list(map(max, points)), alpha=0.25, color=line.get_color(), lw=0)
+    seeds(axes, xs, [[result["log"][i][key] for result in results] for i in range(length)], **style)
 
 
 def bpb_of(results):
@@ -27,84 +31,115 @@ def bpb_of(results):
 
 def plot_ladder(plt):
     """Bits per byte of all rungs over the text that they have seen, and over the time it takes on two cores."""
-    figure, (text, clock) = plt.subplots(1, 2, figsize=(10, 4.2), layout="constrained", sharey=True)
-    for k, run in enumerate(EXPERIMENTS["ladder"].runs):
+    figure, (text, clock) = plt.subplots(1, 2, figsize=(10, 4.6), sharey=True)
+    untimed = []
+    for run in EXPERIMENTS["ladder"].runs:
         results, seconds = results_of("ladder")[run.name], step_time.seconds_of(run)
         summary = results[0]["summary"]
-        style = {"label": run.name, "ls": "--" if run.name == "v1_1" else "-", "color": f"C{k}"}
+        style = {"label": run.name, **curve(run.name)} | ({"lw": 5, "ms": 9, "alpha": 0.6} if run.name == "v1" else {})
         megabytes = summary["bytes_seen"] / summary["steps"] / 1e6
-        band(text, results, lambda step, megabytes=megabytes: step * megabytes, "val_bpb", **style)
+        logs(text, results, lambda step, megabytes=megabytes: step * megabytes, "val_bpb", **style)
         if seconds:
-            band(clock, results, lambda step, seconds=seconds: step * seconds / 60, "val_bpb", **style)
+            logs(clock, results, lambda step, seconds=seconds: step * seconds / 60, "val_bpb", **style)
+        else:
+            untimed.append(run.name)
     counted = n_gram()
     for axes in (text, clock):
-        axes.axhline(counted["val_bpb"], color="black", ls=":", lw=1, label=f"counting ({counted['order']}-gram)")
-    text.set(xlabel="text seen (MB)", ylabel="validation bits per byte", xlim=(0, None))
-    clock.set(xlabel="training on two CPU cores (minutes)", xscale="log")
+        axes.axhline(counted["val_bpb"], color="black", ls=(0, (1, 3)), lw=1)
+        axes.annotate(f"counting ({counted['order']}-gram)", (0.01, counted["val_bpb"]), (0, -3), va="top", fontsize=8,
+                      xycoords=axes.get_yaxis_transform(), textcoords="offset points")  # fmt: skip
+    text.set(title="by text", xlabel="text seen (MB)", ylabel="validation bits per byte (lower is better)",
+             xlim=(0, None))  # fmt: skip
+    clock.set(xlabel="training on two CPU cores (minutes)", xscale="log",
+              title="by time" + f" ({' and '.join(untimed)}: steps not timed)" * bool(untimed))  # fmt: skip
     clock.set_xticks((0.1, 0.3, 1, 3, 10, 30), ("0.1", "0.3", "1", "3", "10", "30"))
     clock.minorticks_off()
-    text.legend(fontsize=8, loc="upper right", bbox_to_anchor=(1, 0.9))  # between v0 and all others
+    figure.legend(*text.get_legend_handles_labels(), loc="outside upper center", ncols=8)
+    note(figure, "mean of three seeds; bars, mostly smaller than the marker: lowest to highest; v1_1, which is v1 in "
+                 "less memory, lies on v1")  # fmt: skip
     return figure
 
 
 def plot_v3_to_v4(plt):
-    """Ways to train with ways to know positions: the best rate of each, every seed a dot."""
+    """Ways to train with ways to know positions: the best rate of each."""
     results = results_of("v3_to_v4")
-    figure, axes = plt.subplots(figsize=(6.5, 3.8), layout="constrained")
-    for k, (trained, title) in enumerate(TRAINED.items()):
+    figure, axes = plt.subplots(figsize=(6.5, 4.2))
+    missing = []
+    for (trained, title), style in zip(TRAINED.items(), (curve("v3"), curve(7), curve("v4, rope"))):
         values = {i: bpb_of(at_best_rate(results, trained, place)[1]) for i, place in enumerate(PLACES)}
-        values = {i: seeds for i, seeds in values.items() if seeds}
-        if values:
-            axes.plot(list(values), list(map(mean, values.values())), f"{'os^'[k]}-", color=f"C{k}", label=title)
-        for i, seeds in values.items():
-            axes.plot([i] * len(seeds), seeds, ".", color=f"C{k}", ms=4)
+        missing += [f"{title} with {place}" for place, found in zip(PLACES, values.values()) if not found]
+        values = {i: found for i, found in values.items() if found}
+        seeds(axes, list(values), list(values.values()), label=title, **style | {"markersize": 6})
+        for i, found in values.items():
+            if len(found) == 1:
+                axes.annotate("one seed", (i, found[0]), (8, 3), textcoords="offset points", fontsize=8)
     axes.set_xticks(range(3), ["learned,\nrandom at the start", "learned,\nsinusoids at the start", "RoPE"])
-    axes.set(ylabel="validation bits per byte (lower is better)")
-    axes.legend(fontsize=8)
+    axes.set(xlim=(-0.3, 2.3), ylabel="validation bits per byte (lower is better)", xlabel="positions")
+    axes.legend(title="block and optimizer")
+    note(figure, "mean of three seeds where not noted; bars, where larger than the marker: lowest to highest"
+                 + f"\nnot run yet: {'; '.join(missing)}" * bool(missing))  # fmt: skip
     return figure
 
 
 def plot_positions(plt):
     """Each scheme in longer windows, side by side and sliding, and where in a window the loss is made."""
-    figure, axes = plt.subplots(1, 3, figsize=(12, 4), layout="constrained")
-    for k, scheme in enumerate(("alibi", "rope", "sinusoidal", "none", "learned")):
+    figure, axes = plt.subplots(1, 3, figsize=(12, 4.4), sharey=True)
+    for scheme in ("alibi", "rope", "learned", "sinusoidal", "none"):
         measured = [result["measured"] for result in results_of("positions")[f"{scheme}, 256"]]
-        label = "learned (v3_1)" if scheme == "learned" else scheme
+        label = {"learned": "learned (v3_1), 256 only"}.get(scheme, scheme)
         for ax, way in zip(axes, ("side_by_side", "sliding")):
             sizes = sorted(map(int, measured[0][way]))
-            means = [mean(one[way][str(size)] for one in measured) for size in sizes]
-            ax.plot(sizes, means, "o-", ms=4, color=f"C{k}", label=label)
+            values = [[one[way][str(size)] for one in measured] for size in sizes]
+            style = curve(scheme) | ({"ms": 8, "mfc": "none", "mew": 1.5} if scheme == "learned" else {})
+            seeds(ax, sizes, values, **style, label=label)
         if scheme != "learned":
-            nats = list(map(mean, zip(*(one["nats_by_place"] for one in measured))))
-            axes[2].plot([32 * i + 16 for i in range(len(nats))], nats, color=f"C{k}", lw=1.3, label=scheme)
+            places = [by_place(one) for one in measured]
+            xs = [PLACES_MEAN * (i + 0.5) for i in range(len(places[0]))]
+            seeds(axes[2], xs, list(zip(*places)), **curve(scheme))
     for ax, title in zip(axes, ("windows side by side", "windows that slide by 128")):
-        ax.axvline(256, color="grey", ls=":")
-        ax.set(xscale="log", title=title, xlabel="tokens in a window", ylim=(1.37, 1.75))
+        ax.set(xscale="log", title=title, xlabel="tokens in a window")
         ax.set_xticks([256, 512, 1024, 2048, 4096], ["256", "512", "1,024", "2,048", "4,096"])
         ax.minorticks_off()
-    axes[2].axvline(256, color="grey", ls=":")
-    axes[2].set(title="windows of 1,024, side by side", xlabel="place in the window", ylabel="loss (nats per token)",
-                ylim=(3.1, 4.3))  # fmt: skip
-    axes[0].set_ylabel("validation bits per byte")
-    axes[0].legend(fontsize=8)
+    for ax in axes:
+        ax.axvline(256, color="grey", ls=":", lw=1.5, label="training length" if ax is axes[0] else None)
+    axes[2].set(title="windows of 1,024 side by side, by place", xlabel="place in the window (tokens)", xlim=(0, 1024),
+                xticks=range(0, 1025, 256))  # fmt: skip
+    axes[0].set(ylabel="validation bits per byte (lower is better)", ylim=(1.35, 1.75))
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=6)
+    note(figure, "mean of three seeds, bars: lowest to highest; on the first 65,536 tokens of the validation split, so "
+                 f"a little off the ladder's values; right: a point is the mean of {PLACES_MEAN} places")  # fmt: skip
     return figure
+
+
+PLACES_MEAN = 128  # neighboring places of a window in one point of the picture
+
+
+def by_place(measured):
+    """Bits per byte by the place in windows of 1,024: the mean of PLACES_MEAN places each. The measured nats per token
+    of 32 places each are scaled by what the whole of the text says of bytes and tokens."""
+    nats = measured["nats_by_place"]
+    scale = measured["side_by_side"]["1024"] / mean(nats)
+    count = PLACES_MEAN // 32
+    return [scale * mean(nats[i : i + count]) for i in range(0, len(nats), count)]
 
 
 def plot_vocabulary(plt):
     """v2 and v4 with each vocabulary, after as much text and after as much time."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.8), layout="constrained")
+    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
     results = results_of("vocabulary")
     for ax, rung in zip(axes, ("v2", "v4")):
-        for limit, label in (("18.6 MB", "after 18.6 MB of text"), ("300 s", "after 300 s on two cores")):
+        for k, (limit, label) in enumerate({"18.6 MB": "18.6 MB of text", "300 s": "300 s on two cores"}.items()):
             values = {size: bpb_of(results[name]) for size in VOCABULARIES
                       if (name := f"{rung}, {limit}, {size:,}") in results}  # fmt: skip
-            low, means, high = (list(map(f, values.values())) for f in (min, mean, max))
-            (line,) = ax.plot(list(values), means, "o-", label=label)
-            ax.fill_between(list(values), low, high, alpha=0.25, color=line.get_color())
-        ax.set(xscale="log", title=rung, xlabel="tokens in the vocabulary", ylabel="validation bits per byte")
+            seeds(ax, list(values), list(values.values()), label=f"after {label}", **curve(k))
+        ax.set(xscale="log", title=rung, xlabel="tokens in the vocabulary")
         ax.set_xticks(VOCABULARIES, [f"{size:,}" for size in VOCABULARIES], fontsize=8)
         ax.minorticks_off()
-        ax.legend(fontsize=8)
+    axes[0].set_ylabel("validation bits per byte (lower is better)")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
+    note(figure, "mean of the seeds, bars: lowest to highest; the panels have scales of their own\n300 s: how many "
+                 "steps fit was found by one trial of each model; an error of a tenth moves a point by about 0.02, so "
+                 "the zigzag of v2 says little")  # fmt: skip
     return figure
 
 
@@ -117,48 +152,64 @@ def plot_dropout(axes, text):
                             f"{command('dropout')} makes it")  # fmt: skip
         summary, n = results[0]["summary"], len(results[0]["log"])
         epochs_a_step = summary["epochs"] / summary["steps"]
-        style = {"color": f"C{k}", "ms": 2 if n > 30 else 3}
-        band(axes, results, lambda step, x=epochs_a_step: x * step, "val_loss", label=f"dropout {p}", **style)
+        style = curve(k) | {"linestyle": "-", "markevery": max(1, n // 9)}
+        logs(axes, results, lambda step, x=epochs_a_step: x * step, "val_loss", label=f"dropout {p}",
+             errorevery=style["markevery"], **style)
         axes.plot([epochs_a_step * record["step"] for record in results[0]["log"]],
-                  [mean(result["log"][i]["train_loss"] for result in results) for i in range(n)], ":", color=f"C{k}",
-                  lw=1)  # fmt: skip
-    axes.set(title=f"v3 on {text}", xlabel="times that the text was read", ylabel="loss (dotted: training)")
-    axes.legend(fontsize=8)
+                  [mean(result["log"][i]["train_loss"] for result in results) for i in range(n)],
+                  **style | {"linestyle": ":", "markerfacecolor": "white"})  # fmt: skip
+    axes.set(title=f"v3 on {text}", xlabel="times that the text was read")
 
 
 def plot_dropouts(plt):
     """What dropout does to v3, trained by the usual recipe, where a text is read many times."""
     texts = list(dict.fromkeys(name.rpartition(", ")[0] for name in results_of("dropout")))
-    figure, axes = plt.subplots(1, len(texts), figsize=(12, 3.6), layout="constrained")
+    figure, axes = plt.subplots(1, len(texts), figsize=(12, 4.2))
     for ax, text in zip(axes, texts):
         plot_dropout(ax, text)
+    axes[0].set_ylabel("loss (nats per token, lower is better)")
+    handles, labels = axes[0].get_legend_handles_labels()
+    lines = [plt.Line2D([], [], color="black", ls=ls, marker="o", mfc=face) for ls, face in (("-", "k"), (":", "w"))]
+    figure.legend([*handles, *lines], [*labels, "validation", "training, with dropout"], loc="outside upper center",
+                  ncols=6)  # fmt: skip
+    note(figure, "mean of the seeds that were trained to the end, bars: lowest to highest; training: mean of the steps "
+                 "since the last evaluation; the panels have scales of their own")  # fmt: skip
     return figure
 
 
 def plot_two_hours(plt):
     """The best run as it went, and its test perplexities among published ones."""
     log, perplexities = best_run()["log"], word_perplexities()
-    figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 3.8), layout="constrained")
+    figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 4.2))
     minutes = [record["seconds"] / 60 for record in log]
-    course.plot(minutes, [record["val_word_ppl"] for record in log], "o-", label="windows of 512 side by side")
-    sliding = perplexities["v4, windows of 512 that slide by 64"][0]
-    course.plot(minutes[-1:], [sliding], "C3D", label="sliding by 64, at the end")
-    for record in [*log[:-2], log[-1]]:  # the last two are close together
-        course.annotate(f"{record['val_word_ppl']:.0f}", (record["seconds"] / 60, record["val_word_ppl"]), (4, 5),
-                        textcoords="offset points", fontsize=8)  # fmt: skip
-    course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -4), textcoords="offset points", fontsize=8)
-    course.set(xlabel="training on two CPU cores (minutes)", ylabel="validation word perplexity", xlim=(0, 140),
-               ylim=(0, 400))  # fmt: skip
-    course.legend(fontsize=8)
-    rows = [(name, test, "C0") for name, (_, test) in perplexities.items()]
-    rows += [(name.partition(" (")[0], test, "0.7") for name, test in LITERATURE.items()]
-    names, values, colors = zip(*sorted(rows, key=lambda row: -row[1]))
-    bars.barh(names, values, color=colors)
-    for k, test in enumerate(values):
-        bars.text(test - 1, k, f"{test:.1f}", va="center", ha="right", fontsize=8)
+    values = [record["val_word_ppl"] for record in log]
+    course.plot(minutes, values, label="windows of 512 side by side", **curve(0))
+    (sliding,) = (value for name, (value, _) in perplexities.items() if "slide" in name)
+    course.plot(minutes[-1:], [sliding], label="the same model, windows that slide by 64",
+                **curve(1) | {"markersize": 7, "linestyle": ""})  # fmt: skip
+    for x, y in zip(minutes, values):
+        if x == minutes[-1] or x < 0.93 * minutes[-1]:  # not one that lies on the last
+            course.annotate(f"{y:.0f}", (x, y), (2, 6), textcoords="offset points", fontsize=8)
+    course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -8), textcoords="offset points", fontsize=8)
+    course.set(title="as it trained", xlabel="training on two CPU cores (minutes)", xlim=(0, 1.12 * minutes[-1]),
+               yscale="log", ylabel="validation word perplexity (lower is better)")  # fmt: skip
+    ticks = [n for n in (50, 70, 100, 150, 200, 300, 400, 600) if sliding * 0.8 < n < max(values) * 1.25]
+    course.set_yticks(ticks, [str(n) for n in ticks])
+    course.minorticks_off()
+    course.legend()
+    rows = [(name, test, BARS[0]) for name, (_, test) in perplexities.items()]
+    rows += [(name.partition(" (")[0], test, BARS[1]) for name, test in LITERATURE.items()]
+    for k, (name, test, style) in enumerate(sorted(rows, key=lambda row: -row[1])):
+        bars.barh(k, test, **style)
+        bars.text(test + 1, k, f"{test:.1f}", va="center", fontsize=8)
+        rows[k] = name
+    bars.set_yticks(range(len(rows)), rows)
     bars.invert_yaxis()
     bars.grid(False)
-    bars.set(xlabel="test word perplexity (grey: trained on GPUs)")
+    bars.set(title="beside published models", xlabel="test word perplexity (lower is better)", xlim=(0, 145))
+    bars.legend([plt.Rectangle((0, 0), 1, 1, **style) for style in BARS[:2]], ["here, on two CPU cores", "on GPUs"],
+                loc="lower right")  # fmt: skip
+    note(figure, "one run, one seed")
     return figure
 
 
@@ -174,7 +225,7 @@ def draw():
         raise UserError("the pictures need a library: pip install matplotlib") from None
     matplotlib.use("Agg")
     plt = importlib.import_module("matplotlib.pyplot")
-    plt.rcParams.update({"axes.grid": True, "grid.alpha": 0.3, "axes.axisbelow": True, "font.size": 9})
+    plt.rcParams.update(STYLE)
     for name, plot in PICTURES.items():
         figure = plot(plt)
         try:

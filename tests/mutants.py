@@ -51,6 +51,7 @@ CLI, DISTRIBUTED, MODELS = "harness/cli.py", "harness/distributed.py", "harness/
 SAMPLES = "harness/samples.py"
 REPORT, RESUME, RUN = "harness/report.py", "harness/resume.py", "harness/run.py"
 COURSE = "docs/course.md"
+PICTURES = "harness/pictures.py"
 IDENTITY, STORE, RESULT_CHECKS = "harness/identity.py", "results/store.py", "results/checks.py"
 FLOPS, TRAINING, STEPS = "harness/flops.py", "benchmarks/training.py", "benchmarks/steps.py"
 N_GRAM, MIXTURE = "benchmarks/ngram.py", "benchmarks/mixture.py"
@@ -727,6 +728,12 @@ FAULTS = [
     (REPORT, "a picture that cannot be drawn ends the run", "except Exception as error:  # matplotlib",
      "except ZeroDivisionError as error:  # matplotlib", "pictures"),
     (REPORT, "the training length is not marked", "        if mark is not None:", "        if False:", "picture"),
+    (REPORT, "a scheme has the curve of its place", "curve(label if label in NUMBERS else k)", "curve(k)",
+     "picture_of_schemes"),
+    (PICTURES, "a bar is as long above as below", "[max(one) - mean for mean, one", "[mean - min(one) for mean, one",
+     "bars"),
+    (PICTURES, "what is masked is white", '["Greys"].with_extremes(bad=MASKED)', '["Greys"]', "masked"),
+    (PICTURES, "labels are dark on dark", '"white" if dark(value) else "black"', '"black"', "cells"),
     (REPORT, "without a terminal there is no progress", "if self.print_lines and now", "if False and now", "terminal"),
     (REPORT, "the time that a run takes counts from its beginning", "done, left = self.step - self.first,",
      "done, left = self.step,", "terminal or early"),
