@@ -1,5 +1,6 @@
 """The notebooks: as committed, with what they show; and executed anew in quick form, on the bundled sample."""
 
+import ast
 import base64
 import json
 import os
@@ -56,6 +57,40 @@ def test_a_notebook_names_its_text_and_no_place_of_a_machine(path):
     assert any("wikitext-2-v1" in text for text in shown)
     for text in [*shown, *(cell.source for cell in read(path).cells)]:
         assert not MACHINE_PATHS.search(text), text[:200]
+
+
+def code_of(cell):
+    """The syntax tree of a cell, without the commands of the notebook."""
+    return ast.parse(re.sub(r"^%", "#", cell.source, flags=re.MULTILINE))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_checks_stand_in_hidden_cells_of_their_own(path):
+    """So a cell that teaches shows what it found, and a reader is not kept by what guards the notebook."""
+    hidden = []
+    for cell in read(path).cells:
+        if cell.cell_type == "code":
+            checks = any(isinstance(node, ast.Assert) for node in ast.walk(code_of(cell)))
+            is_hidden = "remove-cell" in cell.metadata.get("tags", ())
+            assert checks == is_hidden == cell.metadata.get("jupyter", {}).get("source_hidden", False), cell.source
+            hidden += [cell] * is_hidden
+    assert len(hidden) <= 2 and not any(cell.outputs for cell in hidden)
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=by_name)
+def test_pictures_have_the_style_of_the_repository(path):
+    """harness/pictures.py says how they look: no settings, maps or cycles of colors of a notebook's own."""
+    styles = []
+    for cell in read(path).cells:
+        for node in ast.walk(code_of(cell)) if cell.cell_type == "code" else ():
+            if isinstance(node, ast.Attribute) and node.attr == "rcParams":
+                styles.append(cell)
+            if isinstance(node, ast.Call) and getattr(node.func, "attr", "") in ("imshow", "pcolormesh", "matshow"):
+                (map_,) = (ast.unparse(keyword.value) for keyword in node.keywords if keyword.arg == "cmap")
+                assert map_ in ("pictures.heat()", "pictures.change()")
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                assert not re.fullmatch(r"C\d.*|tab:.*|viridis|PuOr.*|RdBu.*|Greys", node.value), cell.source
+    assert len(styles) == 1 and "plt.rcParams.update(pictures.STYLE)" in styles[0].source
 
 
 def test_the_picture_in_the_guide_is_one_of_the_notebooks():
