@@ -141,6 +141,27 @@ LIBRARIES = ("torch", "torch._dynamo", "matplotlib.pyplot", "matplotlib_inline.b
              "sklearn.decomposition", "sklearn.manifold", "adjustText", "IPython.core.interactiveshell")  # fmt: skip
 WITH_KERNEL = "04_training"  # one is run by nbconvert, as readers run it
 CHECKS = {  # a last cell, which computes by other means what a notebook shows
+    "00_loss_and_training": """
+from collections import Counter
+ids = train.ids.tolist()
+pairs, firsts = Counter(zip(ids, ids[1:])), Counter(ids[:-1])
+entropy = -sum(k * math.log(k / firsts[i]) for (i, _), k in pairs.items()) / (len(ids) - 1)
+assert abs(entropy - optimum) < 1e-6 and abs(by_table.loc["counts", "training text"] - entropy) < 1e-6
+assert all(differs < 1e-4 * largest for differs, largest in same.values())
+assert math.isclose(by_hand["bpb"] * val.n_bytes * math.log(2), by_hand["loss"] * (len(val) - 1), rel_tol=1e-9)
+""",
+    "06_inside_v4": """
+import numpy as np
+assert [written[name][1] for name in written] == [list(range(4, 16)), [4] + 11 * [1]]
+assert longer["without the cache"] == [min(4 + step, 64) for step in range(N)]
+restarts = [step for step, k in enumerate(longer["with the cache"]) if k == 32]
+assert restarts == list(range(61, N, 33)) and set(longer["with the cache"]) == {1, 4, 32}
+for name, G in momenta.items():
+    s = np.linalg.svd(G.double().numpy() / np.linalg.norm(G.double().numpy()), compute_uv=False)
+    for _ in range(5):
+        s = 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
+    np.testing.assert_allclose(np.sort(s)[::-1], np.linalg.svd(v4.orthogonalize(G[None])[0].numpy())[1], atol=0.01)
+""",
     "05_what_it_learned": """
 table = model.embedding.weight.detach().double().numpy()
 table /= np.sqrt((table**2).sum(1, keepdims=True))
