@@ -253,10 +253,8 @@ def test_pages_without_a_result_that_they_show_end_in_a_line(copies, tmp_path, m
 
 @pytest.mark.parametrize("page", TEXTS)
 def test_files_that_a_page_links_to_are_there(page):
-    drawn = (ROOT / "docs" / "pictures").exists()  # the pictures of the rungs
     for link in re.findall(r"\]\(([^)#]+)(?:#[^)]*)?\)", TEXTS[page]):
-        if drawn or not link.startswith("pictures/"):
-            assert link.startswith("http") or (ROOT / page).parent.joinpath(link).exists(), link
+        assert link.startswith("http") or (ROOT / page).parent.joinpath(link).exists(), link
 
 
 @pytest.mark.parametrize("page", TEXTS)
