@@ -1,16 +1,16 @@
 """The frame around every run: constants, processes, files, checkpoints, reports. No lesson is about it.
 
-Its rule: nothing in here changes a loss, except by rounding. What decides a loss is in the rungs.
+Its rule: nothing in here affects a loss beyond rounding. Whatever determines a loss is in the rungs.
 
     if __name__ == "__main__":
         harness.start(globals())             # NAME=value, --help, errors in one line; then main()
 
     with harness.Run(globals()) as run:      # checks the constants, locks OUT_DIR
-        run.begin(model, tokens)             # says what is trained
+        run.begin(model, tokens)             # prints what is trained
         state = run.resume(model, optimizer) # with RESUME=True from the last checkpoint
         if run.evaluation_due(step): ...
-        run.log(step, metrics)               # an evaluation: screen, log.jsonl, checkpoint
-        run.step(loss, grad_norm)            # a step: steps.csv; Ctrl-C saves and ends; stops if the loss is not finite
+        run.log(step, metrics)               # an evaluation: on the screen, in log.jsonl, checkpoint
+        run.step(loss, grad_norm)            # a step: in steps.csv; ends after Ctrl-C or a loss that is not finite
         run.load_best(model)                 # training is over: the weights of the best evaluation
         summary = run.finish(sample)         # summary.json, loss.png, sample.txt, and the last lines on the screen
 
@@ -25,8 +25,8 @@ import sys
 
 
 def hidden_modules(folder):
-    """The files and packages in `folder`, that of the program or notebook, that Python imports in place of its own
-    modules or of this project's."""
+    """Paths of the files and packages in `folder`, the folder of the program or notebook, that hide modules of Python
+    or of this project."""
     project = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
     names = set(sys.stdlib_module_names)
     if os.path.realpath(folder) != os.path.realpath(project):
@@ -40,11 +40,11 @@ if sys.path[0] == os.path.dirname(os.path.abspath(getattr(sys.modules["__main__"
     for _path in hidden_modules(sys.path[0]):
         print(f"{_path} hides a module of the same name that is needed here; rename it", file=sys.stderr)
 
-from harness import cli  # noqa: E402 - it needs modules that may be hidden
+from harness import cli  # noqa: E402 - it imports modules that may be hidden
 
 cli.answer_help()  # before anything loads torch, which takes seconds
 
-NAMES = {  # what rungs, notebooks and tools use, by file; each file is loaded when a name of it is first used
+NAMES = {  # what rungs, notebooks and tools use, by file; a file is imported when one of its names is first used
     "checks": ("check_ids", "check_prompt", "check_tokens"),
     "cli": ("check_constants", "constants", "override", "say", "set_constants", "start"),
     "distributed": ("all_reduce", "autocast", "barrier", "divide_work", "peak_memory_mb", "rank", "resolve_dtype",

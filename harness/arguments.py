@@ -1,4 +1,4 @@
-"""Constants as words of a command line: which values they may have, and what people and shells make of NAME=value."""
+"""Constants on the command line: the values they may have, and the many ways to write NAME=value."""
 
 import ast
 import difflib
@@ -14,18 +14,18 @@ _RULES = (  # names, type, what a value must be, whether a value of the type is 
     ("N_LAYER", int, "a whole number from 1 to 10000", lambda v: 1 <= v <= 10000),
     ("LEARNING_RATE LEARNING_RATE_ADAMW WEIGHT_DECAY GRAD_CLIP", float, "a number from 0 to 1e30",
      lambda v: 0 <= v <= 1e30),  # Adam's first step divides it by 0.1
-    ("DROPOUT MOMENTUM", float, "a number from 0 to below 1", lambda v: 0 <= v < 1),
+    ("DROPOUT MOMENTUM", float, "a number from 0 to less than 1", lambda v: 0 <= v < 1),
     ("COOLDOWN", float, "a number from 0 to 1", lambda v: 0 <= v <= 1),
-    ("TEMPERATURE", float, "0, for the likeliest token, or 0.0001 or more", lambda v: v == 0 or 1e-4 <= v <= 1e38),
-    ("TOP_P", float, "a number above 0, at most 1", lambda v: 0 < v <= 1),
+    ("TEMPERATURE", float, "0, for the likeliest token, or at least 0.0001", lambda v: v == 0 or 1e-4 <= v <= 1e38),
+    ("TOP_P", float, "a number above 0 and at most 1", lambda v: 0 < v <= 1),
     ("ROPE_BASE", float, "a number above 1", lambda v: 1 < v <= 1e38),
     ("COMPILE SHARD RESUME STOP_AT_END", bool, "True or False", lambda v: True),
-    ("VOCABULARY POSITION DEVICE", str, "a text", lambda v: True),
+    ("VOCABULARY POSITION DEVICE", str, "a string", lambda v: True),
     ("OUT_DIR DATA", str, "the name of a folder", lambda v: v.strip() != "" and "\0" not in v),
     ("DTYPE", str, '"auto", "float32" or "bfloat16"', lambda v: v in ("auto", "float32", "bfloat16")),
-    ("PROMPT", type(None), "a text or None", lambda v: True),
+    ("PROMPT", type(None), "a string or None", lambda v: True),
     ("INIT_FROM", type(None), "the name of a folder or None", lambda v: v is None or v.strip() and "\0" not in v),
-    ("EXTRAPOLATION", tuple, "whole numbers from 1 on, with commas between them",
+    ("EXTRAPOLATION", tuple, "whole numbers from 1 up, separated by commas",
      lambda v: len(v) > 0 and all(type(n) is int and 1 <= n < 2**20 for n in v)),
 )  # fmt: skip
 RULES = {name: rule for names, *rule in _RULES for name in names.split()}
@@ -35,9 +35,9 @@ _BOOLS = {**dict.fromkeys(("true", "1", "yes", "on"), True), **dict.fromkeys(("f
 
 
 def read_arguments(known, arguments):
-    """[(name, text), ...] of arguments, which are NAME=value, or what people and shells make of it: --name=value,
-    NAME value, NAME = value, a flag alone for True, a list that PowerShell has cut at its commas, quotes that cmd.exe
-    has left. Raises UserError for a name that is not in `known`."""
+    """Read `arguments` as [(name, text), ...]. An argument is NAME=value, or a form that people and shells turn it
+    into: --name=value, NAME value, NAME = value, a flag alone for True, a list that PowerShell has split at its commas,
+    quotes that cmd.exe has kept. Raises UserError for a name that is not in `known`."""
     words, pairs = list(arguments), []
 
     def name_of(word):
@@ -59,14 +59,14 @@ def read_arguments(known, arguments):
                 hint = f"did you mean {near[0]}? "
             elif pairs and not equals:
                 hint = f'if it belongs to {pairs[-1][0]}, write {pairs[-1][0]}="...", with quotes; '
-            raise UserError(f"there is no constant {head!r}; {hint}known are {', '.join(known)}")
+            raise UserError(f"there is no constant {head!r}; {hint}the constants are {', '.join(known)}")
         if not equals and not text and words and words[0].startswith("="):
             equals, text = "=", words.pop(0)[1:]
         if type(known[name]) is bool and not text and (not words or words[0].lower() not in _BOOLS) and not equals:
             text = "True"
         elif not text and words and is_value(words[0]) and (name != "PROMPT" or not equals):
             text = words.pop(0)
-        if text[:1] in ("'", '"') and text.count(text[0]) == 1:  # cmd.exe knows no single quotes: it cuts at spaces
+        if text[:1] in ("'", '"') and text.count(text[0]) == 1:  # cmd.exe ignores single quotes and splits at spaces
             ends = [k for k, word in enumerate(words) if word.endswith(text[0])]
             if ends and all(map(is_value, words[: ends[0] + 1])):
                 text, words = " ".join([text, *words[: ends[0] + 1]])[1:-1], words[ends[0] + 1 :]
@@ -77,14 +77,14 @@ def read_arguments(known, arguments):
 
 
 def _unquoted(text):
-    """`text` without spaces around it, and without quotes that a shell has left."""
+    """`text` without surrounding spaces, and without quotes that a shell has kept."""
     text = text.strip()
     return text[1:-1] if re.fullmatch(r"""(['"]).*\1""", text, re.S) else text
 
 
 def read_value(name, text, before):
-    """The value of the constant `name` that `text` says, or None for a value of another type than it must have; that of
-    the constant is now `before`."""
+    """The value that `text` gives the constant `name`, or None if its type is wrong. `before`: the value that the
+    constant has now."""
     kind = RULES[name][0] if name in RULES else type(before)
     if name == "PROMPT":
         text = _unquoted(text) if os.name == "nt" and text.startswith("'") else text.rstrip("\r")

@@ -1,5 +1,5 @@
-"""What cannot work, or does not do what one may think, said before it happens: constants that contradict each other,
-and ids or texts that do not fit a model."""
+"""Checks that report a mistake before it causes harm: constants that contradict each other or have no effect, and ids
+or texts that do not fit a model."""
 
 import math
 import os
@@ -17,8 +17,8 @@ from harness.errors import InputError, UserError
 
 
 def conflicts(h, chosen, processes=1):
-    """Lines about constants `h`, {name: value}, that contradict each other or have no effect; of those that merely have
-    no effect, only about the ones in `chosen`, which somebody has set. Raises UserError for what cannot work."""
+    """Yield a line for each of the constants `h`, {name: value}, that contradicts another or has no effect. One that
+    merely has no effect is reported only if the user has set it: `chosen`. Raises UserError for what cannot work."""
     if h.get("PROMPT") is None:
         _check_devices(h, processes)
         yield from _text(h)
@@ -32,87 +32,88 @@ def _check_devices(h, processes):
     """Raises UserError if several processes cannot use the DEVICE together."""
     device = h.get("DEVICE", "cpu")
     if processes > 1 and device not in ("cpu", "cuda"):
-        one = f"names one GPU, and each of the {processes} processes has one of its own; set DEVICE=cuda"
-        none = "is for one process; set DEVICE=cpu, or start it without torchrun"
+        one = f"names one GPU, but each of the {processes} processes needs its own; set DEVICE=cuda"
+        none = "works with one process only; set DEVICE=cpu, or start without torchrun"
         raise UserError(f"DEVICE={device} {one if device.startswith('cuda') else none}")
 
 
 def _text(h):
-    """Of the folder of the text. Raises UserError if it is a file."""
+    """Checks of DATA, the folder of the text. Raises UserError if it is a file."""
     folder, here, own = Path(h.get("DATA", "data")), Path.cwd() / "data", Path(__file__).absolute().parents[1] / "data"
     if folder.is_file():
         new = f"data/{folder.name.partition('.')[0]}"
-        raise UserError(f"DATA={folder} is a file, and DATA names a dataset folder; make one, python data/prepare.py "
-                        f"--from {shlex.quote(str(folder))} --to {new}, and set DATA={new}")  # fmt: skip
+        raise UserError(f"DATA={folder} is a file, but DATA must name a dataset folder; make one, python "
+                        f"data/prepare.py --from {shlex.quote(str(folder))} --to {new}, and set DATA={new}")
     if folder == Path("data") and here.is_dir() and not here.samefile(own) and any(here.glob("bpe_vocab*.json")):
-        yield f"DATA=data is {own}, whatever the current folder is; for the folder here write DATA={here}"
+        yield f"DATA=data always means {own}; to use the folder data/ in the current folder, write DATA={here}"
 
 
 def _batches(h, chosen, processes):
-    """Of windows, batches and micro-batches."""
+    """Checks of windows, batches and micro-batches."""
     batch, micro, window = h.get("BATCH_SIZE", 1) // processes, h.get("MICRO_BATCH_SIZE"), h.get("BLOCK_SIZE", math.inf)
     if micro is not None and micro < batch and batch % micro and "COMPILE" in h:
         fits = next(n for n in range(micro, 0, -1) if batch % n == 0)
         larger = "" if h.get("RESUME") else f", or BATCH_SIZE={-(-batch // micro) * micro * processes}"
         each = f", {batch} for each process," if processes > 1 else ""
-        raise UserError(f"BATCH_SIZE={h['BATCH_SIZE']}{each} is no multiple of MICRO_BATCH_SIZE={micro}, and compiled "
-                        f"code is made for one shape; set MICRO_BATCH_SIZE={fits}{larger}")  # fmt: skip
+        raise UserError(f"BATCH_SIZE={h['BATCH_SIZE']}{each} is not a multiple of MICRO_BATCH_SIZE={micro}, and "
+                        f"compiled code works for one shape only; set MICRO_BATCH_SIZE={fits}{larger}")  # fmt: skip
     if micro is not None and micro > batch and "MICRO_BATCH_SIZE" in chosen:
-        yield f"MICRO_BATCH_SIZE={micro} is more than a batch has: its {batch} windows are one micro-batch"
+        yield f"MICRO_BATCH_SIZE={micro} is larger than a batch: its {batch} windows form one micro-batch"
     if "CHUNK_SIZE" in chosen and h["CHUNK_SIZE"] > min(batch, micro or batch) * window:
         tokens = min(batch, micro or batch) * window
-        yield f"CHUNK_SIZE={h['CHUNK_SIZE']} is more than a micro-batch has: its {tokens} tokens are one chunk"
+        yield f"CHUNK_SIZE={h['CHUNK_SIZE']} is larger than a micro-batch: its {tokens} tokens form one chunk"
     if h.get("STRIDE", 0) >= window:
-        yield f"STRIDE={h['STRIDE']} is not below BLOCK_SIZE={window}: in the last evaluation no windows overlap"
+        yield f"STRIDE={h['STRIDE']} is not below BLOCK_SIZE={window}: in the last evaluation, windows do not overlap"
     if h.get("CONTEXT_SIZE", 0) > window:
-        yield f"CONTEXT_SIZE={h['CONTEXT_SIZE']} is more than BLOCK_SIZE={window}: in training the rest stays empty"
+        yield (f"CONTEXT_SIZE={h['CONTEXT_SIZE']} is larger than BLOCK_SIZE={window}: in training, the rest of the "
+               "context stays empty")  # fmt: skip
 
 
 def _schedule(h, chosen):
-    """Of steps and learning rates."""
+    """Checks of steps and learning rates."""
     steps, warmup, cooldown = h.get("MAX_STEPS", 0), h.get("WARMUP_STEPS", 0), h.get("COOLDOWN")
     if cooldown is not None and steps and warmup:
         fall = max(1, cooldown * steps)
-        crossing = math.floor((steps * warmup - fall) / (warmup + fall))  # step in which one line meets the other
+        crossing = math.floor((steps * warmup - fall) / (warmup + fall))  # the step at which the two lines meet
         peak = max(min(1, (step + 1) / warmup, (steps - step) / fall) for step in (max(0, crossing), crossing + 1))
         if peak < 1:
             yield (f"WARMUP_STEPS={warmup} and COOLDOWN={cooldown:g} overlap in MAX_STEPS={steps}: the learning rates "
                    f"rise to {peak:.0%} of their peaks")  # fmt: skip
     for name in ("LEARNING_RATE", "LEARNING_RATE_ADAMW"):
         if h.get(name) == 0:
-            yield f"{name}=0: the weights that it is for stay as they are"
+            yield f"{name}=0: the weights that it applies to do not change"
     if "EVAL_INTERVAL" in chosen and h["EVAL_INTERVAL"] > steps:
-        yield (f"EVAL_INTERVAL={h['EVAL_INTERVAL']} is more than MAX_STEPS={steps}: it has no effect, since the last "
-               "step is evaluated anyway")  # fmt: skip
+        yield (f"EVAL_INTERVAL={h['EVAL_INTERVAL']} is larger than MAX_STEPS={steps} and has no effect: the run is "
+               "evaluated after its last step anyway")  # fmt: skip
 
 
 def _model(h, chosen):
-    """Of positions, dropout and precision."""
+    """Checks of positions, dropout and precision."""
     device, dropout, positions = h.get("DEVICE", "cpu"), h.get("DROPOUT", 0), h.get("POSITION", "")
     names = [name.strip() for name in positions.split(",")]
     width, unit = h.get("N_EMBD", 0), h.get("N_HEAD", 1) * (2 if "rope" in names else 1)
     unit *= 1 + ("sinusoidal" in names and unit % 2)
     if "N_HEAD" in h and width % unit:
         even = " twice" if unit > h["N_HEAD"] else ""
-        raise UserError(f"N_EMBD={width} is no multiple of{even} N_HEAD={h['N_HEAD']}, and the heads share the width"
+        raise UserError(f"N_EMBD={width} is not a multiple of{even} N_HEAD={h['N_HEAD']}, but the heads share the width"
                         f"{', half of it for sines' if even else ''}; set N_EMBD={max(unit, width // unit * unit)}")
     if repeated := sorted({name for name in names if names.count(name) > 1}):
-        yield f"POSITION={positions} names {', '.join(repeated)} twice: each scheme is trained once"
+        yield f"POSITION={positions} names {', '.join(repeated)} twice: each scheme is trained only once"
     if "ROPE_BASE" in chosen and not {"rope", "sinusoidal"} & set(names):
-        yield f"ROPE_BASE={h['ROPE_BASE']:g} has no effect with POSITION={positions}: rope and sinusoidal use it"
+        yield f"ROPE_BASE={h['ROPE_BASE']:g} has no effect with POSITION={positions}: only rope and sinusoidal use it"
     sizes = h.get("EXTRAPOLATION", ())
     if repeated := sorted({n for n in sizes if sizes.count(n) > 1}):
         yield f"EXTRAPOLATION={','.join(map(str, sizes))} names {', '.join(map(str, repeated))} twice"
     share = min(255, round(256 * dropout)) / 256  # as kernels.Dropout rounds it
     if device == "cpu" and abs(share - dropout) > 0.1 * min(dropout, 1 - dropout):
         none = ", so nothing is dropped" if share == 0 else ""
-        yield f"DROPOUT={dropout:g} is rounded to a multiple of 1/256 on a CPU: it is {share:.3g} here{none}"
+        yield f"DROPOUT={dropout:g} is rounded to a multiple of 1/256 on a CPU, here {share:.3g}{none}"
     if h.get("DTYPE") == "bfloat16" and not _has_bfloat16(device):
-        yield f"DTYPE=bfloat16 is slow here: {device} has no instructions for it, and float32 is faster"
+        yield f"DTYPE=bfloat16 is slow here: the {device} has no instructions for it; float32 is faster"
 
 
 def _has_bfloat16(device):
-    """Whether the device has instructions for bfloat16; True where that is not known."""
+    """Whether the device has instructions for bfloat16; True if that is unknown."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     known = getattr(torch.cpu, "_is_avx512_bf16_supported", None)
@@ -120,7 +121,7 @@ def _has_bfloat16(device):
 
 
 def _sampling(h, chosen):
-    """Of sampling."""
+    """Checks of sampling."""
     filters = {"TOP_K": h.get("TOP_K", 0) > 0, "TOP_P": h.get("TOP_P", 1) < 1}
     greedy = "TEMPERATURE=0" if h.get("TEMPERATURE") == 0 else "TOP_K=1" if h.get("TOP_K") == 1 else None
     idle = [name for name, used in filters.items() if used and f"{name}=1" != greedy]
@@ -128,9 +129,9 @@ def _sampling(h, chosen):
         idle = [name for name in ("TEMPERATURE", "TOP_P") if name in chosen]
     if greedy and idle:
         values = " and ".join(f"{name}={h[name]:g}" for name in idle)
-        yield f"{greedy} takes the likeliest token: {values} {'has' if len(idle) == 1 else 'have'} no effect"
+        yield f"{greedy} always takes the likeliest token: {values} {'has' if len(idle) == 1 else 'have'} no effect"
     if h.get("SAMPLES", 1) > 1 and (greedy or h.get("PROMPT") is None):
-        why = f"{greedy} makes all alike" if greedy else "without PROMPT there is one sample, of a trained run"
+        why = f"with {greedy} all samples are the same" if greedy else "a run without PROMPT writes one sample only"
         yield f"SAMPLES={h['SAMPLES']}: {why}"
 
 
@@ -145,30 +146,30 @@ def process_count():
 
 
 def check_ids(model, idx, targets=None):
-    """The first line of a model's forward: raises UserError if `idx` (B, T), or `targets` of the same shape, cannot be
-    its ids. Costs nothing in compiled code, and does not wait for a GPU while it trains or generates."""
+    """The first line of a model's forward: raises UserError if `idx` (B, T), or `targets` of the same shape, are not
+    ids for this model. It costs nothing in compiled code, and never waits for a GPU in training or generation."""
     if torch.compiler.is_compiling():
         return
     if not isinstance(idx, torch.Tensor) or idx.dim() != 2:
         found = f"shape {tuple(idx.shape)}" if isinstance(idx, torch.Tensor) else f"type {type(idx).__name__}"
-        raise InputError(f"a model takes ids as a tensor (B, T), windows by tokens, and these have {found}; for those "
-                         "of one text write torch.tensor([ids])")  # fmt: skip
+        raise InputError(f"a model takes ids as a tensor (B, T), windows by tokens, but these have {found}; for one "
+                         "text write torch.tensor([ids])")  # fmt: skip
     if idx.numel() == 0:
-        raise InputError("there are no ids: a model needs a token to predict the next one")
+        raise InputError("there are no ids, but a model needs a token to predict the next one; give at least one")
     if idx.dtype not in (torch.int64, torch.int32):
-        raise InputError(f"ids are whole numbers of type int64, and these are {idx.dtype}; write idx.long()")
+        raise InputError(f"ids must be whole numbers of type int64, but these are {idx.dtype}; write idx.long()")
     positions = getattr(model._modules.get("position_embedding"), "num_embeddings", math.inf)
     if idx.size(1) > positions:
-        raise InputError(f"{idx.size(1)} tokens are more than the {positions} positions that the model has learned; "
+        raise InputError(f"the window has {idx.size(1)} tokens, but the model has learned only {positions} positions; "
                          f"give it windows of at most {positions} tokens, such as idx[:, -{positions}:]")  # fmt: skip
     if targets is not None and (targets.shape != idx.shape or targets.device != idx.device):
-        raise InputError(f"the targets have shape {tuple(targets.shape)} on {targets.device}, and the ids "
-                         f"{tuple(idx.shape)} on {idx.device}; give one target for each id")  # fmt: skip
+        raise InputError(f"the targets have shape {tuple(targets.shape)} on {targets.device}, but the ids have "
+                         f"{tuple(idx.shape)} on {idx.device}; give one target for each id, there")  # fmt: skip
     table = _table(model)
     if table is None:
         return
     if idx.device != table.device:
-        raise InputError(f"the ids are on {idx.device} and the model is on {table.device}; write "
+        raise InputError(f"the ids are on {idx.device}, but the model is on {table.device}; write "
                          f"idx.to('{table.device}')")  # fmt: skip
     if idx.numel() == 1:  # a generated token
         known = not idx.is_cpu or 0 <= idx.item() < len(table)
@@ -183,34 +184,35 @@ def check_ids(model, idx, targets=None):
 
 
 def check_prompt(model, ids):
-    """The first line of `generate`: raises UserError if the list `ids` cannot be continued by the model. A GPU need not
-    check ids anew for each new token then."""
+    """The first line of `generate`: raises UserError if the model cannot continue the list `ids`. Thanks to it, a GPU
+    need not check the ids again for each new token."""
     table = _table(model)
     if not len(ids):
-        raise InputError("there are no ids to continue: give at least one token, such as the start of a document")
+        raise InputError("there are no ids to continue; give at least one token, such as the start of a document")
     if any(isinstance(id, (str, float, list)) for id in ids):
-        raise InputError("generate continues ids, a list of whole numbers such as tokenizer.encode(text) gives")
+        raise InputError("generate continues a list of ids, which are whole numbers; write tokenizer.encode(text)")
     if table is not None and not 0 <= min(ids) <= max(ids) < len(table):
         raise _outside(ids, len(table))
 
 
 def check_tokens(model, tokens):
-    """The first line of `evaluate`: raises UserError if `tokens`, one split, are not ids of the model's vocabulary."""
+    """The first line of `evaluate`: raises UserError if the ids of `tokens`, one split, are not from the model's
+    vocabulary."""
     if isinstance(tokens, dict):
-        raise InputError(f"evaluate takes the tokens of one split; name it, such as tokens[{list(tokens)[0]!r}]")
+        raise InputError(f"evaluate takes the tokens of one split; choose one, such as tokens[{list(tokens)[0]!r}]")
     own, table = getattr(model, "fingerprint", None), _table(model)
     advice = ("tokenize the text with the model's own vocabulary: python data/prepare.py --from TEXT --to DIR "
               "--vocabulary RUN/vocabulary.json")  # fmt: skip
     if own is not None and own != tokens.fingerprint:
-        raise InputError(f"the model was trained with the vocabulary {own}, and these tokens are ids of another, "
+        raise InputError(f"the model was trained with the vocabulary {own}, but these tokens are ids of another one, "
                          f"{tokens.fingerprint}; {advice}")  # fmt: skip
     if own is None and table is not None and (largest := int(tokens.ids.numpy().max())) >= len(table):
-        raise InputError(f"these tokens have ids up to {largest}, and the model's vocabulary ends at {len(table) - 1}: "
-                         f"it is another; {advice}")  # fmt: skip
+        raise InputError(f"these tokens have ids up to {largest}, but the model's vocabulary ends at {len(table) - 1}: "
+                         f"they are from another vocabulary; {advice}")  # fmt: skip
 
 
 def _table(model):
-    """The weight with a row for each token of a model's vocabulary, or None if it has none of the usual name."""
+    """The weight with a row for each token of a model's vocabulary, or None if no weight has one of the usual names."""
     return model._parameters.get("table") if "table" in model._parameters else getattr(
         model._modules.get("embedding"), "weight", None)  # fmt: skip
 

@@ -20,13 +20,13 @@ from harness.errors import InputError, UserError
 
 
 def read_source(path):
-    """What `parse_source` finds in the file of a rung."""
+    """`parse_source` of the file of a rung."""
     return parse_source(Path(path).read_text(encoding="utf-8"))
 
 
 def parse_source(source):
-    """({constant: its comment}, {constant: its value as written}, every name that is assigned or imported) of the text
-    of a rung. Constants are the UPPER_CASE names that are set before the first function."""
+    """Read the source of a rung: ({constant: its comment}, {constant: its value as written}, {every name that is
+    assigned or imported}). Constants are the UPPER_CASE names that are set before the first function."""
     tree, lines, comments, values, names = ast.parse(source), source.split("\n"), {}, {}, set()
     for node in itertools.takewhile(lambda node: not isinstance(node, (ast.FunctionDef, ast.ClassDef)), tree.body):
         for target in node.targets if isinstance(node, ast.Assign) else ():
@@ -44,22 +44,22 @@ def parse_source(source):
 
 @functools.lru_cache(maxsize=None)
 def _source_as_loaded(path, main):
-    """`read_source` and the text, once for each time that the rung was loaded (then `main` is another function):
-    somebody may edit the file while it runs."""
+    """What `read_source` gives, and the source. The file is read once each time the rung is loaded, which makes a new
+    `main`, since somebody may edit it during the run."""
     source = Path(path).read_text(encoding="utf-8")
     return *parse_source(source), source
 
 
 def source_as_loaded(rung):
-    """The text of a rung (its globals) as it was loaded."""
+    """The source of a rung (its globals) as it was loaded."""
     return _source_as_loaded(rung["__file__"], rung["main"])[3]
 
 
 def usage(path):
-    """What --help says: the docstring of the rung in the file `path`, and its constants with their comments."""
+    """The text of --help: the docstring of the rung in the file `path`, and its constants with their comments."""
     comments, values, _ = read_source(path)
     lines = [ast.get_docstring(ast.parse(Path(path).read_text(encoding="utf-8"))) or "", ""]
-    lines += ["Constants, to be set as NAME=value:", ""]
+    lines += ["Constants, which NAME=value sets:", ""]
     lines += [f"  {f'{name} = {values[name]}':34}  {comment}".rstrip() for name, comment in comments.items()]
     return "\n".join(lines)
 
@@ -68,7 +68,7 @@ HELP = {"-h", "--help"}
 
 
 def answer_help():
-    """Print the help and end, if the program is a rung that was asked for it."""
+    """If the program is a rung and was asked for help, print it and end."""
     path = Path(getattr(sys.modules["__main__"], "__file__", None) or __file__)
     with contextlib.suppress(OSError, ValueError):
         if HELP & set(sys.argv[1:]) and "\n    harness.start(globals())" in path.read_text("utf-8"):
@@ -78,18 +78,19 @@ def answer_help():
 
 
 def robust_streams():
-    """Let standard output and error show every line at once, and characters that they cannot show as escapes."""
+    """Make standard output and error write every line at once, and write characters that they cannot encode as escapes.
+    """
     for name in ("stdout", "stderr"):
         stream = getattr(sys, name)
         if stream is None:  # it was closed
             setattr(sys, name, open(os.devnull, "w", encoding="utf-8"))
-        elif hasattr(stream, "reconfigure"):  # that of a notebook has no such method
+        elif hasattr(stream, "reconfigure"):  # a notebook's stream does not
             stream.reconfigure(line_buffering=True, errors="backslashreplace")
 
 
 def say(text="", end="\n", error=False):
-    """Print a line, at no risk for the run: what cannot be written (a closed pipe, a full disk) is lost, with all that
-    follows; what cannot be encoded becomes an escape. `error`: on standard error."""
+    """Print a line without risk to the run: if it cannot be written (a closed pipe, a full disk), it and all later
+    output is lost; a character that cannot be encoded becomes an escape. `error`: to standard error."""
     stream = sys.stderr if error else sys.stdout
     encoding = getattr(stream, "encoding", None) or "utf-8"
     try:
@@ -100,8 +101,8 @@ def say(text="", end="\n", error=False):
 
 
 def say_note(rung, text):
-    """Print a line about the constants of a rung: beside the text that PROMPT prints, not in it. Of several processes
-    the first one does it."""
+    """Print a line about the constants of a rung: to standard error if PROMPT prints a text, so that it stays out of
+    that text. Only the first process prints it."""
     if int(os.environ.get("RANK", 0)) == 0:
         say(text, error=rung.get("PROMPT") is not None)
 
@@ -112,33 +113,33 @@ def first_line(error):
 
 
 def constants(rung):
-    """The hyperparameters of a rung (its globals), {name: value}: the constants at the top of its file."""
+    """The constants at the top of a rung (its globals), {name: value}."""
     return {name: rung[name] for name in _source_as_loaded(rung["__file__"], rung["main"])[0]}
 
 
-COMMAND_LINE = {}  # {name: text} of the constants that `start` was given; empty in a notebook
+COMMAND_LINE = {}  # {name: text} of the constants set on the command line; empty in a notebook
 
 
 def set_constants(rung, arguments):
-    """Set constants from NAME=value arguments; returns them, {name: text}. Raises ValueError for an unknown name or a
-    value of another type."""
+    """Set constants from NAME=value arguments, and return those as {name: text}. Raises ValueError for an unknown name
+    or a value of the wrong type."""
     known, given = constants(rung), {}
     for name, text in read_arguments(known, arguments):
         if given.get(name, text) != text:
-            say_note({"PROMPT": ""}, f"{name} is given twice: {name}={text} counts")
+            say_note({"PROMPT": ""}, f"{name} is given twice: {name}={text} is used")
         given[name] = text
         kind, must, _ = RULES.get(name, (type(known[name]), f"of type {type(known[name]).__name__}", None))
         value = read_value(name, text, known[name])
         if kind not in (str, type(None)) and type(value) is not kind:
-            hint = "; give each constant an argument of its own" if re.search(r"\w=", text) else ""
+            hint = "; separate the constants with spaces" if re.search(r"\w=", text) else ""
             raise UserError(f"{name}={text}: {name} must be {must}{hint}")
         rung[name] = value
     return given
 
 
 def check_constants(rung, notes=True):
-    """Raises ValueError if a constant has an impossible value, or one was set that the rung does not have, if DEVICE
-    cannot be used here, or if constants contradict each other. Prints a line for each that has no effect."""
+    """Raises ValueError if a constant has an impossible value, if a constant was set that the rung does not have, if
+    DEVICE cannot be used here, or if constants contradict each other. Prints a line for each that has no effect."""
     import torch
 
     from harness.checks import conflicts, process_count
@@ -156,17 +157,17 @@ def check_constants(rung, notes=True):
                 raise UserError(f"{name}={value} must be {must}")
     for name in FOLDERS:
         if (known.get(name) or "").startswith("~"):  # on the command line it has been replaced
-            raise UserError(f"{name}={known[name]}: ~ is not replaced here; write the whole path")
+            raise UserError(f"{name}={known[name]}: ~ is expanded only on the command line; write the whole path")
     device = known.get("DEVICE", "cpu")
     try:
         torch.zeros(1, device=device).item()
     except Exception as error:  # of many kinds
         if is_out_of_memory(error):
-            raise UserError(f"DEVICE={device} has no memory left: another program uses it; end that, or set "
-                            f"DEVICE=cpu ({first_line(error)})") from None  # fmt: skip
+            raise UserError(f"DEVICE={device} has no memory left, since another program uses it; end that program, or "
+                            f"set DEVICE=cpu ({first_line(error)})") from None  # fmt: skip
         raise UserError(f"DEVICE={device} cannot be used here: {first_line(error).split('. ')[0]}") from None
     if device.startswith("cpu:"):  # torch would not load what it has saved from there
-        raise UserError(f"DEVICE={device} must be cpu: there is one")
+        raise UserError(f"DEVICE={device} names one CPU of several, but torch has only one; set DEVICE=cpu")
     lines = list(conflicts(known, _chosen(rung, known), process_count()))
     for line in lines if notes and not _is_of_a_scheme(known) else ():
         say_note(rung, line)
@@ -175,7 +176,8 @@ def check_constants(rung, notes=True):
 
 
 def _chosen(rung, known):
-    """The constants of a rung that somebody has set: on the command line, or to another value than its file has."""
+    """The constants of a rung that the user has set: on the command line, or to a value other than the one in its
+    file."""
     written, chosen = _source_as_loaded(rung["__file__"], rung["main"])[1], set(COMMAND_LINE)
     for name in known.keys() & RULES.keys():
         with contextlib.suppress(ValueError, SyntaxError):  # DEVICE is an expression
@@ -184,18 +186,18 @@ def _chosen(rung, known):
     return chosen
 
 
-_checked = {}  # constants of v4 with all its schemes, when they were last checked
+_checked = {}  # the constants of v4, with all its schemes, as they were last checked
 
 
 def _is_of_a_scheme(known):
-    """Whether these are the constants of one scheme of v4 within a run of several, which have been checked."""
+    """Whether these are the constants of one scheme within a run of v4 that trains several. Those have been checked."""
     schemes = [name.strip() for name in _checked.get("POSITION", "").split(",")]
     return known.get("POSITION") in schemes and known["OUT_DIR"] == f"{_checked['OUT_DIR']}/{known['POSITION']}"
 
 
 @contextlib.contextmanager
 def override(rung, **values):
-    """Within, these constants of the rung have these values."""
+    """Context in which these constants of the rung have these values."""
     before = {name: rung[name] for name in values}
     rung.update(values)
     try:
@@ -211,13 +213,13 @@ PROCESS_ENDED = re.compile(
 
 
 def is_out_of_memory(error):
-    """Whether it says that there was too little memory, on a CPU or a GPU."""
+    """Whether the error means that there was too little memory, on a CPU or a GPU."""
     return isinstance(error, MemoryError) or getattr(error, "errno", None) == errno.ENOMEM or (
         isinstance(error, (RuntimeError, OSError)) and bool(OUT_OF_MEMORY.search(first_line(error))))  # fmt: skip
 
 
 def in_one_line(error, rung):
-    """What to say of an error that the user can mend; None of any other, which may be a mistake in the rung."""
+    """The message for an error that the user can fix; None for any other, which may be a mistake in the rung."""
     text = first_line(error)
     if isinstance(error, InputError):
         return None
@@ -227,25 +229,26 @@ def in_one_line(error, rung):
         return f"out of memory{place_in(rung, error)}; {_less_memory(rung)} ({text})"
     if type(error).__name__.startswith("Dist") or isinstance(error, RuntimeError) and "gloo" in text:
         if PROCESS_ENDED.search(text):
-            return f"another process has ended; RESUME=True goes on from the last checkpoint ({text})"
+            return f"another process has ended; RESUME=True continues from the last checkpoint ({text})"
     return None
 
 
 def place_in(rung, error):
-    """Where in the rung an error arose, as " in line 9 of v3.py"; "" if it was elsewhere. torch.compile says it in its
-    message alone."""
+    """Where in the rung an error arose, such as " in line 9 of v3.py", or "" if it arose elsewhere. torch.compile gives
+    the place only in its message."""
     text = "".join(traceback.format_exception(error))
     lines = re.findall(rf'File "{re.escape(rung["__file__"])}", line (\d+)', text)
     return f" in line {lines[-1]} of {Path(rung['__file__']).name}" if lines else ""
 
 
 def _less_memory(rung):
-    """Which constants need less memory if they are lower: of those that this run may change, and that can be lower."""
+    """Advice on which constants to lower so that less memory is used: those that this run may change and that are not
+    yet at their lowest."""
     if rung.get("PROMPT") is not None:
         return "close other programs" + ("" if rung.get("DEVICE") == "cpu" else ", or set DEVICE=cpu")
     batch, processes = rung.get("BATCH_SIZE", 1 << 31), int(os.environ.get("WORLD_SIZE", 1))
     names = ["CHUNK_SIZE", "BLOCK_SIZE", "N_EMBD", "N_HIDDEN", "N_LAYER"]
-    if rung.get("RESUME"):  # the model is what it is, and so are its batches
+    if rung.get("RESUME"):  # neither the model nor its batches can change
         names = ["CHUNK_SIZE"]
     elif rung.get("INIT_FROM") is not None:
         names = ["CHUNK_SIZE", "BLOCK_SIZE"]
@@ -262,13 +265,13 @@ def _less_memory(rung):
 
 
 def start(rung):
-    """What `python v3.py NAME=value ...` does: set constants, then call the main() of the rung. What is wrong that the
-    user can mend ends in one line and exit code 1, a signal that ends a job in one line and 128 + its number (Ctrl-C:
-    130); any other error keeps its traceback."""
+    """What `python v3.py NAME=value ...` does: set constants, then call the main() of the rung. An error that the user
+    can fix ends the program with one line and exit code 1. A signal that ends a job ends it with one line and exit code
+    128 + its number (Ctrl-C: 130). Any other error keeps its traceback."""
     from harness.distributed import processes
 
     robust_streams()
-    if HELP & set(sys.argv[1:]):  # a notebook has imported this file before
+    if HELP & set(sys.argv[1:]):  # a notebook has imported harness before, so `answer_help` did not run
         return say(usage(rung["__file__"]))
     name = Path(rung["__file__"]).name
     try:
@@ -280,14 +283,14 @@ def start(rung):
         if (message := in_one_line(error, rung)) is None:
             raise
         if isinstance(error, UserError) and int(os.environ.get("RANK", 0)):
-            time.sleep(10)  # the first process says the same, and torchrun then ends the others
+            time.sleep(10)  # the first process prints the same, and torchrun then ends the others
         sys.exit(f"{name}: {message}")
     except KeyboardInterrupt as stopped:
-        advice = "" if rung.get("PROMPT") is not None else "; RESUME=True goes on from the last checkpoint"
+        advice = "" if rung.get("PROMPT") is not None else "; RESUME=True continues from the last checkpoint"
         if not int(os.environ.get("RANK", 0)):
             say(f"{name}: stopped{advice}", error=True)
         sys.exit(128 + getattr(stopped, "number", signal.SIGINT))
     finally:
         COMMAND_LINE.clear()
         for to_stderr in (False, True):
-            say(end="", error=to_stderr)  # an output that has been lost is no error when the program ends
+            say(end="", error=to_stderr)  # lost output is not an error when the program ends

@@ -3,16 +3,16 @@
 import threading
 import time
 
-TICK = 0.1  # seconds between two looks at the time
-PAUSE = 2.0  # seconds without a look after which the process was suspended, unless it was computing
+TICK = 0.1  # seconds between two readings of the time
+PAUSE = 2.0  # seconds without a reading that mean the process was suspended, unless it was computing
 
 
 class Clock:
-    """Seconds in which the process could run, as clock() gives them. It does not count a suspension: Ctrl-Z, a
+    """clock() gives the seconds in which the process could run. Time while it was suspended does not count: Ctrl-Z, a
     scheduler or a container that freezes the process, a laptop that sleeps.
 
-    Within, as a context, a thread looks at the time every TICK. Where a look is late by much, the process could not
-    run, or computed in a C function that keeps other threads waiting; the CPU time that it used tells which.
+    Inside the context, a thread reads the time every TICK. If a reading comes far too late, either the process was
+    suspended, or a C function kept other threads waiting; the CPU time used in between tells which.
     """
 
     def __init__(self):

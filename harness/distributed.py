@@ -16,12 +16,12 @@ from torch import nn
 from harness.cli import constants
 from harness.errors import UserError
 
-# How long a process waits for the others: while one prepares the text, until the first step is done, and from then on.
+# How long a process waits for the others: while one prepares the text, until the first step is done, and afterwards.
 PREPARATION, FIRST_STEP, TIMEOUT = timedelta(hours=24), timedelta(hours=1), timedelta(minutes=10)
 
 
 def rank():
-    """Number of this process, from 0, among those that torchrun started."""
+    """The number of this process, from 0, among those that torchrun started."""
     return dist.get_rank() if dist.is_initialized() else 0
 
 
@@ -31,7 +31,7 @@ def world_size():
 
 
 def barrier():
-    """Return when all processes have come to this place."""
+    """Wait until all processes have reached this call."""
     if world_size() > 1:
         dist.barrier()
 
@@ -45,7 +45,7 @@ def all_reduce(x):
 
 
 def to_device(x, device):
-    """`x`, a tensor on the CPU, on the device. A GPU copies it from pinned memory, while the program goes on."""
+    """Copy `x` from the CPU to the device. A GPU copies it from pinned memory while the program continues."""
     return x.pin_memory().to(device, non_blocking=True) if device.startswith("cuda") else x.to(device)
 
 
@@ -55,29 +55,29 @@ def all_agree(yes):
 
 
 def share_batches(batches):
-    """(batch, whether it counts) for this process: of all `batches` each process has its own part, and if they do not
-    divide evenly, the last one again, which does not count. All make as many passes: a pass of a model that is divided
-    among processes needs all of them."""
+    """Yield (batch, whether it counts) for this process's share of `batches`. All processes make the same number of
+    passes, since a forward pass of a sharded model needs all of them: if the batches do not divide evenly, some
+    processes repeat the last batch, which then does not count."""
     for i in range(rank(), -(-len(batches) // world_size()) * world_size(), world_size()):
         yield batches[min(i, len(batches) - 1)], i < len(batches)
 
 
 @contextlib.contextmanager
 def processes(rung):
-    """Within, the processes that torchrun started know each other, and the first of them talks. Raises UserError if
-    they cannot work together.
+    """Context in which the processes that torchrun started are connected, and only the first one prints. Raises
+    UserError if they cannot work together.
 
-    The first process of each machine makes the token files, if there are none, before it joins the others, which wait
-    for it. Then they wait for each other: longer for the first step, which may be compiled, than for later ones.
+    The first process of each machine makes the token files, if there are none, while the others wait. After that they
+    wait for each other: longer for the first step, which may be compiled, than for later ones.
     """
     if "LOCAL_RANK" not in os.environ:
         yield
         return
     on_gpu, local_rank, n = rung["DEVICE"].startswith("cuda"), int(os.environ["LOCAL_RANK"]), os.environ["WORLD_SIZE"]
     if "SHARD" not in rung:  # every process would train on the same batches
-        raise UserError(f"this rung trains in one process: python {Path(rung['__file__']).name}")
+        raise UserError(f"this rung trains in one process only; start it with python {Path(rung['__file__']).name}")
     if rung["BATCH_SIZE"] % int(n):
-        raise UserError(f"BATCH_SIZE={rung['BATCH_SIZE']} must be a multiple of the {n} processes")
+        raise UserError(f"BATCH_SIZE={rung['BATCH_SIZE']} must be a multiple of {n}, the number of processes")
     if on_gpu and local_rank >= torch.cuda.device_count():
         raise UserError(f"--nproc_per_node must be at most {torch.cuda.device_count()}, the number of GPUs here")
     if on_gpu:
@@ -93,8 +93,8 @@ def processes(rung):
 
 
 def _decide_for_all(rung):
-    """Let the first process decide what DTYPE="auto" means, which each would measure for itself. Raises UserError if
-    the processes were not given the same constants."""
+    """Let the first process decide for all what DTYPE="auto" means, since each might measure something else. Raises
+    UserError if the processes were given different constants."""
     given, device = [None] * world_size(), rung["DEVICE"]
     faster = resolve_dtype(device, "auto") if rank() == 0 else None
     dist.all_gather_object(given, ({name: rung[name] for name in constants(rung)}, faster))
@@ -103,12 +103,12 @@ def _decide_for_all(rung):
         if differ := [name for name in first if first[name] != other.get(name)]:
             name = differ[0]
             raise UserError(f"{name} is {first[name]!r} in one process and {other.get(name)!r} in another; start all "
-                            "of them with the same constants")  # fmt: skip
+                            "processes with the same constants")  # fmt: skip
     auto_dtypes[device] = faster
 
 
 def first_step_is_done():
-    """From now on processes wait for others no longer than `TIMEOUT`."""
+    """From now on, processes wait for each other for at most `TIMEOUT`."""
     if world_size() > 1:
         _wait_no_longer_than(TIMEOUT)
 
@@ -118,16 +118,16 @@ def _wait_no_longer_than(time):
 
 
 def share(model):
-    """The model as several processes train it: each holds all of it and sees its own part of every batch, and
-    DistributedDataParallel averages the gradients (Li et al. 2020, arXiv:2006.15704). One that `shard` has divided
-    averages them itself."""
+    """The model, ready to be trained by several processes: each holds a full copy and sees its own part of every batch,
+    and DistributedDataParallel averages the gradients (Li et al. 2020, arXiv:2006.15704). A model that `shard` has
+    divided averages them itself."""
     whole = world_size() > 1 and not is_sharded(model)
     return nn.parallel.DistributedDataParallel(model) if whole else model
 
 
 def sync_gradients(model, now):
-    """Context of a forward and backward pass: `now` says whether the processes average their gradients in it, as they
-    do in the last of several micro-batches."""
+    """Context for a forward and backward pass. `now`: whether the processes average their gradients in it, as they do
+    for the last of several micro-batches."""
     if is_sharded(model):
         model.set_requires_gradient_sync(now)
         return contextlib.nullcontext()
@@ -140,9 +140,9 @@ def sync_gradients(model, now):
 
 
 def shard(model):
-    """Divide the parameters of a transformer among the processes, in place, and with them its gradients and the state
-    of its optimizer. A process collects those of a block when it computes it, and forgets them again (fully sharded
-    data parallel, Zhao et al. 2023, arXiv:2304.11277)."""
+    """Divide the parameters of a transformer among the processes, in place, and with them the gradients and the state
+    of the optimizer. A process collects the parameters of a block just before it computes the block, and frees them
+    afterwards (fully sharded data parallel, Zhao et al. 2023, arXiv:2304.11277)."""
     from torch.distributed.fsdp import fully_shard  # loaded only where it is used
 
     for block in model.blocks:
@@ -156,13 +156,13 @@ def is_sharded(model):
 
 
 def _full(x):
-    """The tensor `x`, put together if it is divided (a DTensor). All processes must call it."""
+    """The whole of the tensor `x`, which may be divided (a DTensor). All processes must call this."""
     return x.full_tensor() if hasattr(x, "full_tensor") else x
 
 
 def whole(x):
-    """`x`, a tensor or dicts and lists of them, with every tensor that is divided put together, on the CPU. All
-    processes must call it."""
+    """`x`, a tensor or dicts and lists of tensors, with each divided tensor replaced by the whole one on the CPU. All
+    processes must call this."""
     if isinstance(x, dict):
         return {key: whole(value) for key, value in x.items()}
     if isinstance(x, (list, tuple)):
@@ -171,7 +171,7 @@ def whole(x):
 
 
 def like(x, other):
-    """The whole tensor `x` divided as the tensor `other` is."""
+    """The whole tensor `x`, divided in the same way as `other`."""
     if not hasattr(other, "full_tensor"):
         return x
     from torch.distributed.tensor import distribute_tensor
@@ -181,17 +181,17 @@ def like(x, other):
 
 
 def like_param(x, param):
-    """`x`, a value of the state that an optimizer keeps of the parameter, divided as that is if it has its shape."""
+    """`x`, a value that an optimizer keeps for the parameter, divided in the same way if it has the same shape."""
     return like(x, param) if torch.is_tensor(x) and x.shape == param.shape else x
 
 
 def divide_work(function, matrices):
-    """function(stack) of the `matrices` (rows, columns), stacked to (n, rows, columns): a list of the results, divided
-    as the matrices are. Each process computes a part of them; they exchange the results."""
+    """Apply `function` to the `matrices` (rows, columns), stacked to (n, rows, columns). Each process computes a part,
+    then they exchange the results. Returns a list of results, divided in the same way as the matrices."""
     stack = torch.stack([_full(x) for x in matrices])
     if world_size() == 1:
         return function(stack).unbind()
-    n = -(-len(stack) // world_size())  # of each process; the last ones may have fewer, or none
+    n = -(-len(stack) // world_size())  # matrices per process; the last ones may have fewer, or none
     mine, part = stack[rank() * n :][:n], stack.new_zeros(n, *stack.shape[1:])
     if len(mine):
         part[: len(mine)] = function(mine)
@@ -201,8 +201,8 @@ def divide_work(function, matrices):
 
 
 class Numbers:
-    """The loss of a step, the norm of its gradient, means over all processes, and how many signals to stop they have
-    got: on their way from the device. `read` waits for them."""
+    """Three numbers of a step on their way from the device: its loss and the norm of its gradient, both averaged over
+    all processes, and how many stop signals the processes have received. `read` waits for them."""
 
     def __init__(self, device, loss, grad_norm, signals):
         where = loss.device if torch.is_tensor(loss) else "cpu"
@@ -234,7 +234,7 @@ auto_dtypes = {}  # device: what DTYPE="auto" means there, decided once
 
 
 def resolve_dtype(device, dtype):
-    """Name of the type that matrix products use: `dtype`, or for "auto" the faster of float32 and bfloat16."""
+    """The name of the type for matrix products: `dtype`, or the faster of float32 and bfloat16 if it is "auto"."""
     if dtype != "auto":
         return dtype
     if device not in auto_dtypes:
@@ -243,7 +243,7 @@ def resolve_dtype(device, dtype):
 
 
 def _bfloat16_is_faster(device):
-    """Whether products of bfloat16 matrices clearly beat float32 on this device."""
+    """Whether products of bfloat16 matrices are clearly faster than float32 on this device."""
     if device.startswith("cuda"):
         return torch.cuda.is_bf16_supported(including_emulation=False)
     if device != "cpu":
@@ -265,13 +265,13 @@ def autocast(device, dtype):
 
 
 def seed(*numbers):
-    """Begin the stream of torch's random numbers that belongs to these whole numbers, independent of all others."""
+    """Seed torch with these whole numbers. Different numbers give independent streams of random numbers."""
     torch.manual_seed(int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0]))
 
 
 @contextlib.contextmanager
 def deterministic(device):
-    """Within, a CPU adds in one order, so that two runs of a seed are the same bit for bit."""
+    """Context in which a CPU always adds in the same order, so that two runs of one seed are the same bit for bit."""
     if device != "cpu":
         yield
         return
@@ -294,7 +294,7 @@ def peak_memory_mb(device):
     try:
         import resource
     except ImportError:  # Windows
-        with contextlib.suppress(Exception):  # a figure is not worth a run
+        with contextlib.suppress(Exception):  # a missing figure must not end a run
             import psutil
 
             return psutil.Process().memory_info().peak_wset / 1e6

@@ -3,9 +3,9 @@
 
     MFU of a step = FLOPs per token * tokens of the step / (seconds of the step * peak of all devices)
 
-Counted are the products of matrices that the model consists of, attention over whole windows among them. A step costs
-three times its forward pass, since the backward pass has two products for each of the forward pass. Looked-up
-embeddings, normalization, the optimizer, and what is computed a second time to save memory do not count.
+The count covers the model's matrix products, including attention over whole windows. A step costs three times its
+forward pass, since the backward pass has two products for each product of the forward pass. Embedding look-ups,
+normalization, the optimizer, and anything computed a second time to save memory do not count.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import kernels
 
-# Dense peaks in TFLOP/s: of bfloat16 products on tensor cores, which add in float32, and of float32, for which torch
-# uses no tensor cores by default. The sources are the makers' documents; where they give the rate with sparsity, it is
-# halved. The names are those of torch.cuda.get_device_name without maker, series and memory.
+# Dense peaks in TFLOP/s: for bfloat16 on tensor cores, which accumulate in float32, and for float32, where torch does
+# not use tensor cores by default. Figures come from the makers' documents; one given with sparsity is halved. Names are
+# those of torch.cuda.get_device_name without maker, series and memory.
 PEAKS = {
     "v100": (None, 15.7),  # V100 data sheet, SXM2; no bfloat16
     "v100 pcie": (None, 14),
@@ -54,12 +54,13 @@ PEAKS = {
 }
 NOT_IN_NAMES = r"nvidia|amd|tesla|geforce|instinct|generation|\d+gb?|hbm\w*|sxm\d*"
 COLUMNS = ("bfloat16", "float32")
-SECONDS = 0.02  # that products of each size take when a CPU is measured
+SECONDS = 0.02  # spent on each matrix size when a CPU is measured
 
 
 @contextlib.contextmanager
 def heads_of_their_own_width():
-    """Within, ALiBi is counted like any attention: where it is computed without a mask, heads are widened for it."""
+    """Context in which ALiBi counts like any attention. Computed without a mask it widens the heads, which would count.
+    """
     usual = kernels.ALiBiAttention.__call__
     kernels.ALiBiAttention.__call__ = lambda self, q, k, v: kernels.attention(q, k, v)
     try:
@@ -69,8 +70,8 @@ def heads_of_their_own_width():
 
 
 def forward_flops(model, batch):
-    """FLOPs of the products of matrices in `model(*batch)`. Nothing is computed: a copy of the model whose tensors have
-    shapes but no values, on the device "meta", makes the same calls."""
+    """FLOPs of the matrix products in `model(*batch)`. Nothing is computed: a copy of the model on the device "meta",
+    where tensors have shapes but no values, makes the same calls."""
     tensors = [*model.parameters(), *model.buffers()]
     tensors += [value for module in model.modules() for value in vars(module).values() if torch.is_tensor(value)]
     shapes = copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})
@@ -78,7 +79,7 @@ def forward_flops(model, batch):
         torch.no_grad(),
         torch.device("meta"),
         heads_of_their_own_width(),
-        sdpa_kernel(SDPBackend.MATH),  # which is made of products that are counted
+        sdpa_kernel(SDPBackend.MATH),  # it consists of matrix products, which are counted
         FlopCounterMode(display=False) as counter,
     ):
         shapes(*(torch.empty_like(x, device="meta") for x in batch))
@@ -86,18 +87,18 @@ def forward_flops(model, batch):
 
 
 def per_token(model, batch):
-    """FLOPs for each token of `batch`, (x, y), of a forward and backward pass of `model`, as it is before it is
-    compiled or divided. None if they cannot be counted: a model may do what only tensors with values can."""
+    """FLOPs per token of a forward and backward pass of `model`, not yet compiled or sharded, on `batch`, (x, y). None
+    if they cannot be counted: a model may need the values of its tensors."""
     try:
         window = [x[:1] for x in batch]
         return 3 * forward_flops(model, window) / window[0].numel()
-    except Exception:  # whatever is wrong with the model, the training itself shows it
+    except Exception:  # if something is wrong with the model, training will show it
         return None
 
 
 def peak(device, dtype):
-    """FLOP/s that products of matrices of type `dtype` ("bfloat16", "float32") reach at most on one `device`: of a GPU
-    what its maker says, of a CPU what is measured. None where that is not known."""
+    """The peak FLOP/s of matrix products of type `dtype` ("bfloat16", "float32") on one `device`: for a GPU the maker's
+    figure, for a CPU a measurement. None if it is unknown."""
     kind = torch.device(device).type
     if kind == "cuda":
         return peak_of_gpu(torch.cuda.get_device_name(device), dtype)
@@ -105,7 +106,8 @@ def peak(device, dtype):
 
 
 def peak_of_gpu(name, dtype):
-    """The same of a GPU by its name, such as "NVIDIA H100 80GB HBM3". A part of one (MIG) has another peak."""
+    """The peak of a GPU by its name, such as "NVIDIA H100 80GB HBM3". None for a part of a GPU (MIG): it reaches less.
+    """
     words = [word for word in re.split(r"[^a-z0-9.]+", name.lower()) if word and not re.fullmatch(NOT_IN_NAMES, word)]
     row = dict(zip(COLUMNS, PEAKS.get(" ".join(words), ())))
     return row[dtype] * 1e12 if row.get(dtype) else None
@@ -113,11 +115,11 @@ def peak_of_gpu(name, dtype):
 
 @functools.cache
 def peak_of_cpu(dtype, threads):
-    """The same of this CPU with `threads` threads, measured: the best of products of square matrices. It takes some
-    tens of milliseconds, once in a process."""
+    """The peak of this CPU with `threads` threads: the best rate measured for products of square matrices. It takes a
+    few tens of milliseconds, once per process."""
     best = 0.0
     for n in (512, 1024, 2048, 4096):
-        if n > 1024 and 2 * n**3 > best * SECONDS:  # it would take too long, and the smaller ones fill this CPU
+        if n > 1024 and 2 * n**3 > best * SECONDS:  # this would take too long, and smaller ones already reach the peak
             break
         a, times = torch.ones(n, n, dtype=getattr(torch, dtype)), []
         product = torch.empty_like(a)

@@ -1,4 +1,4 @@
-"""What identifies a run: the commit of the repository, the text of the rung, and the tokens that it read."""
+"""What identifies a run: the commit of the repository, the source of the rung, and the tokens that it read."""
 
 import ast
 import hashlib
@@ -11,14 +11,14 @@ from pathlib import Path
 from harness.cli import source_as_loaded
 
 ROOT = Path(__file__).resolve().parents[1]
-GIT_SECONDS = 3  # after which the commit counts as unknown
-AFTER_TRAINING = ("draw", "generate", "sample")  # what has such a name in a rung decides none of its losses
+GIT_SECONDS = 3  # if git takes longer, the commit counts as unknown
+AFTER_TRAINING = ("draw", "generate", "sample")  # code of a rung with these names does not affect a loss
 
 
 def commit(folder=ROOT, seconds=GIT_SECONDS):
-    """The git commit of the repository in `folder`, with " with changes" after it if a Python file that git tracks
-    differs from it. None if that cannot be found out: no git, no repository, one that git does not trust."""
-    if not (folder / ".git").exists():  # a repository around this folder is another one
+    """The git commit of the repository in `folder`, followed by " with changes" if a tracked Python file differs from
+    it. None if it cannot be found out: no git, no repository, or one that git does not trust."""
+    if not (folder / ".git").exists():  # a repository further up is a different one
         return None
     words = ["git", "--no-optional-locks", "status", "--porcelain=v2", "--branch", "--untracked-files=no", "--", "*.py"]
     env = {k: v for k, v in os.environ.items() if not k.startswith("GIT_") or k.startswith("GIT_CONFIG")}
@@ -40,8 +40,8 @@ def short_hash(text):
 
 
 def code_hash(text):
-    """A hash of what decides the losses of a rung, given its text: the code without comments, docstrings and blank
-    lines, without its constants, whose values are compared one by one, and without what only samples."""
+    """A hash of the code that determines the losses of a rung, given its source: without comments, docstrings and blank
+    lines, without the constants, whose values are compared one by one, and without the code that only samples."""
     tree, lines = ast.parse(text), [line.encode() for line in io.StringIO(text).readlines()]
     spans = [(token.start, token.end) for token in tokenize.generate_tokens(io.StringIO(text).readline)
              if token.type == tokenize.COMMENT]  # in characters  # fmt: skip
@@ -56,7 +56,7 @@ def code_hash(text):
             if set(names) <= {*AFTER_TRAINING} or node in tree.body and all(map(str.isupper, names)):
                 dropped.append(node)
     spans += [((node.lineno, node.col_offset), (node.end_lineno, node.end_col_offset)) for node in dropped]
-    for (row, column), (end_row, end_column) in spans:  # what is dropped becomes blanks, so that places stay
+    for (row, column), (end_row, end_column) in spans:  # dropped text becomes blanks, so that positions stay valid
         for k in range(row - 1, end_row):
             start, stop = column if k == row - 1 else 0, end_column if k == end_row - 1 else len(lines[k])
             lines[k] = lines[k][:start] + b" " * (stop - start) + lines[k][stop:]
@@ -65,13 +65,13 @@ def code_hash(text):
 
 
 def tokens_hash(tokens):
-    """One hash of the tokens of all splits, as `load_tokens` gives them; None if their digests are not known."""
+    """One hash of the tokens of all splits, as `load_tokens` gives them; None if their digests are unknown."""
     digests = [getattr(tokens.get(split), "digest", "") for split in ("train", "val", "test")]
     return short_hash(" ".join(digests)) if all(digests) else None
 
 
 def identity(run):
-    """What the summary of a run says of it."""
+    """The entries of a run's summary that identify it."""
     text = source_as_loaded(run.rung)
     return {"commit": commit(), "rung_sha256": short_hash(text), "code_sha256": code_hash(text),
             "tokens_sha256": tokens_hash(run.tokens)}  # fmt: skip

@@ -1,4 +1,4 @@
-"""What a run tells: progress while it trains, its summary, and pictures."""
+"""What a run reports: progress during training, its summary, and pictures."""
 
 import contextlib
 import io
@@ -14,18 +14,18 @@ from harness.errors import FileError
 from harness.files import atomic_write
 from harness.pictures import NUMBERS, STYLE, curve
 
-PROGRESS_SECONDS = 30  # between two lines of progress where there is no terminal for a bar
+PROGRESS_SECONDS = 30  # between two progress lines if there is no terminal for a bar
 STEP_COLUMNS = "step,tokens_seen,loss,learning_rate,grad_norm,tokens_per_second,mfu"  # of steps.csv
 
 
 def duration(seconds):
-    """A time to read, such as "23 min"."""
+    """A duration in words, such as "23 min"."""
     return f"{seconds:.0f} s" if seconds < 100 else f"{seconds / 60:.0f} min" if seconds < 5400 else (
         f"{seconds / 3600:.1f} h")  # fmt: skip
 
 
 class Progress:
-    """The bar of a training, or lines of progress where there is no terminal; and once, how long it will take."""
+    """The progress bar of a run, or progress lines if there is no terminal; and once, how long the run will take."""
 
     def __init__(self, run):
         self.first, self.step, self.max_steps = run.state.step, run.state.step, run.constants["MAX_STEPS"]
@@ -52,7 +52,7 @@ class Progress:
         seconds_left = step_seconds * left + evaluation * math.ceil(left / self.eval_interval)
         if not self.estimated and left and (done >= 10 or self.seconds > 10):
             self.estimated = True
-            self.say(f"{left:,} more steps will take about {duration(seconds_left)}")
+            self.say(f"the remaining {left:,} steps will take about {duration(seconds_left)}")
         self.bar.update()
         if done % 10 == 1:
             self.bar.set_postfix_str(f"loss {loss:.3f}, {rate:,.0f} tokens/s")
@@ -63,8 +63,8 @@ class Progress:
 
 
 def read_steps(path, step):
-    """The rows of steps.csv up to `step`, with empty cells for columns that an older run did not have; none if the file
-    is missing or damaged."""
+    """The rows of steps.csv up to `step`, with empty cells for columns that older versions did not write; none if the
+    file is missing or damaged."""
     with contextlib.suppress(OSError, ValueError):
         head, *rows = path.read_text(encoding="utf-8").splitlines()
         empty = "," * (STEP_COLUMNS.count(",") - head.count(","))
@@ -73,7 +73,7 @@ def read_steps(path, step):
 
 
 def mfu(run, seconds):
-    """Model FLOPs utilization of a step, as a cell of steps.csv; empty where FLOPs or the peak are not known."""
+    """Model FLOPs utilization of a step, as a cell of steps.csv; empty if the FLOPs or the peak are unknown."""
     if run.token_flops is None or run.peak_flops is None:
         return ""
     return f"{run.token_flops * run.step_tokens / (seconds * run.peak_flops * world_size()):.4g}"
@@ -86,30 +86,30 @@ def write_step(run, step, loss, grad_norm, seconds):
         run.steps.write(f"{step.step},{step.step * run.step_tokens},{loss:.6g},{step.rate:.6g},"
                         f"{grad_norm:.6g},{run.step_tokens / seconds:.0f},{mfu(run, seconds)}\n")  # fmt: skip
     except OSError as error:
-        raise FileError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, and RESUME=True goes "
-                        "on from the last checkpoint") from None  # fmt: skip
+        raise FileError(f"cannot write {run.out_dir / 'steps.csv'}: {error.strerror}; make room, then continue from "
+                        "the last checkpoint with RESUME=True") from None  # fmt: skip
 
 
 def not_finite(run, what, loss, step):
-    """What to say of a loss that is not finite, and what the user can do."""
+    """The message about a loss that is not finite, with what the user can do."""
     h, records = run.constants, run.records
     rates = [name for name in h if name.startswith("LEARNING_RATE") or name == "WEIGHT_DECAY" and h[name] > 1]
     advice = [f"lower {' or '.join(rates)}"]
     advice += ["raise WARMUP_STEPS"] if "WARMUP_STEPS" in h else []
     advice += ["set DTYPE=float32"] if run.dtype != "float32" else []
-    kept = f" and add RESUME=True, which goes on from step {records[-1]['step']}" if records else ""
+    kept = f" and add RESUME=True to continue from step {records[-1]['step']}" if records else ""
     values = ", ".join(f"{name}={h[name]:g}" for name in rates)
     return f"the {what} is {loss} at step {step} ({values}); {', or '.join(advice)}{kept}"
 
 
 def changes(run, made_by, rate):
-    """Say what differs since the checkpoint, though the run is the same: rounding, and the schedule."""
+    """Say what differs from the run before the checkpoint, though it is the same run: rounding, and the schedule."""
     before, max_steps = run.before, run.constants["MAX_STEPS"]
     if before["made_by"] != made_by:
-        say(f"begun on {before['made_by']}; goes on with {made_by}: losses may differ by rounding")
+        say(f"the run began with {before['made_by']} and continues with {made_by}: losses may differ by rounding")
     if before["hyperparameters"]["MAX_STEPS"] != max_steps and before["rates"][0] != rate:
-        say(f"MAX_STEPS decides the schedule: the learning rate goes from {before['rates'][0]:.3g} to {rate:.3g} here. "
-            f"A run with MAX_STEPS={max_steps} from the start ends elsewhere")  # fmt: skip
+        say(f"MAX_STEPS determines the schedule: the learning rate jumps from {before['rates'][0]:.3g} to {rate:.3g}, "
+            f"so the run will not end like one with MAX_STEPS={max_steps} from the start")  # fmt: skip
 
 
 def summarize(run, results):
@@ -143,12 +143,12 @@ def stopped_early(constants):
 def last_lines(summary, label, sample):
     """Print the sample and the metrics of a finished run."""
     say(f"--- sample ---\n{sample}\n--------------")
-    words = summary["val_word_ppl"]  # of a text that has words
+    words = summary["val_word_ppl"]  # None if white space does not separate words
     words = f"word perplexity {words:,.1f}, " if words is not None else ""
     say(f"{label} on {summary['dataset']}: val bpb {summary['val_bpb']:.4f}, {words}{summary['n_params']:,} "
         f"parameters, {summary['train_seconds']:.0f} s, peak memory {summary['peak_memory_mb']:,.0f} MB")
     metrics = [key for key in summary if key.startswith("val_") and f"{key}_sliding" in summary]
-    for title, end in (("windows side by side", ""), ("windows that overlap", "_sliding")) if metrics else ():
+    for title, end in (("windows side by side", ""), ("overlapping windows", "_sliding")) if metrics else ():
         values = {key.removeprefix("val_"): summary[key + end] for key in metrics}
         say(f"validation, {title}: " + ", ".join(f"{k} {v:.4f}" for k, v in values.items() if v is not None))
 

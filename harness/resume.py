@@ -1,4 +1,5 @@
-"""What a run starts from: its last checkpoint, the weights of another run, or a folder that an earlier run has used."""
+"""The start of a run: from its last checkpoint, from the weights of another run, or in a folder that an earlier run has
+used."""
 
 import shlex
 from types import SimpleNamespace
@@ -12,12 +13,12 @@ from harness.errors import UserError
 from harness.models import SHAPE, DamagedFile, find_model, read_file, read_model, set_weights
 from harness.signals import uninterrupted
 
-CHECKPOINTS = ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt")  # new: a kill kept it from its place
-# In the order in which they are moved aside: a kill leaves the newest checkpoint or none.
+CHECKPOINTS = ("checkpoint_new.pt", "checkpoint.pt", "checkpoint_before.pt")  # new: left by a kill before its renaming
+# In the order in which they are moved aside: after a kill, the newest checkpoint is still there, or none is.
 RUN_FILES = (*reversed(CHECKPOINTS), "log.jsonl", "steps.csv", "summary.json", "sample.txt", "model.pt",
              "vocabulary.json", "loss.png")  # fmt: skip
-# What a resumed run may change. In silence: what only says how to run. With a line: what the next steps depend on. The
-# rest, shape and order of the data, must stay.
+# Constants that a resumed run may change: without a line those that only say how to run, with a line those on which the
+# next steps depend. All others must stay: they decide the shape of the model and the order of the data.
 MAY_CHANGE = ("EVAL_INTERVAL", "PATIENCE", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STOP_AT_END", "SAMPLES",
               "STRIDE", "EXTRAPOLATION", "DEVICE", "SHARD", "DATA", "OUT_DIR", "RESUME", "INIT_FROM",
               "PROMPT")  # fmt: skip
@@ -27,24 +28,24 @@ MAY_CHANGE_WITH_A_LINE = ("MAX_STEPS", "LEARNING_RATE", "LEARNING_RATE_ADAMW", "
 
 
 def differing(before, now, but=()):
-    """The constants, {name: "NAME was ... and is ..."}, in which two runs differ and that may decide a loss."""
+    """The constants in which two runs differ and that may affect a loss, as {name: "NAME was ... and is ..."}."""
     names = sorted({*before, *now} - {*MAY_CHANGE, *but})
     return {k: f"{k} was {before.get(k)!r} and is {now.get(k)!r}" for k in names if before.get(k) != now.get(k)}
 
 
 def same_training(summary, other, but=()):
-    """Whether two summaries are of the same text and of constants that differ at most in those of `but`."""
+    """Whether two summaries have the same text and the same constants, except perhaps those in `but`."""
     same_text = _text(summary) == _text(other)
     return same_text and not differing(summary["hyperparameters"], other["hyperparameters"], but)
 
 
 def _text(made_of):
-    """What tells the text of a run, in a summary or checkpoint: its tokens, or its name where they are not known."""
+    """What identifies the text in a summary or checkpoint: the hash of its tokens, or its name if that is unknown."""
     return made_of.get("tokens_sha256") or made_of["dataset"]
 
 
 def move_aside(out_dir):
-    """Rename what an earlier run left in the folder, and say how many earlier runs there are beside it."""
+    """Move the files of an earlier run from the folder into a new one, and say how many earlier runs are kept."""
     named = out_dir.name not in ("", "..") and not out_dir.is_symlink()
     folder = out_dir if named else out_dir.resolve()
     there = [folder / name for name in RUN_FILES if (folder / name).exists()]
@@ -66,22 +67,23 @@ def move_aside(out_dir):
 def init_from(run, folders):
     """What `Run.init_from` does."""
     if run.constants["RESUME"] and any(run.out_dir.glob("checkpoint*.pt")):
-        say(f"RESUME=True goes on from the checkpoint in {run.out_dir}: INIT_FROM has no effect")
+        say(f"RESUME=True continues from the checkpoint in {run.out_dir}: INIT_FROM has no effect")
         return
     folder = find_model(folders)
     saved, tokenizer = read_model(folder)
     if saved["rung"] != run.name:
-        raise UserError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, and this is {run.name}.py")
+        raise UserError(f"INIT_FROM={folder} holds a model of {saved['rung']}.py, but this is {run.name}.py; name a "
+                        f"run of {run.name}.py, or start {saved['rung']}.py")  # fmt: skip
     h, weights, shape = run.constants, saved["model"], saved["hyperparameters"]
     positions, length = weights.get("position_embedding.weight"), h["BLOCK_SIZE"]
     may_differ = ("VOCABULARY", *(("BLOCK_SIZE",) if positions is None or length < len(positions) else ()))
     differ = [f"{k}={v}" for k, v in shape.items() if k in SHAPE and k not in may_differ and v != h[k]]
     if differ:
-        raise UserError(f"INIT_FROM={folder} holds a model of another shape; set {' '.join(differ)}")
+        raise UserError(f"INIT_FROM={folder} holds a model of a different shape; set {' '.join(differ)}")
     if tokenizer.fingerprint != run.tokens["train"].fingerprint:
         vocabulary = shlex.quote(str(folder / "vocabulary.json"))
-        raise UserError(f"INIT_FROM={folder} holds a model with another vocabulary than this text; prepare the "
-                        f"text with it, python data/prepare.py --from TEXT --to DIR --vocabulary {vocabulary}, and "
+        raise UserError(f"INIT_FROM={folder} holds a model whose vocabulary is not that of this text; prepare the text "
+                        f"with it, python data/prepare.py --from TEXT --to DIR --vocabulary {vocabulary}, and "
                         "set DATA=DIR")  # fmt: skip
     if positions is not None and length < len(positions):
         weights["position_embedding.weight"] = positions[:length]
@@ -91,7 +93,7 @@ def init_from(run, folders):
 
 
 def save_checkpoint(run):
-    """What `Run.checkpoint` does. A kill at any moment leaves a whole checkpoint."""
+    """What `Run.checkpoint` does. Whenever the process is killed, a complete checkpoint remains."""
     model, optimizers = distributed.whole([run.model.state_dict(), [o.state_dict() for o in run.optimizers]])
     if rank():
         return
@@ -111,8 +113,8 @@ def save_checkpoint(run):
 
 
 def load_checkpoint(run):
-    """Put the run in the state of its last checkpoint, or of the one before if that is damaged. Raises OSError if it
-    cannot be read, ValueError if all are damaged or it is of another run."""
+    """Put the run in the state of its last checkpoint, or of the one before if the last is damaged. Raises OSError if
+    it cannot be read, ValueError if all are damaged or it belongs to another run."""
     keys = ("model", "optimizers", "step", "best", "bad_evals", "log", "losses", "seconds", "rates", "dataset",
             "tokens_sha256", "fingerprint", "hyperparameters", "dtype", "made_by")  # fmt: skip
     paths = [path for name in CHECKPOINTS if (path := run.out_dir / name).exists()]
@@ -123,11 +125,11 @@ def load_checkpoint(run):
         except DamagedFile:
             if path == paths[-1]:
                 raise
-            say(f"{path} is damaged or cut short; going on from the checkpoint before it")
+            say(f"{path} is damaged or incomplete; continuing from the checkpoint before it")
     newest = run.out_dir / "checkpoint.pt"
     run.damaged = newest if path.name == "checkpoint_before.pt" else None
     if path.name == "checkpoint_new.pt":
-        barrier()  # all have read it
+        barrier()  # until all processes have read it
         if rank() == 0:
             path.replace(newest)
     run.before = {key: saved[key] for key in ("hyperparameters", "rates", "made_by")}
@@ -140,29 +142,30 @@ def load_checkpoint(run):
                           for i, values in state["state"].items()}  # fmt: skip
         optimizer.load_state_dict(state)
         for group, values in zip(optimizer.param_groups, now):
-            group.update(values)  # rates and decay are those of the constants
+            group.update(values)  # rates and decay come from the constants, not from the checkpoint
     run.state = SimpleNamespace(step=saved["step"], best=saved["best"], bad_evals=saved["bad_evals"])
     run.records, run.seconds, run.losses = saved["log"], saved["seconds"], saved["losses"].tolist()
-    say(f"going on from step {run.state.step:,}")
+    say(f"continuing from step {run.state.step:,}")
 
 
 def check_same_run(run, saved):
-    """Raises ValueError if the text, the tokenizer, or constants that decide model or batches, are others than
-    those of the checkpoint; says which other constants have changed."""
+    """Raises ValueError if the text, the tokenizer, or a constant that decides the model or the batches differs from
+    the checkpoint; says which other constants have changed."""
     before, now, train = saved["hyperparameters"], run.constants, run.tokens["train"]
     changed = differing(before, now)
     differ = [text for name, text in changed.items() if name not in MAY_CHANGE_WITH_A_LINE]
     if _text(saved) != _text({"dataset": train.dataset, **run.identity}):
-        same = " of another content, under the same name" if saved["dataset"] == train.dataset else ""
+        same = ", but with other content" if saved["dataset"] == train.dataset else ""
         differ.append(f"the text was {saved['dataset']} and is {train.dataset}{same}")
     if saved["fingerprint"] != train.fingerprint:
         differ.append(f"the tokenizer was {saved['fingerprint']} and is {train.fingerprint}")
     if differ:
-        raise UserError(f"to resume the run in {run.out_dir}, set back what differs: {'; '.join(differ)}")
+        raise UserError(f"the run in {run.out_dir} cannot be resumed with these differences: {'; '.join(differ)}; set "
+                        "them back, or choose another OUT_DIR")  # fmt: skip
     if saved["step"] > now["MAX_STEPS"]:
-        raise UserError(f"the run in {run.out_dir} has made {saved['step']} steps; MAX_STEPS={now['MAX_STEPS']} "
-                        "must not be less")  # fmt: skip
+        raise UserError(f"the run in {run.out_dir} has already made {saved['step']} steps, more than MAX_STEPS="
+                        f"{now['MAX_STEPS']}; set MAX_STEPS to at least {saved['step']}")  # fmt: skip
     if changed:
-        say(f"going on with other constants: {'; '.join(changed.values())}")
+        say(f"continuing with changed constants: {'; '.join(changed.values())}")
     if now["DEVICE"] == before["DEVICE"] and now.get("DTYPE") == before.get("DTYPE") == "auto":
         distributed.auto_dtypes[run.device] = saved["dtype"]

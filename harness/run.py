@@ -23,27 +23,27 @@ from harness.identity import identity
 from harness.models import read_file, set_weights
 from harness.resume import init_from, load_checkpoint, move_aside, save_checkpoint
 
-DIVERGED = 1e12  # nats from which on a loss counts as not finite: no model comes back from there
+DIVERGED = 1e12  # nats: a loss this large counts as not finite, since no model recovers from it
 
 
 class Run:
     """One training run of a rung (its globals) in its folder OUT_DIR. As a context it holds the lock of the folder, and
-    puts back what it changes in the process."""
+    at the end restores the settings of the process that it changed."""
 
     def __init__(self, rung):
         check_constants(rung)
-        import torch._dynamo  # noqa: F401 - torch.optim loads it when first used: it counts as a library
+        import torch._dynamo  # noqa: F401 - torch.optim would load it later: count it as a library
 
         self.rung, self.name, self.constants = rung, Path(rung["__file__"]).stem, constants(rung)
         self.device, self.out_dir = self.constants["DEVICE"], Path(self.constants["OUT_DIR"])
         self.import_mb = peak_memory_mb(self.device)
         self.state = SimpleNamespace(step=0, best=math.inf, bad_evals=0)
-        self.records, self.losses, self.seconds = [], [], 0.0  # evaluations, losses since the last, of training
-        self.before = self.progress = None  # before: what a checkpoint says of the run until then
+        self.records, self.losses, self.seconds = [], [], 0.0  # evaluations, losses since the last one, training time
+        self.before = self.progress = None  # before: from the checkpoint of a resumed run, how it ran until then
         self.damaged = None  # a checkpoint that could not be read
         self.waiting = None  # the last step, while a GPU still computes it
         self.compiled, self.signals, self.stack = False, [], contextlib.ExitStack()
-        self.clock, self.caught = Clock(), contextlib.ExitStack()  # caught: what puts back the handlers of signals
+        self.clock, self.caught = Clock(), contextlib.ExitStack()  # caught: restores signal handlers
 
     def __enter__(self):
         try:
@@ -51,12 +51,13 @@ class Run:
             if rank() == 0:
                 self.stack.enter_context(file_lock(self.out_dir / "lock"))
         except FileExistsError:
-            raise UserError(f"OUT_DIR={self.out_dir} is a file; name a folder") from None
+            raise UserError(f"OUT_DIR={self.out_dir} is a file, but results need a folder; name another") from None
         except Locked as error:
             raise UserError(f"process {error.holder} is training in {self.out_dir}; wait for it, stop it, or choose "
                             "another OUT_DIR") from None  # fmt: skip
         except OSError as error:
-            raise UserError(f"OUT_DIR={self.out_dir} cannot be used: {error.strerror or error}") from None
+            raise UserError(f"OUT_DIR={self.out_dir} cannot be used ({error.strerror or error}); make it writable, or "
+                            "name another") from None  # fmt: skip
         self.stack.enter_context(distributed.deterministic(self.device))
         self.stack.enter_context(self.clock)
         return self
@@ -64,16 +65,16 @@ class Run:
     def __exit__(self, kind, error, traceback):
         if self.progress is not None:
             self.progress.bar.close()
-        if world_size() == 1:  # else torchrun may be about to stop this process, which has to say first what happened
+        if world_size() == 1:  # torchrun may be about to stop this process, which must first report its error
             self.caught.close()
         self.stack.close()
         if kind is None:
-            names = sorted(path.name for path in self.out_dir.glob("[!cw]*.*"))  # no checkpoints, nothing half written
+            names = sorted(path.name for path in self.out_dir.glob("[!cw]*.*"))  # no checkpoints or unfinished files
             say(f"results in {self.out_dir}: {', '.join(names)}")
 
     def write(self, name, content):
-        """Write the file `name` of the run: a text, or else what torch.save makes of `content`. Of several processes
-        the first one does it."""
+        """Write the file `name` of the run: `content` itself if it is a string, else torch.save(content). Only the
+        first process writes it."""
         if rank() == 0:
             is_text = isinstance(content, str)
             atomic_write(self.out_dir / name, lambda file: file.write(content.encode("utf-8", "backslashreplace"))
@@ -82,18 +83,18 @@ class Run:
     # -- Beginning and resuming ----------------------------------------------------------------------------
 
     def begin(self, model, tokens):
-        """Say what is trained on which text: `tokens` as `load_tokens` gives them."""
+        """Prepare the run and print what is trained on which text. `tokens`: from `load_tokens`."""
         h, train = self.constants, tokens["train"]
-        batch = self.rung["get_batch"](train.ids, 0)  # what makes no batch is refused before a run is moved aside
+        batch = self.rung["get_batch"](train.ids, 0)  # a text too short for it is refused before an earlier run moves
         self.token_flops, self.peak_flops = flops.per_token(model, batch), flops.peak(self.device, self.dtype)
         self.model, self.tokens, self.n_params = model, tokens, sum(p.numel() for p in model.parameters())
-        self.identity = identity(self)  # now: the files may change while it trains
+        self.identity = identity(self)  # now, since files may change during training
         self.step_tokens = h["BATCH_SIZE"] * h["BLOCK_SIZE"]
         self.eval_interval = max(1, min(h["EVAL_INTERVAL"], len(train) // self.step_tokens))
         self.label = f"{self.name}, {h['POSITION']}" if "POSITION" in h else self.name
-        model.fingerprint = train.fingerprint  # of the tokenizer whose ids it knows
+        model.fingerprint = train.fingerprint  # of the tokenizer whose ids it reads
         if h.get("SHARD") and not self.sharded:
-            say("SHARD=True has no effect in one process: start several with torchrun")
+            say("SHARD=True has no effect with one process: start several with torchrun")
         if self.sharded:
             distributed.shard(model)
         else:
@@ -101,25 +102,25 @@ class Run:
         say(f"{self.label} on {train.dataset}: {self.n_params:,} parameters, {len(train):,} training tokens, "
             f"{h['MAX_STEPS']:,} steps, {self.device}, results in {self.out_dir}")  # fmt: skip
         if self.device != "cpu":
-            say(f"on {self.device} two runs of one seed differ by rounding")
+            say(f"on {self.device}, two runs with the same seed differ by rounding")
         self.vocabulary = vocabulary_file(h["VOCABULARY"], h["DATA"]).read_text("utf-8")  # the run keeps its own copy
 
     def init_from(self, *folders):
-        """Start from the weights of the finished run in the first of `folders` that holds one, unless a checkpoint is
-        there to resume. Raises ValueError if its model has another shape or vocabulary. Where positions are learned,
-        shorter windows take the first of them."""
+        """Start from the weights of a finished run, in the first of `folders` that holds one, unless there is a
+        checkpoint to resume. Raises ValueError if that model has a different shape or vocabulary. If positions are
+        learned and windows are shorter now, the first positions are kept."""
         init_from(self, folders)
 
     def resume(self, model, *optimizers):
-        """With RESUME=True load the last checkpoint, if there is one. Else what an earlier run left in the folder is
-        moved aside. Returns the state: step, best loss, evaluations without a better one (bad_evals)."""
+        """With RESUME=True, load the last checkpoint if there is one; otherwise move the files of an earlier run out of
+        the folder. Returns the state: step, best loss, and evaluations without improvement (bad_evals)."""
         self.optimizers, h, rows = optimizers, self.constants, []
         if h["RESUME"] and any(self.out_dir.glob("checkpoint*.pt")):
             load_checkpoint(self)
             rows = report.read_steps(self.out_dir / "steps.csv", self.state.step)
         else:
             if h["RESUME"]:
-                say(f"there is no checkpoint in {self.out_dir} yet: RESUME=True begins a run")
+                say(f"there is no checkpoint in {self.out_dir} yet: RESUME=True starts a new run")
             barrier()
             if rank() == 0:
                 move_aside(self.out_dir)
@@ -134,12 +135,12 @@ class Run:
 
     @property
     def sharded(self):
-        """Whether the model is divided among processes."""
+        """Whether the model's parameters are divided among processes."""
         return bool(self.constants.get("SHARD")) and world_size() > 1
 
     @property
     def dtype(self):
-        """Name of the type that matrix products use."""
+        """The name of the type for matrix products."""
         return distributed.resolve_dtype(self.device, self.constants.get("DTYPE", "float32"))
 
     def made_by(self):
@@ -149,36 +150,36 @@ class Run:
                 f"processes, {self.dtype}{how}")  # fmt: skip
 
     def compile(self, model, batch):
-        """The model as it is trained: compiled if COMPILE says so and it works with `batch`, (x, y), in all processes,
-        else with a line that says why not; shared by all processes."""
+        """The model to be trained, shared by all processes. With COMPILE=True it is compiled, if that works for
+        `batch`, (x, y), in all processes; otherwise a line says why not."""
         trained = model
         if self.constants["COMPILE"]:
             say("compiling the model, which takes up to a minute (COMPILE=False starts at once)")
             problem = ""
-            try:  # by itself: a process that fails must not leave others waiting for its gradients
-                if self.sharded:  # each pass needs all processes: only try whether there is a compiler
+            try:  # before the model is shared: a process that fails must not leave others waiting for its gradients
+                if self.sharded:  # a pass needs all processes: only test whether there is a compiler
                     torch.compile(lambda x: x.sin() + 1)(batch[0].float())
                 else:
                     trained = torch.compile(model)
                     with distributed.autocast(self.device, self.constants["DTYPE"]):
                         trained(*batch).backward()
                     model.zero_grad()
-            except Exception as error:  # a missing compiler shows in many ways
+            except Exception as error:  # a missing compiler raises many kinds of errors
                 problem = first_line(error) + place_in(self.rung, error)
             self.compiled = distributed.all_agree(not problem)
             if self.compiled and world_size() > 1 and self.device.startswith("cuda"):
-                torch._dynamo.reset()  # with gradients to exchange it is compiled in parts, to exchange them meanwhile
+                torch._dynamo.reset()  # compile again in parts, so that gradients are exchanged meanwhile
             trained = torch.compile(model) if self.compiled else model
             if not self.compiled:
                 say(f"training without torch.compile: {problem or 'it failed in another process'}")
         self.step_began = self.clock()
         return distributed.share(trained)
 
-    # -- While it trains -----------------------------------------------------------------------------------
+    # -- During training -----------------------------------------------------------------------------------
 
     def evaluation_due(self, step):
-        """Whether the loop should evaluate before this step. Training time does not pass until the next step begins.
-        Before the first step only weights that were trained already are worth it."""
+        """Whether the loop should evaluate before this step. The clock of training stops until the next step begins.
+        Before the first step, only weights that are already trained are evaluated."""
         due = step % self.eval_interval == 0 or step == self.constants["MAX_STEPS"]
         due = due and (step > 0 or self.constants.get("INIT_FROM") is not None)
         if due:
@@ -187,8 +188,8 @@ class Run:
         return due and not (self.records and self.records[-1]["step"] == step)
 
     def save_best(self):
-        """Keep the weights as they are now in model.pt, with the constants that give the model its shape, and the
-        vocabulary beside them."""
+        """Save the current weights in model.pt, with the constants that give the model its shape, and the vocabulary
+        next to it."""
         if not (self.out_dir / "vocabulary.json").exists():
             self.write("vocabulary.json", self.vocabulary)
         train, model = self.tokens["train"], distributed.whole(self.model.state_dict())
@@ -196,7 +197,7 @@ class Run:
                                 "fingerprint": train.fingerprint, "start": list(train.start)})  # fmt: skip
 
     def log(self, step, metrics):
-        """Note an evaluation of the validation split: on the screen, in log.jsonl, and in a checkpoint."""
+        """Record an evaluation of the validation split: on the screen, in log.jsonl, and in a checkpoint."""
         if not metrics["loss"] < DIVERGED:
             raise UserError(report.not_finite(self, "validation loss", metrics["loss"], step))
         train_loss = torch.tensor(self.losses).mean().item() if self.losses else None
@@ -207,26 +208,26 @@ class Run:
         self.write("log.jsonl", "".join(json.dumps(record) + "\n" for record in self.records))
         self.checkpoint()
         kernels.trim_memory()
-        if world_size() == 1:  # several processes agree on it in a step
+        if world_size() == 1:  # several processes agree to stop in `step`
             self._stop_if(len(self.signals))
         self.step_began = self.clock()
         self.progress.evaluation_seconds = self.step_began - self.evaluation_began
 
     def checkpoint(self):
-        """Save all that it takes to go on as checkpoint.pt; the one that was there is kept as checkpoint_before.pt."""
+        """Save all that is needed to continue as checkpoint.pt; the previous one is kept as checkpoint_before.pt."""
         save_checkpoint(self)
 
     def rates(self):
-        """The learning rates of all groups of parameters, as they are now."""
+        """The current learning rates of all parameter groups."""
         return [group["lr"] for optimizer in self.optimizers for group in optimizer.param_groups]
 
     def step(self, loss, grad_norm):
-        """Count a step: its mean loss over the windows of this process, and the norm of its gradient, as tensors or
-        numbers. Raises UserError if the loss is not finite; after a signal that ends a job saves a checkpoint and ends
-        the program with exit code 128 + its number.
+        """Record a step: its mean loss over the windows of this process and the norm of its gradient, as tensors or
+        numbers. Raises UserError if the loss is not finite. After a signal that ends a job, it saves a checkpoint and
+        ends the program with exit code 128 + its number.
 
-        To read a number from a GPU is to wait until it has computed it. So there a step is counted when the next one
-        has been queued behind it, and the GPU never waits for the program.
+        Reading a number from a GPU means waiting until the GPU has computed it. There, a step is recorded only when the
+        next one has been queued, so that the GPU never waits for the program.
         """
         self.state.step += 1
         before = self.waiting
@@ -237,11 +238,11 @@ class Run:
 
     @property
     def reads_late(self):
-        """Whether a step is counted one step later."""
+        """Whether a step is recorded one step late."""
         return self.device.startswith("cuda")
 
     def read_waiting(self):
-        """Count the last step, if that was not done yet. Returns how many signals to stop there have been."""
+        """Record the last step, if that is still to do. Returns how many stop signals have arrived."""
         waiting, self.waiting = self.waiting, None
         return self._count(waiting)
 
@@ -265,8 +266,8 @@ class Run:
         return stop
 
     def _catch_signals(self):
-        """From now on a signal that ends a job lets the step be finished. It ends the program at once where no step
-        would be lost, and where it is a second one from the keyboard."""
+        """From now on, a signal that ends a job takes effect after the current step. It ends the program at once if no
+        step would be lost, or if it is the second one from the keyboard."""
         first, times = self.state.step, []
 
         def receive(number, frame):
@@ -281,29 +282,29 @@ class Run:
     def _stop_if(self, stop):
         if stop:
             self.read_waiting()
-            if not (self.records and self.records[-1]["step"] == self.state.step):  # else it has just been saved
+            if not (self.records and self.records[-1]["step"] == self.state.step):  # otherwise it has just been saved
                 self.checkpoint()
             self.progress.bar.close()
             if rank() == 0:
-                say(f"{self.name}.py: stopped after {self.state.step} steps; RESUME=True, beside the same constants, "
-                    "goes on from there", error=True)  # fmt: skip
+                say(f"{self.name}.py: stopped after {self.state.step} steps; RESUME=True with the same constants "
+                    "continues from there", error=True)  # fmt: skip
             sys.exit(128 + (self.signals or [signal.SIGTERM])[0])
 
     # -- At the end ----------------------------------------------------------------------------------------
 
     def load_best(self, model):
-        """Training is over: load the weights of the best evaluation."""
+        """After training: load the weights of the best evaluation."""
         self.progress.bar.close()
-        self._stop_if(all_reduce(torch.tensor(len(self.signals))).item())  # what came after the last step
+        self._stop_if(all_reduce(torch.tensor(len(self.signals))).item())  # a signal after the last step
         self.caught.close()
         if self.state.step < self.constants["MAX_STEPS"]:
             say(report.stopped_early(self.constants))
         self.peak_mb = peak_memory_mb(self.device)
-        barrier()  # the first process has written the best weights
+        barrier()  # until the first process has written the best weights
         set_weights(model, read_file(self.out_dir / "model.pt", ("model",))["model"], self.out_dir / "model.pt")
 
     def finish(self, sample, **results):
-        """Write summary.json, sample.txt and loss.png, then say how it ended. `results` are added to the summary.
+        """Write summary.json, sample.txt and loss.png, then print the results. `results` are added to the summary.
         Returns the summary, a dict."""
         summary = report.summarize(self, results)
         self.write("summary.json", json.dumps(summary, indent=1) + "\n")

@@ -1,4 +1,4 @@
-"""What a model writes: continuations of a prompt, and the sample at the end of a run."""
+"""Text that a model writes: continuations of a prompt, and the sample at the end of a run."""
 
 import re
 import sys
@@ -13,8 +13,9 @@ from harness.models import SHAPE, build, find_model, read_model
 
 
 def pieces_of(tokenizer, ids, new_ids, stop_at_end=True):
-    """The text of `ids` and of `new_ids`, which the model makes of them, piece by piece as it comes. Special tokens
-    are no text: none is shown. At the first <|endoftext|> of `new_ids` it stops, or else begins a new paragraph."""
+    """Yield the text of `ids` and of `new_ids`, the model's continuation, piece by piece as it arrives. Special tokens
+    are not shown. The first <|endoftext|> in `new_ids` ends the text or, without `stop_at_end`, each begins a new
+    paragraph."""
     special = set(range(tokenizer.vocab_size - len(tokenizer.special_tokens), tokenizer.vocab_size))
     end = tokenizer.encode(END, [END])[0] if END in tokenizer.special_tokens else None
 
@@ -29,16 +30,16 @@ def pieces_of(tokenizer, ids, new_ids, stop_at_end=True):
 
 
 def text_of(tokenizer, ids, new_ids, stop_at_end=True):
-    """All pieces as one text."""
+    """All pieces of `pieces_of` as one text."""
     return "".join(pieces_of(tokenizer, ids, new_ids, stop_at_end))
 
 
 def without_effect(rung, saved, vocab_size):
-    """The constants of the command line, as NAME=text, that do not matter to a model that continues a text. `saved`:
-    the constants that it was trained with."""
+    """The constants on the command line, as NAME=text, that have no effect when a trained model continues a prompt.
+    `saved`: the constants with which it was trained."""
     used = ["PROMPT", "OUT_DIR", "SAMPLE_TOKENS", "TEMPERATURE", "TOP_K", "TOP_P", "STOP_AT_END", "SAMPLES", "SEED",
             "DEVICE"]  # fmt: skip
-    used += [name for name in SHAPE if name in saved and saved[name] == rung.get(name)]  # repeated, as it was trained
+    used += [name for name in SHAPE if name in saved and saved[name] == rung.get(name)]  # the same as in training
     if saved.get("POSITION") in [name.strip() for name in rung.get("POSITION", "").split(",")]:
         used.append("POSITION")
     if rung["TOP_K"] >= vocab_size:
@@ -47,31 +48,31 @@ def without_effect(rung, saved, vocab_size):
 
 
 def read_prompt(prompt):
-    """The text of PROMPT: of "-" what standard input holds, without the end of its last line. Raises UserError."""
+    """The text of PROMPT; if that is "-", standard input without its last line break. Raises UserError."""
     if prompt != "-":
         return prompt
     if sys.stdin is None:
-        raise UserError("PROMPT=- reads standard input, which is closed; pipe a text into it")
+        raise UserError("PROMPT=- reads standard input, but that is closed; pipe a text into it")
     if sys.stdin.isatty():
-        say("write the prompt; Ctrl-D at the start of a line ends it (on Windows Ctrl-Z and Enter)", error=True)
+        say("type the prompt; end it with Ctrl-D on a new line (on Windows: Ctrl-Z, then Enter)", error=True)
     try:
         text = sys.stdin.buffer.read().decode("utf-8-sig")
     except UnicodeDecodeError:
-        raise UserError("standard input is no UTF-8 text; convert it first, for example with iconv -t utf-8") from None
+        raise UserError("standard input is not UTF-8 text; convert it first, such as with iconv -t utf-8") from None
     return re.sub(r"\r?\n\Z", "", text)
 
 
 def continue_prompt(rung, *folders):
-    """Print PROMPT and, as it comes, what the trained model in the first of `folders` that has one makes of it, SAMPLES
-    times. An empty prompt begins as the text that the model was trained on. Returns the text; of several samples a
-    list."""
-    check_constants(rung, notes=len(folders) == 1)  # v4, which has several, has checked them
+    """Print PROMPT and its continuation by the trained model in the first of `folders` that holds one, as it arrives,
+    SAMPLES times. An empty prompt starts like the text that the model was trained on. Returns the text, or a list of
+    texts if there are several samples."""
+    check_constants(rung, notes=len(folders) == 1)  # v4 gives several folders, and has printed the notes
     folder = find_model(folders)
     saved, tokenizer = read_model(folder)
     model = build(rung, saved, tokenizer, folder)
     if idle := without_effect(rung, saved["hyperparameters"], tokenizer.vocab_size):
-        cli.say_note(rung, f"PROMPT takes the model in {folder} as it is: {', '.join(idle)} "
-                           f"{'has' if len(idle) == 1 else 'have'} no effect")  # fmt: skip
+        cli.say_note(rung, f"PROMPT uses the trained model in {folder}: {', '.join(idle)} "
+                           f"{'has' if len(idle) == 1 else 'have'} no effect on it")  # fmt: skip
     ids = tokenizer.encode(read_prompt(rung["PROMPT"]), tokenizer.special_tokens) or saved["start"]
     samples, texts = rung["SAMPLES"], []
     for k in range(samples):

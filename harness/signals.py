@@ -1,27 +1,27 @@
-"""Signals that end a job, and what a program does when one comes. Loads no torch."""
+"""Signals that end a job, and what a program does when one arrives. Does not load torch."""
 
 import contextlib
 import signal
 import threading
 
-# Those that a terminal or a scheduler sends. Windows has SIGINT, SIGTERM and SIGBREAK.
+# The signals that terminals and schedulers send. Windows has SIGINT, SIGTERM and SIGBREAK.
 _NAMES = (
     "SIGINT",  # Ctrl-C; the stop button of a notebook; LSF's bkill, before SIGTERM
-    "SIGTERM",  # kill, torchrun, Slurm and other schedulers, docker stop, a computer that shuts down
-    "SIGHUP",  # a terminal that is closed, an ssh connection that ends
+    "SIGTERM",  # kill, torchrun, Slurm and other schedulers, docker stop, shutdown of the computer
+    "SIGHUP",  # a terminal is closed, an ssh connection ends
     "SIGQUIT",  # Ctrl-\
-    "SIGXCPU",  # a limit of CPU seconds: ulimit -t, Grid Engine, LSF
+    "SIGXCPU",  # a limit on CPU seconds: ulimit -t, Grid Engine, LSF
     "SIGUSR1",  # Slurm with --signal=USR1, Grid Engine with -notify
     "SIGUSR2",  # LSF before its time limit, Grid Engine with -notify
-    "SIGBREAK",  # Ctrl-Break, a window that is closed, a session that ends
+    "SIGBREAK",  # Ctrl-Break, a window is closed, a session ends
 )
 ENDING = tuple(getattr(signal, name) for name in _NAMES if hasattr(signal, name))
 KEYBOARD = tuple(getattr(signal, name) for name in ("SIGINT", "SIGQUIT", "SIGBREAK") if hasattr(signal, name))
-TWICE = 0.5  # seconds within which one signal may come twice: torchrun forwards what a scheduler sends to all
+TWICE = 0.5  # seconds: a signal may arrive twice, once from the scheduler and once forwarded by torchrun
 
 
 class Stopped(KeyboardInterrupt):
-    """A signal ends the program. `number`: which one."""
+    """A signal ends the program. `number`: the number of the signal."""
 
     def __init__(self, number):
         super().__init__(f"signal {number}")
@@ -29,20 +29,20 @@ class Stopped(KeyboardInterrupt):
 
 
 def raise_stopped(number, frame):
-    """A handler that ends the program at once. What comes later, such as the same signal from another sender, does not
-    disturb the ending."""
+    """A signal handler that ends the program at once. Later signals, such as the same one from another sender, are
+    ignored while it ends."""
     catch(lambda number, frame: None)
     raise Stopped(number)
 
 
 def catch(receive):
-    """From now on each of these signals calls `receive(number, frame)`. One that is ignored stays ignored: nohup does
-    that with SIGHUP, a shell with SIGINT in the background. Returns a context, at whose end (or close()) all is as
-    before. Only the main thread receives signals: in others nothing changes."""
+    """From now on, each signal that ends a job calls `receive(number, frame)`. A signal that is ignored stays ignored,
+    such as SIGHUP under nohup, or SIGINT in the background of a shell. Returns a context; its end (or close()) restores
+    the old handlers. Only the main thread can set handlers: in other threads nothing changes."""
     with contextlib.ExitStack() as before:
         for number in ENDING if threading.current_thread() is threading.main_thread() else ():
             handler = signal.getsignal(number)
-            if handler not in (signal.SIG_IGN, None):  # None: it is not Python's, and could not be put back
+            if handler not in (signal.SIG_IGN, None):  # None: not a Python handler, so it could not be restored
                 before.callback(signal.signal, number, handler)
                 signal.signal(number, receive)
         return before.pop_all()
@@ -50,7 +50,7 @@ def catch(receive):
 
 @contextlib.contextmanager
 def uninterrupted():
-    """Within, these signals wait; the first of them takes effect at its end."""
+    """Context in which these signals wait; the first one takes effect at its end."""
     came = []
     try:
         with catch(lambda number, frame: came.append(number)):

@@ -74,7 +74,7 @@ NOTES = [  # rung, constants that somebody sets, what is said
     ("v3", {"MAX_STEPS": 30}, "WARMUP_STEPS=200 and COOLDOWN=0.5 overlap in MAX_STEPS=30: .* rise to 14% of"),
     ("v3_1", {"MAX_STEPS": 75}, "WARMUP_STEPS=50 and COOLDOWN=0.5 overlap .* rise to 86% of"),
     (V4, {"WARMUP_STEPS": 800}, "WARMUP_STEPS=800 and COOLDOWN=0.5 overlap in MAX_STEPS=1280: .* to 89% of"),
-    ("v3", {"STRIDE": 512}, "STRIDE=512 is not below BLOCK_SIZE=256: .* no windows overlap"),
+    ("v3", {"STRIDE": 512}, "STRIDE=512 is not below BLOCK_SIZE=256: .* windows do not overlap"),
     ("v3", {"BLOCK_SIZE": 64}, "STRIDE=128 is not below BLOCK_SIZE=64"),
     ("v0", {"TEMPERATURE": 0.0, "TOP_K": 5}, "TEMPERATURE=0 takes the likeliest token: TOP_K=5 has no effect"),
     ("v3", {"TEMPERATURE": 0, "TOP_K": 5, "TOP_P": 0.5}, "TOP_K=5 and TOP_P=0.5 have no effect"),
@@ -161,7 +161,7 @@ def test_the_folder_of_the_text_is_the_one_that_is_meant(tmp_path, monkeypatch):
     assert list(conflicts(defaults("v0"), ())) == []
     Path("data", "bpe_vocab.json").touch()
     (line,) = conflicts(defaults("v0"), ())
-    assert line.startswith(f"DATA=data is {ROOT / 'data'}, ") and line.endswith(f" write DATA={tmp_path / 'data'}")
+    assert line.startswith(f"DATA=data always means {ROOT / 'data'}; ") and line.endswith(f" write DATA={tmp_path / 'data'}")
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -183,7 +183,7 @@ def test_what_does_not_matter_to_a_prompt_is_said(name, load, start):
     code, out, err = start(module, "PROMPT=a", *idle, "TOP_K=99999")
     assert (code, out) == (0, start(load(name), "PROMPT=a")[1])
     folder = Path(module.OUT_DIR) / ("alibi" if name == V4 else "")
-    assert err == f"PROMPT takes the model in {folder} as it is: {', '.join([*idle, 'TOP_K=99999'])} have no effect\n"
+    assert err == f"PROMPT uses the trained model in {folder}: {', '.join([*idle, 'TOP_K=99999'])} have no effect on it\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -301,7 +301,7 @@ def test_ids_that_a_model_cannot_take_are_refused_in_plain_words(name, position,
             model(ids, targets)
     longer = random_ids(1, size + 1)
     if hasattr(model, "position_embedding"):
-        with pytest.raises(UserError, match=f"^{size + 1} tokens are more than the {size} positions .* at most {size}"):
+        with pytest.raises(UserError, match=f"^the window has {size + 1} tokens, .* only {size} positions; .* at most {size}"):
             model(longer)
     else:
         assert model(longer).shape == (1, size + 1, 50)
@@ -313,7 +313,7 @@ def test_a_prompt_that_a_model_cannot_continue_is_refused(name, position, load):
     module = load(name)
     model = random_model(module, 50, position)
     for ids, text in (([], "no ids to continue"), ([3, 50], "no token 50"), ([-1], "no token -1"),
-                      ("text", "list of whole numbers"), ([[3]], "list of whole numbers")):  # fmt: skip
+                      ("text", "list of ids"), ([[3]], "list of ids")):  # fmt: skip
         with pytest.raises(UserError, match=text):
             list(module.generate(model, ids, 2))
     assert len(list(module.generate(model, [3] * 100, 40))) == 40  # longer than the window

@@ -337,7 +337,7 @@ def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     (store.WORK / "tiny" / "v3-cosine-2" / "run" / "summary.json").unlink()
     capfd.readouterr()
     experiments.main(["tiny", *HOW])
-    assert len(trained) == 3 and "going on from step 6" in capfd.readouterr().out
+    assert len(trained) == 3 and "continuing from step 6" in capfd.readouterr().out
     experiments.main(["--list"])
     assert "tiny            2 of 2 runs" in capfd.readouterr().out
 

@@ -326,7 +326,7 @@ def test_without_locks_it_goes_on_and_says_so_in_a_line(tmp_path, monkeypatch, c
     monkeypatch.setattr(pytest.importorskip("fcntl"), "flock", fail(OSError(number, os.strerror(number))))
     with file_lock(tmp_path / "lock") as held:
         assert not held
-    assert capfd.readouterr() == ("", f"{tmp_path} cannot be locked ({os.strerror(number)}): start only one program at "
+    assert capfd.readouterr() == ("", f"{tmp_path} cannot be locked ({os.strerror(number)}): run only one program at "
                                       "a time that writes there\n")  # fmt: skip
 
 

@@ -149,7 +149,7 @@ def test_a_constant_of_another_type_in_the_file_is_refused(value, load, start):
     for constant in ("VOCABULARY", "DEVICE", "OUT_DIR", "POSITION", "DTYPE", "DATA"):
         assert_refused(start(load(V4, **{constant: 5})), f"{constant}=5 must be")
         assert_refused(start(load(V4, **{constant: None})), f"{constant}=None must be")
-    assert_refused(start(load("v3", PROMPT=5)), "PROMPT=5 must be a text or None")
+    assert_refused(start(load("v3", PROMPT=5)), "PROMPT=5 must be a string or None")
     assert_refused(start(load("v3", INIT_FROM=5)), "INIT_FROM=5 must be the name of a folder or None")
     assert_refused(start(load(V4, EXTRAPOLATION=[1, 2])), "EXTRAPOLATION=[1, 2] must be whole numbers")
 
@@ -214,7 +214,7 @@ def test_constants_of_a_learner_are_constants(tmp_path, start, monkeypatch):
     code, out, err = start(module, "MY_RATE=0.25")
     assert (code, out) == (0, "0.25\n"), err
     assert harness.constants(vars(module)) == {"DEVICE": "cpu", "MY_RATE": 0.25}
-    assert_refused(start(module, "LATER=1"), "there is no constant 'LATER'; known are DEVICE, MY_RATE")
+    assert_refused(start(module, "LATER=1"), "there is no constant 'LATER'; the constants are DEVICE, MY_RATE")
     text = harness.cli.usage(tmp_path / "own.py")
     assert text.startswith("A rung.\n") and '  MY_RATE = 0.5                       a rate; "#" is allowed' in text
 
@@ -419,7 +419,7 @@ def test_a_file_system_without_locks(number, load, start, monkeypatch):
     module = load("v1", **SHORT)
     code, _, err = start(module)
     assert code == 0, err
-    assert err == (f"{module.OUT_DIR} cannot be locked ({os.strerror(number)}): start only one program at a time that "
+    assert err == (f"{module.OUT_DIR} cannot be locked ({os.strerror(number)}): run only one program at a time that "
                    "writes there\n")  # fmt: skip
 
 
@@ -697,9 +697,9 @@ def test_resuming_without_a_checkpoint_begins_and_says_so(name, load, start):
     module = load(name, **SHORT)
     code, out, err = start(module, "RESUME=True")
     assert code == 0, err
-    assert f"there is no checkpoint in {run_folder(module)} yet: RESUME=True begins a run\n" in out
+    assert f"there is no checkpoint in {run_folder(module)} yet: RESUME=True starts a new run\n" in out
     code, out, err = start(module, "RESUME=True")
-    assert "yet" not in out and "going on from step 2\n" in out
+    assert "yet" not in out and "continuing from step 2\n" in out
 
 
 @pytest.mark.parametrize("name", RUNGS)
@@ -708,7 +708,7 @@ def test_a_finished_run_with_more_steps_goes_on(name, load, start):
     start(module)
     code, out, err = start(module, "RESUME=True", "MAX_STEPS=12")
     assert code == 0, err
-    assert "going on with other constants: MAX_STEPS was 8 and is 12\n" in out and "going on from step 8\n" in out
+    assert "continuing with changed constants: MAX_STEPS was 8 and is 12\n" in out and "continuing from step 8\n" in out
     jump = re.search("^MAX_STEPS decides the schedule: the learning rate goes from (\\S+) to (\\S+) here", out, re.M)
     assert bool(jump) == (name in LATE_RUNGS)
     if name == "v3":  # warm-up, then a fall to step 12
@@ -749,13 +749,13 @@ def test_what_a_resumed_run_may_change(name, trained, load, start):
         *MUST_STAY, *MAY_CHANGE, *IN_SILENCE}  # fmt: skip
     for constant in MUST_STAY.keys() & known.keys():
         load(name, **SHORT, RESUME=True, **{constant: MUST_STAY[constant]})
-        assert_refused(start(module), "set back what differs", f"{constant} was {known[constant]!r} and is ")
+        assert_refused(start(module), "set them back", f"{constant} was {known[constant]!r} and is ")
     changed = {k: v for k, v in MAY_CHANGE.items() if k in known}
     silent = {k: v for k, v in IN_SILENCE.items() if k in known}
     load(name, **{**SHORT, **changed, **silent, "RESUME": True})
     code, out, err = start(module)
     assert code == 0, err
-    line = next(line for line in out.splitlines() if line.startswith("going on with other constants: "))
+    line = next(line for line in out.splitlines() if line.startswith("continuing with changed constants: "))
     assert {part.split(" was ")[0] for part in line.partition(": ")[2].split("; ")} == changed.keys()
     assert read_log(run_folder(module))[-1]["step"] == 3
 
@@ -800,7 +800,7 @@ def test_the_type_that_auto_chose_is_kept(dtype, trained, load, start, monkeypat
     load("v3", **SHORT)
     code, out, err = start(module, "RESUME=True", "MAX_STEPS=6", f"DTYPE={other}")
     assert code == 0, err
-    assert re.search(f"^begun on .*, {dtype}; goes on with .*, {other}: losses may differ by rounding$", out, re.M)
+    assert re.search(f"^the run began with .*, {dtype} and continues with .*, {other}: losses may differ by rounding$", out, re.M)
 
 
 @pytest.mark.parametrize("name", LATE_RUNGS)
@@ -840,7 +840,7 @@ def test_another_number_of_threads_is_named(trained, start):
         out = start(module, "RESUME=True", "MAX_STEPS=4")[1]
     finally:
         torch.set_num_threads(threads)
-    assert re.search(rf"{threads} threads.* goes on with .*{other} threads.*: losses may differ by rounding", out)
+    assert re.search(rf"{threads} threads.* continues with .*{other} threads.*: losses may differ by rounding", out)
 
 
 class Bomb:
@@ -869,7 +869,7 @@ def damage(path, kind, bomb):
                           + content[len(content) // 2 + 1 :]}[kind])  # fmt: skip
 
 
-WHOLE = "is whole, but not what this version of the program writes "
+WHOLE = "is intact, but this version of the program does not write such files "
 NOT_USED = {"folder": "checkpoint.pt is a folder, and a file must be in its place; move it away",
             "model": f"checkpoint.pt {WHOLE}(it has no 'optimizers'); it is of another program, or of another version",
             "bomb": f"checkpoint.pt {WHOLE}(Weights only load failed",
@@ -887,7 +887,7 @@ def test_damaged_files_are_refused_in_one_line(name, kind, trained, start, tmp_p
                 shutil.copy(folder / "model.pt", path)
         else:
             damage(path, kind, tmp_path / "went off")
-    damaged = "checkpoint_before.pt is damaged or cut short; if it is a copy, copy it again, else train again "
+    damaged = "checkpoint_before.pt is damaged or incomplete; if it is a copy, copy it again, otherwise train again "
     assert_refused(start(module, "RESUME=True"), NOT_USED.get(kind, damaged))
     if kind != "model":
         module.RESUME = False
@@ -930,7 +930,7 @@ def test_a_checkpoint_that_cannot_be_read_is_kept(number, after, said, load, sta
             patch.setattr(module_of_python, "open", fail)
         assert_refused(start(module, "RESUME=True", "MAX_STEPS=3"), said.format(path=path))
     code, out, _ = start(module, "RESUME=True", "MAX_STEPS=3")
-    assert code == 0 and "going on from step 2\n" in out
+    assert code == 0 and "continuing from step 2\n" in out
 
 
 def test_a_checkpoint_of_a_newer_torch_says_so(load, start):
@@ -1018,9 +1018,9 @@ def test_a_prompt_from_standard_input(given, prompt, monkeypatch):
 def test_standard_input_that_is_no_text(trained, start, monkeypatch):
     module = trained("v2")
     monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff\xfe")))
-    assert_refused(start(module, "PROMPT=-"), "standard input is no UTF-8 text; convert it first")
+    assert_refused(start(module, "PROMPT=-"), "standard input is not UTF-8 text; convert it first")
     monkeypatch.setattr(sys, "stdin", None)
-    assert_refused(start(module, "PROMPT=-"), "standard input, which is closed; pipe a text into it")
+    assert_refused(start(module, "PROMPT=-"), "standard input, but that is closed; pipe a text into it")
 
 
 def test_a_prompt_on_the_command_line_may_hold_line_ends(load):
@@ -1084,7 +1084,7 @@ def test_prompts_that_cannot_be_continued_are_refused(name, trained, load, start
 @pytest.mark.parametrize("other", ["v0", "v1", "v2"])
 def test_the_model_of_another_rung_is_refused(other, trained, load, start):
     out = trained(other).OUT_DIR
-    assert_refused(start(load("v3", PROMPT="a", OUT_DIR=out)), out, f"is of {other}.py, not of v3.py")
+    assert_refused(start(load("v3", PROMPT="a", OUT_DIR=out)), out, f"was trained by {other}.py, not by v3.py")
 
 
 def test_a_prompt_is_printed_as_it_comes_and_in_whole_characters(trained, start, monkeypatch):

@@ -205,7 +205,7 @@ def test_nothing_but_a_rung_is_imported(name, model_of, tmp_path, monkeypatch):
     (tmp_path / "broken.py").write_text(f"{leave_a_mark}class LanguageModel: pass\nharness.start(globals()\n")
     (tmp_path / "x.py").write_text(leave_a_mark)
     before = {str(name): sys.modules.get(str(name))}
-    with pytest.raises(harness.UserError, match="no rung of that name is here; put the .py file that trained it"):
+    with pytest.raises(harness.UserError, match="there is no rung of that name here; put the .py file that trained it"):
         harness.load(model_of(name))
     assert {str(name): sys.modules.get(str(name))} == before and not (tmp_path / "executed").exists()
 

@@ -287,7 +287,7 @@ def mistakes(folder):
         (["A text", "text.txt"], "there is no trained model in .*text.txt"),
         (["A text", "damaged"], "is damaged"),
         (["A text", "nan"], "gives no finite probabilities"),
-        (["A text", "other"], "is not the vocabulary that the model beside it was trained"),
+        (["A text", "other"], "is not the vocabulary with which the model in this folder was trained"),
         (["A text", folder, "--to", "nowhere/look.html"], "there is no folder nowhere"),
         (["A text", folder, "--to", "."], r"cannot write the page to \. \(Is a directory\)"),
         (["A text", folder, "--to", "x" * 300], r"cannot write the page to x+ \(File name too long\)"),

@@ -129,17 +129,17 @@ def test_checkpoints_of_divided_models_are_whole(name, begin_together, run, alon
     state = [x for o in saved["optimizers"] for values in o["state"].values() for x in values.values()]
     assert all(type(x) is torch.Tensor for x in (*saved["model"].values(), *state))
     code, out, err = run(name, tmp_path, RESUME=True, at={"batch 43": signal.SIGTERM}, **ALONE)  # by one
-    assert code == 143 and "going on from step 34\n" in out, err
+    assert code == 143 and "continuing from step 34\n" in out, err
     finished = [child.finish() for child in begin_together(name, tmp_path, 4, RESUME=True, SHARD=True, **ALONE)]
     assert [code for code, _, _ in finished] == [0] * 4, finished
-    assert "going on from step 44\n" in finished[0][1] and "4 processes, float32, sharded" in finished[0][1]
+    assert "continuing from step 44\n" in finished[0][1] and "4 processes, float32, sharded" in finished[0][1]
     assert_close(results(tmp_path, name), alone[name])
 
 
 def test_one_process_has_nothing_to_divide(run, alone, tmp_path):  # noqa: F811
     code, out, err = run("v3", tmp_path, SHARD=True, **ALONE)
     assert code == 0, err
-    assert "SHARD=True has no effect in one process" in out
+    assert "SHARD=True has no effect with one process" in out
     assert results(tmp_path, "v3")[0]["val_bpb"] == alone["v3"][0]["val_bpb"]
 
 

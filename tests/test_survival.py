@@ -355,10 +355,10 @@ def test_a_run_that_is_killed_again_and_again_is_the_same_run(name, kills, run, 
     for _ in range(kills):
         code, out, err = run(name, tmp_path, at={f"event {draw.randint(1, 40)}": signal.SIGKILL}, RESUME=True)
         assert code in (0, -signal.SIGKILL), err
-        resumed += "going on from step" in out
+        resumed += "continuing from step" in out
     code, out, err = run(name, tmp_path, RESUME=True)
     assert code == 0, err
-    assert resumed + ("going on from step" in out) >= kills // 2
+    assert resumed + ("continuing from step" in out) >= kills // 2
     assert_same(results(tmp_path, name), straight(name))
 
 
@@ -472,7 +472,7 @@ def test_killed_and_resumed_is_the_same_run_in_two_threads_compiled_in_bfloat16(
     assert "without torch.compile" not in out
     code, out, err = run(name, tmp_path / "killed", threads=2, RESUME=True, **constants)
     assert code == 0, err
-    assert "going on from step 20" in out
+    assert "continuing from step 20" in out
     assert_same(results(tmp_path / "killed", name), results(tmp_path / "straight", name))
 
 
@@ -488,7 +488,7 @@ def test_a_signal_finishes_the_step_and_saves(name, number, step, run, straight,
     assert checkpoint(tmp_path, name)["step"] == step + 1
     code, out, err = run(name, tmp_path, RESUME=True)
     assert code == 0, err
-    assert f"going on from step {step + 1}\n" in out
+    assert f"continuing from step {step + 1}\n" in out
     assert_same(results(tmp_path, name), straight(name))
 
 
@@ -507,11 +507,11 @@ def test_a_signal_in_the_evaluations_after_training_loses_nothing(name, number, 
     """Even if another follows at once."""
     code, _, err = run(name, tmp_path, at={"evaluation 2": [number, signal.SIGTERM]}, EVAL_INTERVAL=STEPS)
     assert code == 128 + number
-    assert err == f"{name}.py: stopped; RESUME=True goes on from the last checkpoint\n"
+    assert err == f"{name}.py: stopped; RESUME=True continues from the last checkpoint\n"
     assert not (part(tmp_path, name) / "summary.json").exists()
     code, out, err = run(name, tmp_path, RESUME=True, EVAL_INTERVAL=STEPS)
     assert code == 0, err
-    assert f"going on from step {STEPS}" in out
+    assert f"continuing from step {STEPS}" in out
     weights = results(tmp_path, name)[2]["checkpoint.pt"]
     assert all(torch.equal(p, straight(name)[2]["checkpoint.pt"][key]) for key, p in weights.items())
 
@@ -520,7 +520,7 @@ def test_a_signal_in_the_evaluations_after_training_loses_nothing(name, number, 
 def test_a_signal_before_anything_was_learned_ends_the_run_at_once(name, event, run, straight, tmp_path):
     """A model may take a minute to compile."""
     code, out, err = run(name, tmp_path, at={event: signal.SIGHUP}, COMPILE=event == "compile")
-    assert (code, err) == (129, f"{name}.py: stopped; RESUME=True goes on from the last checkpoint\n")
+    assert (code, err) == (129, f"{name}.py: stopped; RESUME=True continues from the last checkpoint\n")
     assert "without torch.compile" not in out
     assert not list(part(tmp_path, name).glob("checkpoint*"))
     code, _, err = run(name, tmp_path, RESUME=True)
@@ -560,7 +560,7 @@ def test_a_second_ctrl_c_stops_at_once(name, begin, tmp_path):
     child.send(signal.SIGINT)
     code, _, err = child.finish()
     assert code == 130
-    assert err == f"{name}.py: stopped; RESUME=True goes on from the last checkpoint\n"
+    assert err == f"{name}.py: stopped; RESUME=True continues from the last checkpoint\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -602,7 +602,7 @@ def test_a_terminal_that_is_closed_ends_the_run(event, step, begin_in_terminal, 
     assert checkpoint(tmp_path, "v3")["step"] == step
     code, out, err = run("v3", tmp_path, RESUME=True)
     assert (code, err) == (0, "")
-    assert f"going on from step {step}\n" in out
+    assert f"continuing from step {step}\n" in out
     assert_same(results(tmp_path, "v3"), straight("v3"))
 
 
@@ -654,15 +654,15 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(cut, gone, step, kille
         (tmp_path / name).unlink()
     code, out, err = run("v3", tmp_path, RESUME=True, at={f"batch {step + 10}": signal.SIGKILL})
     assert code == -signal.SIGKILL, err
-    assert f"going on from step {step}\n" in out
+    assert f"continuing from step {step}\n" in out
     read = [name for name in (NEW, NEWEST, BEFORE) if name not in gone]
     read = read[: [name not in cut for name in read].index(True)]
-    assert out.count("is damaged or cut short; going on from the checkpoint before it") == len(read)
+    assert out.count("is damaged or incomplete; continuing from the checkpoint before it") == len(read)
     whole = [path.name for path in tmp_path.glob("checkpoint*") if zipfile.is_zipfile(path)]
     assert sorted(whole) == [NEWEST, BEFORE]
     code, out, err = run("v3", tmp_path, RESUME=True)
     assert code == 0, err
-    assert f"going on from step {step + 10}\n" in out
+    assert f"continuing from step {step + 10}\n" in out
     assert_same(results(tmp_path, "v3"), straight("v3"))
 
 
@@ -735,7 +735,7 @@ def test_a_run_says_early_how_long_it_takes_and_last_where_its_results_are(begin
     assert child.finish()[0] == 0
     child = begin("v1", tmp_path, at={"batch 10": "hold"})
     child.wait_for("holds at batch 10\n")
-    assert f"{STEPS - 10} more steps will take about " in child.out and "val loss" in child.out
+    assert f"the remaining {STEPS - 10} steps will take about " in child.out and "val loss" in child.out
     child.let_go()
     code, out, err = child.finish()
     assert (code, err) == (0, "")
@@ -850,11 +850,11 @@ def test_a_rung_runs_in_a_notebook(server, folder, straight, tmp_path):
     shown = in_a_process(server, run_cells, cells, folder, tmp_path / "shown")
     assert all(usual for _, _, usual in shown)
     help_, mistake, _, stopped, resumed, again, prompt, name = [out + err for out, err, _ in shown]
-    assert "Constants, to be set as NAME=value:" in help_
+    assert "Constants, which NAME=value sets:" in help_
     (line,) = [line for line in mistake.splitlines() if "v3.py: " in line]
     assert "there is no constant 'N_LAYERS'" in line and "Traceback" not in mistake
     assert "v3.py: stopped after 14 steps; RESUME=True" in stopped and "Traceback" not in stopped
-    assert "going on from step 14\n" in resumed and "results in " in resumed
+    assert "continuing from step 14\n" in resumed and "results in " in resumed
     assert "is now in" in again and "results in " in again
     assert prompt.startswith(" the cat") and "get_batch(ids, step)" in name
     assert_same(results(f"{tmp_path / 'out'}.1", "v3"), straight("v3"))
@@ -967,12 +967,12 @@ def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_trains(name, ra
 ])  # fmt: skip
 def test_every_advice_for_a_loss_that_is_not_finite_trains_on(name, advice, run, tmp_path):
     code, _, err = run(name, tmp_path, infinite_at=13, DTYPE="bfloat16")
-    assert_one_line(code, err, "the loss is inf at step 13", "and add RESUME=True, which goes on from step 10", *advice)
+    assert_one_line(code, err, "the loss is inf at step 13", "and add RESUME=True to continue from step 10", *advice)
     assert assert_finite(tmp_path, name) == 10
     code, out, err = run(name, tmp_path, RESUME=True, **{"DTYPE": "bfloat16", **advice})
     assert code == 0, err
-    assert "going on from step 10\n" in out and "going on with other constants: " + [*advice][0] in out
-    assert ("begun on" in out) == ("DTYPE" in advice)
+    assert "continuing from step 10\n" in out and "continuing with changed constants: " + [*advice][0] in out
+    assert ("the run began with" in out) == ("DTYPE" in advice)
     assert assert_finite(tmp_path, name) == STEPS
 
 
@@ -1008,7 +1008,7 @@ def test_a_full_disk_costs_no_more_than_the_steps_since_the_checkpoint(name, siz
         assert step > 0
     code, printed, err = run(name, out, RESUME=True)  # after making room
     assert code == 0, err
-    assert f"going on from step {step}" in printed or step == 0
+    assert f"continuing from step {step}" in printed or step == 0
     assert run(name, tmp_path / "other", MAX_STEPS=1)[0] == 0
 
 
@@ -1022,7 +1022,7 @@ def test_too_little_memory_to_load_a_checkpoint_is_not_called_damage(run, tmp_pa
     code, _, err = run("v3", tmp_path, limit=30_000_000, RESUME=True, **LARGE)
     assert_one_line(code, err, "v3.py: out of memory in line ", "; lower MICRO_BATCH_SIZE to 1 (")
     code, out, err = run("v3", tmp_path, RESUME=True, **LARGE)
-    assert (code, err) == (0, "") and "going on from step 1\n" in out
+    assert (code, err) == (0, "") and "continuing from step 1\n" in out
 
 
 def test_to_resume_takes_no_more_memory_than_to_train(run, tmp_path):
@@ -1129,16 +1129,16 @@ def test_a_dead_process_ends_the_run_which_others_can_continue(begin_together, r
     first, second = begin_together("v3", tmp_path, 2, at_rank={1: {"batch 25": signal.SIGKILL}}, **ALONE)
     code, _, err = first.finish()
     assert code == 1 and second.finish()[0] == -signal.SIGKILL
-    assert "v3.py: another process has ended; RESUME=True goes on from the last checkpoint" in err.splitlines()[-1]
+    assert "v3.py: another process has ended; RESUME=True continues from the last checkpoint" in err.splitlines()[-1]
     assert "Traceback" not in err
     one_is_told = {3: {"batch 33": signal.SIGHUP}}  # that is enough: they agree
     four = begin_together("v3", tmp_path, 4, at_rank=one_is_told, RESUME=True, **ALONE)
     stopped = [child.finish() for child in four]
     assert [code for code, _, _ in stopped] == [143] * 3 + [129]
-    assert "going on from step 20\n" in stopped[0][1] and "stopped after 34 steps" in stopped[0][2]
+    assert "continuing from step 20\n" in stopped[0][1] and "stopped after 34 steps" in stopped[0][2]
     code, out, err = run("v3", tmp_path, RESUME=True, **ALONE)
     assert code == 0, err
-    assert "going on from step 34\n" in out and "1 processes" in out
+    assert "continuing from step 34\n" in out and "1 processes" in out
     assert_close(results(tmp_path, "v3"), alone["v3"])
 
 
@@ -1150,7 +1150,7 @@ def test_a_signal_in_the_last_evaluation_of_two_processes_stops_both(begin_toget
     told = {k: {"evaluation 1": signal.SIGHUP} for k in range(2)}  # the first is one after training now
     stopped = [child.finish() for child in begin_together("v3", tmp_path, 2, at_rank=told, RESUME=True, **ALONE)]
     assert [code for code, _, _ in stopped] == [129, 129]
-    assert "v3.py: stopped; RESUME=True goes on from the last checkpoint" in stopped[0][2]
+    assert "v3.py: stopped; RESUME=True continues from the last checkpoint" in stopped[0][2]
     code, out, err = run("v3", tmp_path, RESUME=True, **ALONE)
     assert code == 0, err
     assert_close(results(tmp_path, "v3"), alone["v3"])
@@ -1166,13 +1166,13 @@ def test_signals_to_torchrun_and_to_a_process_of_it_save(folder, tmp_path):
     run = subprocess.Popen([*torchrun, str(tmp_path / "child.py"), V4, *arguments], text=True, env=environment,
                            stdout=pipe, stderr=pipe)  # fmt: skip
     for line in run.stdout:
-        if "more steps will take about" in line:
+        if "steps will take about" in line:
             break
     os.kill(int((tmp_path / "out" / "rope" / "lock").read_text()), signal.SIGTERM)
     run.send_signal(signal.SIGHUP)
     _, err = run.communicate(timeout=300)
     assert run.returncode != 0
-    assert err.count("RESUME=True, beside the same constants, goes on from there") == 1
+    assert err.count("RESUME=True with the same constants continues from there") == 1
     steps = int(re.search(r"stopped after (\d+) steps", err)[1])
     assert checkpoint(tmp_path / "out", V4)["step"] == steps >= 10
 
