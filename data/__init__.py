@@ -18,19 +18,19 @@ DATA_DIR = Path(__file__).absolute().parent  # not resolved: data/ may be a symb
 SPLITS = ("train", "val", "test")
 VOCABULARIES = {"bpe_vocab.json": 4096, "bpe_vocab_500.json": 500}
 FORMAT, VERSION = "llm-from-scratch tokens", 4  # of the token files
-BYTES_PER_WORD = 20  # above which white space does not separate words: English has 6, Chinese some hundreds
+BYTES_PER_WORD = 20  # with more, white space does not separate words: English has about 6, Chinese some hundreds
 
 
 @dataclass
 class Tokens:
-    """The tokens of one split, and what is needed to turn losses into metrics of the text."""
+    """The tokens of one split, and the counts that turn losses into metrics of the text."""
 
     ids: torch.Tensor  # (n,) uint16, memory-mapped
     n_bytes: int  # of the UTF-8 text
     n_words: int  # white-space separated words plus one end-of-line a line; 0 if white space does not separate words
     dataset: str
     fingerprint: str  # of the tokenizer
-    start: tuple = ()  # ids with which a sample of the text begins
+    start: tuple = ()  # the ids from which a sample starts
     digest: str = ""  # of the ids
 
     def __len__(self):
@@ -38,8 +38,8 @@ class Tokens:
 
 
 def dataset_dir(folder):
-    """Path of the dataset folder `folder`: "data" is that of this repository; another is looked for below the current
-    folder, then below the repository."""
+    """Path of the dataset folder `folder`: "data" is the one of this repository; any other is looked up in the current
+    folder, then in the repository."""
     folder = os.path.expanduser(folder)
     if Path(folder) == Path("data"):
         return DATA_DIR
@@ -48,7 +48,7 @@ def dataset_dir(folder):
 
 
 def vocabulary_file(name, folder="data"):
-    """Path of the vocabulary `name` in a dataset folder. Raises FileNotFoundError, which lists those that are there."""
+    """Path of the vocabulary `name` in a dataset folder. Raises FileNotFoundError, which lists those that exist."""
     directory = dataset_dir(folder)
     if not directory.is_dir():
         raise MissingFileError(f"there is no dataset folder {folder}; make it with python data/prepare.py --from TEXT "
@@ -59,7 +59,7 @@ def vocabulary_file(name, folder="data"):
         text = "" if directory == DATA_DIR else f"--from TEXT --to {shlex.quote(str(folder))} "
         more = " (and with --from or --dataset, if you gave them)" if directory == DATA_DIR else ""
         learn = f"; to learn it: python data/prepare.py {text}--vocab-size {size[1]}{more}" if size else ""
-        raise MissingFileError(f"there is no vocabulary {folder}/{name}; known are {known or 'none'}{learn}")
+        raise MissingFileError(f"there is no vocabulary {folder}/{name}; the folder has {known or 'none'}{learn}")
     return directory / name
 
 
@@ -69,16 +69,16 @@ def token_file(split, vocabulary, folder="data"):
 
 
 def command_file(vocabulary, folder):
-    """Path of the file, in a dataset folder other than data/, with the command that made the token files for
-    `vocabulary`."""
+    """Path of the file that holds the command that made the token files for `vocabulary`. Dataset folders other than
+    data/ have one."""
     return dataset_dir(folder) / f"prepared{Path(vocabulary).stem.removeprefix('bpe_vocab')}.txt"
 
 
 def _command(vocabulary, folder):
-    """The command that makes the token files of a dataset folder again, to be shown to the user."""
+    """The command that makes the token files of a dataset folder again, for messages."""
     try:
         return command_file(vocabulary, folder).read_text(encoding="utf-8").strip()
-    except (OSError, ValueError):  # not made by a command
+    except (OSError, ValueError):  # they were not made on the command line
         pass
     parts = ["--to", shlex.quote(str(folder))] if dataset_dir(folder) != DATA_DIR else []
     parts += ["--vocabulary", shlex.quote(vocabulary)] if vocabulary not in VOCABULARIES else []
@@ -89,7 +89,7 @@ def _load_file(path):
     """The contents of a token file, or None if it is damaged. Raises OSError if it cannot be read."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # torch has much to say about some kinds of damage
+            warnings.simplefilter("ignore")  # torch warns about some kinds of damage
             return torch.load(path, weights_only=True, mmap=True)
     except OSError:
         raise
@@ -110,38 +110,38 @@ def largest_and_digest(ids):
 def _flaw(content, split, vocabulary, tokenizer, folder):
     """What is wrong with the contents of a token file, or None."""
     if not isinstance(content, dict) or content.get("format") != FORMAT:
-        return "is damaged or no token file"
+        return "is damaged or not a token file"
     version = content.get("version")
     if type(version) is not int or version != VERSION:
-        return f"has version {version!r}, not {VERSION}"
+        return f"has version {version!r}, but this program reads version {VERSION}"
     types = {"ids": torch.Tensor, "n_tokens": int, "n_bytes": int, "n_words": int, "dataset": str, "split": str,
              "tokenizer": str, "fingerprint": str, "preparation": str, "start": list, "digest": str}  # fmt: skip
     if not all(type(content.get(key)) is kind for key, kind in types.items()):
-        return "is damaged or no token file"
+        return "is damaged or not a token file"
     ids = content["ids"]
     if ids.dtype != torch.uint16 or ids.shape != (content["n_tokens"],):
-        return "is damaged or no token file"
-    if content["n_tokens"] < 2 or content["n_bytes"] < 1 or content["n_words"] < 1:  # metrics divide by them
-        return "is damaged: it says that its text is empty"
+        return "is damaged or not a token file"
+    if content["n_tokens"] < 2 or content["n_bytes"] < 1 or content["n_words"] < 1:  # metrics divide by these
+        return "is damaged: by its own counts its text is empty"
     if content["fingerprint"] != tokenizer.fingerprint:
-        return f"was made by another tokenizer than {folder}/{vocabulary}"
+        return f"was not made with the tokenizer in {folder}/{vocabulary}"
     if content["split"] != split:
         return f"holds the split {content['split']!r}: it was renamed"
     start = content["start"]
     if not start or not all(type(i) is int and 0 <= i < tokenizer.vocab_size for i in start):
-        return "is damaged: a sample cannot begin with what it says"
+        return "is damaged: the ids from which a sample starts are invalid"
     largest, digest = largest_and_digest(ids.numpy())
     if largest >= tokenizer.vocab_size:
-        return "is damaged: it has ids outside of the vocabulary"
+        return "is damaged: it has ids outside the vocabulary"
     if digest != content["digest"]:
-        return "is damaged: its ids are not those that were written"
+        return "is damaged: its ids have changed since it was written"
 
 
 def load_tokens(vocabulary, folder="data"):
     """{"train": Tokens, "val": Tokens, "test": Tokens} of a dataset folder, for the vocabulary file `vocabulary` in it.
 
-    Makes the token files of data/ first if there are none. Raises OSError if a file cannot be read or written and
-    ValueError if one is damaged, or was made by another tokenizer, or not together with its neighbours.
+    If data/ has no token files yet, makes them first. Raises OSError if a file cannot be read or written, and
+    ValueError if one is damaged, was made with another tokenizer, or was not made together with the others.
     """
     tokenizer = BPETokenizer.load(vocabulary_file(vocabulary, folder))
     command = _command(vocabulary, folder)
@@ -151,18 +151,18 @@ def load_tokens(vocabulary, folder="data"):
     if len(missing) == len(SPLITS):
         if dataset_dir(folder) != DATA_DIR or any(DATA_DIR.glob("train_ids*.pt")):
             raise MissingFileError(f"there are no token files in {folder} for {vocabulary}; {again}")
-        from data.prepare import prepare  # only here: no run needs it whose token files are there
+        from data.prepare import prepare  # imported here since most runs have their token files
 
-        print("There are no token files yet: preparing them.", file=sys.stderr)
+        print("There are no token files yet, so they are made now.", file=sys.stderr)
         together = tuple(VOCABULARIES) if vocabulary in VOCABULARIES else (vocabulary,)
         prepare(vocabularies=together, only_missing=True)
     elif missing:
-        raise MissingFileError(f"{folder}/{missing[0]} is missing beside the other splits; {again}")
+        raise MissingFileError(f"{folder}/{missing[0]} is missing, though other splits are there; {again}")
     contents = {}
     for split in SPLITS:
         path = token_file(split, vocabulary, folder)
         if not path.is_file():
-            raise FileError(f"{folder}/{path.name} is no file; remove it, then {again}")
+            raise FileError(f"{folder}/{path.name} is not a file; remove it, then {again}")
         try:
             contents[split] = _load_file(path)
         except OSError as error:
@@ -175,7 +175,7 @@ def load_tokens(vocabulary, folder="data"):
         raise UserError(f"the token files {files} come from different data sets ({names}); {again}")
     if len({content["preparation"] for content in contents.values()}) > 1:
         raise UserError(f"the token files {files} were not made together, so their texts may differ; {again}")
-    if names["train"] == "sample" and "--sample" not in command:  # it was not asked for
+    if names["train"] == "sample" and "--sample" not in command:  # the user did not ask for it
         print(f"The text is the small bundled sample, data/input.txt. For WikiText-2: {command}")
     n_bytes, n_words = (sum(content[key] for content in contents.values()) for key in ("n_bytes", "n_words"))
     if n_bytes > BYTES_PER_WORD * n_words:

@@ -1,8 +1,9 @@
-"""What a file holds, told by its first bytes and its ending, and the texts in it, read bit by bit.
+"""File formats: recognize what a file holds by its first bytes and its extension, and read the texts in it piece by
+piece.
 
-Plain text, rows of tables (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .feather, .orc), compressed files, and archives
-(.zip, .tar) of all these. Archives are read in place: nothing is unpacked into a folder. What else people keep text in
-is refused by its name.
+It reads plain text, tables (.jsonl, .json, .csv, .tsv, .parquet, .arrow, .feather, .orc), compressed files, and
+archives (.zip, .tar) of these. Archives are read in place: nothing is unpacked into a folder. Other formats in which
+people keep text are refused with a message that names the format.
 
 A reader yields (bytes of UTF-8, whether a document ends here).
 """
@@ -30,9 +31,9 @@ from harness.cli import first_line
 from harness.errors import FileError, UserError
 
 BLOCK = 1 << 20  # bytes read at a time
-HEAD = 1 << 16  # bytes that tell what a file holds
-ROWS = 256  # of a table, read at a time
-DEEPEST = 4  # archives in archives
+HEAD = 1 << 16  # bytes by which a file's format is recognized
+ROWS = 256  # rows of a table read at a time
+DEEPEST = 4  # levels of archives within archives
 BYTE_ORDER_MARKS = {codecs.BOM_UTF8: "utf-8", codecs.BOM_UTF32_LE: "utf-32", codecs.BOM_UTF32_BE: "utf-32",
                     codecs.BOM_UTF16_LE: "utf-16", codecs.BOM_UTF16_BE: "utf-16"}  # fmt: skip
 ENCODING_NAMES = {"ansi": "cp1252", "unicode": "utf-16", "utf-8-bom": "utf-8-sig"}  # as editors call them
@@ -40,9 +41,9 @@ ENCODING_NAMES = {"ansi": "cp1252", "unicode": "utf-16", "utf-8-bom": "utf-8-sig
 
 @dataclass
 class ReadOptions:
-    """How files are read: their encoding, what happens to bytes that do not fit ("strict" or "replace"), the column of
-    tables that holds the text, what separates the documents of a text, and how many bytes of text are read. None: it
-    was not said."""
+    """How to read files: their encoding, what to do with bytes that are invalid in it ("strict" or "replace"), the
+    column of a table that holds the text, the separator between the documents of a text, and the most bytes of text to
+    read. None: the user did not say."""
 
     encoding: str | None = None
     errors: str | None = None
@@ -53,13 +54,13 @@ class ReadOptions:
 
 @dataclass
 class File:
-    """A file to read: on the disk, in an archive, or packed."""
+    """A file to read: on the disk, in an archive, or compressed."""
 
     name: str  # for messages
-    place: PurePosixPath  # below what the user named, without the endings of what packs it
-    open: Callable  # gives a binary file; of kind "rows" what a reader yields
+    place: PurePosixPath  # relative to what the user named, without extensions such as .gz
+    open: Callable  # gives a binary file; for kind "rows", what a reader yields
     path: Path | None = None  # on the disk
-    packed: bool = False  # `open` gives a file in which one cannot jump
+    packed: bool = False  # whether `open` gives a file that cannot seek
     kind: str = "text"
 
     def head(self):
@@ -67,14 +68,14 @@ class File:
             return _read(stream, HEAD)
 
     def chunks(self):
-        """The bytes of the file, some at a time."""
+        """Yield the bytes of the file in chunks."""
         with reading(self.name), self.open() as stream:
             while chunk := stream.read(BLOCK):
                 yield chunk
 
 
 class Unread(UserError):
-    """A file that is not read, though it is whole: among others it is left out. `what` it is, in a few words."""
+    """A file that is intact but not read; in a folder or archive it is skipped. `what`: what it is, in a few words."""
 
     def __init__(self, name, what, message=None):
         super().__init__(message or f"{name} is {what}")
@@ -82,10 +83,10 @@ class Unread(UserError):
 
 
 class NotText(Unread):
-    """A file is in a format that is not read."""
+    """A file in a format that this program does not read."""
 
     def __init__(self, name, what, advice):
-        super().__init__(name, what, f"{name} is {what}, which is not read here; {advice}")
+        super().__init__(name, what, f"{name} is {what}, which this program does not read; {advice}")
 
 
 class NoColumn(Unread):
@@ -93,37 +94,37 @@ class NoColumn(Unread):
 
     def __init__(self, name, names, column):
         known = ", ".join(reprlib.repr(name).strip("'") for name in list(names)[:20]) or "none"
-        message = f"{name} has no column {column}; it has {known}; --column NAME takes another"
+        message = f"{name} has no column {column}; it has {known}; choose one with --column NAME"
         if PurePosixPath(name).suffix.lower() in (".csv", ".tsv", ".json"):
-            message += ", or give it the ending .txt to read it as plain text"
+            message += ", or rename it to .txt to read it as plain text"
         super().__init__(name, f"without a column {column}", message)
 
 
 class NoJson(Unread):
-    """A file is no JSON, as its name says."""
+    """A file with a JSON extension is not valid JSON."""
 
     def __init__(self, name, why):
-        super().__init__(name, "no JSON", f"{name} is no JSON ({why}); correct it, or give it the ending .txt to read "
-                         "it as plain text")  # fmt: skip
+        super().__init__(name, "not JSON", f"{name} is not valid JSON ({why}); correct it, or rename it to .txt to "
+                         "read it as plain text")  # fmt: skip
 
 
 @contextlib.contextmanager
 def reading(name):
-    """Within, errors of reading and unpacking have one line."""
+    """Context that turns errors while reading and unpacking into one line."""
     try:
         yield
     except UserError:
         raise
     except (EOFError, zlib.error, lzma.LZMAError, zipfile.BadZipFile, tarfile.TarError) as error:
-        raise FileError(f"{name} is damaged or not complete ({first_line(error)}); fetch it again") from None
+        raise FileError(f"{name} is damaged or incomplete ({first_line(error)}); download it again") from None
     except (OSError, NotImplementedError) as error:
         if getattr(error, "errno", None):
-            raise FileError(f"{name} cannot be read ({error.strerror or error})") from None
-        raise FileError(f"{name} is damaged or not complete ({first_line(error)}); fetch it again") from None
+            raise FileError(f"{name} cannot be read ({error.strerror or error}); make it readable") from None
+        raise FileError(f"{name} is damaged or incomplete ({first_line(error)}); download it again") from None
 
 
 def _read(stream, size):
-    """`size` bytes, or all if there are fewer: a pipe gives less at a time."""
+    """`size` bytes, or all if there are fewer: one read from a pipe may give less."""
     parts = []
     while size > 0 and (part := stream.read(size)):
         parts.append(part)
@@ -132,7 +133,7 @@ def _read(stream, size):
 
 
 def temporary_file(scratch):
-    """A file without a name, which is gone when it is closed."""
+    """A temporary file without a name, which disappears when it is closed."""
     try:
         return tempfile.TemporaryFile(dir=scratch, prefix="writing-", buffering=1 << 18)
     except OSError as error:
@@ -142,7 +143,7 @@ def temporary_file(scratch):
 
 @contextlib.contextmanager
 def writing(scratch):
-    """Within, errors of writing a temporary file have one line."""
+    """Context that turns errors while writing a temporary file into one line."""
     try:
         yield
     except UserError:
@@ -153,7 +154,7 @@ def writing(scratch):
 
 
 def copied(file, scratch):
-    """A temporary copy of a file, in which one can jump."""
+    """A temporary copy of a file that can seek."""
     copy = temporary_file(scratch)
     with writing(scratch):
         for chunk in file.chunks():
@@ -163,7 +164,7 @@ def copied(file, scratch):
 
 
 class _Again(io.BufferedReader):
-    """An open file from its beginning, which stays open when this is closed."""
+    """An open file, read from its start again. Closing this leaves the file open."""
 
     def __init__(self, file):
         file.seek(0)
@@ -196,7 +197,7 @@ KINDS = {".jsonl": "jsonl", ".ndjson": "jsonl", ".jsonlines": "jsonl", ".json": 
 DECODED = {"text", "jsonl", "json", "csv"}  # the kinds that have an encoding
 TABLES = {"jsonl", "json", "csv", "parquet", "arrow", "orc", "rows"}  # the kinds that have columns
 UNPACK, CONVERT, EXPORT = "unpack it", "convert it to plain text", "export its texts as .jsonl or .csv"
-NOT_READ = {  # first bytes: what it is, what to do. No text begins like these.
+NOT_READ = {  # first bytes: (what it is, what to do). No text starts with these.
     b"7z\xbc\xaf\x27\x1c": ("a 7z archive", UNPACK), b"Rar!\x1a\x07": ("a RAR archive", UNPACK),
     b"\x1f\x9d": ("packed with compress", UNPACK), b"LZIP\x01": ("packed with lzip", UNPACK),
     b"%PDF-": ("a PDF document", CONVERT), b"{\\rtf": ("a document in Rich Text Format", CONVERT),
@@ -225,7 +226,7 @@ def _unpacked(stream, packing):
 
 
 class _Unpacked(io.BufferedReader):
-    """What is packed in an open file. Closing it closes both. Errors name the packing."""
+    """The uncompressed content of a file. Closing it closes both. Errors name the compression."""
 
     def __init__(self, file, packing):
         self.below = file.open()
@@ -255,21 +256,21 @@ class _RawUnpacked(io.RawIOBase):
 
 
 def encoding_of(head, options):
-    """The encoding of a text that begins with `head`: that of its byte order mark, or else the one that was given."""
+    """The encoding of a text that starts with `head`: the one of its byte order mark, or else the one in `options`."""
     marks = (name for mark, name in BYTE_ORDER_MARKS.items() if head.startswith(mark))
     return next(marks, options.encoding or "utf-8")
 
 
 def is_binary(head, encoding="utf-8"):
-    """Whether what begins with `head` is no text: control characters are rare in text, zero bytes beside bytes that are
-    no characters do not occur."""
+    """Whether a file that starts with `head` is binary: in text, control characters are rare, and zero bytes do not
+    occur together with invalid characters."""
     text = codecs.getincrementaldecoder(encoding)("replace").decode(head)
     control = len(re.findall("[\0-\x08\x0e-\x1a\x7f-\x84\x86-\x9f]", text))
     return control > 0.05 * len(text) or ("\0" in text and "\ufffd" in text)
 
 
 def _zip_document(names):
-    """What a .zip file is that is more than an archive, or None."""
+    """(what it is, what to do) if a .zip file is in fact a document, else None."""
     if "[Content_Types].xml" in names:
         return ("an Excel file", "save it as .csv") if "xl/workbook.xml" in names else ("an Office document", CONVERT)
     if "META-INF/container.xml" in names:
@@ -283,7 +284,7 @@ def _zip_document(names):
 
 
 def _kind(file, head, options):
-    """The kind of a file that is neither packed nor an archive. Raises `NotText`."""
+    """The kind of a file that is neither compressed nor an archive. Raises `NotText`."""
     kind = KINDS.get(ending(file.place), "text")
     if head.startswith((b"PAR1", b"ARROW1", b"FEA1")):
         kind = "parquet" if head.startswith(b"PAR1") else "arrow"
@@ -296,13 +297,13 @@ def _kind(file, head, options):
     if is_binary(head, encoding):
         if head.startswith(b"ORC"):
             return "orc"
-        for k, name in ((1, "utf-16-le"), (0, "utf-16-be")):  # a zero byte beside each letter
+        for k, name in ((1, "utf-16-le"), (0, "utf-16-be")):  # every other byte of a letter is zero
             if head[k::2].count(0) > 0.6 * len(head[k::2]) and not is_binary(head, name) and options.encoding is None:
-                raise UserError(f"{file.name} has a zero byte beside most others, as {name} text has; --encoding "
-                                f"{name} reads it")  # fmt: skip
+                raise UserError(f"{file.name} looks like {name} text, since most of every second byte is zero; read it "
+                                f"with --encoding {name}")  # fmt: skip
         what = next((what for magic, what in BINARY.items() if head.startswith(magic)), "binary data")
         what = "a file of safetensors" if head[8:10] == b'{"' else what
-        raise NotText(file.name, what, "give files of text")
+        raise NotText(file.name, what, "give text files")
     if kind == "text" and (options.column or ending(file.place) not in (".txt", ".md")):
         line = head.decode(encoding, "ignore").lstrip("\ufeff \t\r\n").split("\n")[0]
         if options.column and re.match(r"\[\s*(\{|$)", line.strip()):
@@ -315,16 +316,16 @@ def _kind(file, head, options):
 
 
 def look_into(file, options, scratch, depth=0):
-    """What there is to read in a file: the file with its kind, or those in it if it is an archive. Yields `File`s, and
-    an `Unread` for each that is not read."""
+    """Yield what there is to read in a file: the file itself with its kind, or, for an archive, the files in it. Yields
+    an `Unread` in place of a file that is not read."""
     if depth > DEEPEST:
-        yield NotText(file.name, "an archive in archives", UNPACK)
+        yield NotText(file.name, "an archive nested too deeply", UNPACK)
         return
     head = file.head()
     packing = _packing(head) or ("lzma" if ending(file.place) == ".lzma" and head else None)
     said = PACKINGS.get(ending(file.place))
     if said and not packing and head:
-        raise UserError(f"{file.name} is no {said} file, as its name says; fetch it again, or rename it")
+        raise UserError(f"{file.name} is not a {said} file, though its name says so; download it again, or rename it")
     if packing:
         place = file.place
         if said:
@@ -341,14 +342,14 @@ def look_into(file, options, scratch, depth=0):
             if not head and found.kind in DECODED:
                 raise Unread(file.name, "empty")
             if found.kind in ("json", "csv"):
-                next(read(found, options, scratch), None)  # is there the column?
+                next(read(found, options, scratch), None)  # does it have the column?
             yield found
         except Unread as error:
             yield error
 
 
 def jumping(file, scratch):
-    """An open file in which one can jump."""
+    """The file, opened so that it can seek."""
     return copied(file, scratch) if file.packed else file.open()
 
 
@@ -379,7 +380,7 @@ def _in_tar(file, options, scratch, depth):
                          packed=True)  # fmt: skip
             yield from look_into(inner, options, scratch, depth + 1)
         elif not info.isdir() and not is_hidden(place):
-            yield NotText(f"{file.name}/{place}", "no file", UNPACK)
+            yield NotText(f"{file.name}/{place}", "not a file", UNPACK)
 
 
 def is_hidden(place):
@@ -392,8 +393,8 @@ def is_hidden(place):
 
 
 def decoded(file, options):
-    """The text of a file, in pieces, without a byte order mark. Raises ValueError, with line and byte, if it is not
-    text in its encoding."""
+    """Yield the text of a file in pieces, without a byte order mark. Raises ValueError, with line and byte, if it is
+    not valid in its encoding."""
     first, n_bytes, n_lines, decoder = True, 0, 0, None
     for chunk in file.chunks():
         if decoder is None:
@@ -408,38 +409,40 @@ def decoded(file, options):
 
 
 def _decode(decoder, chunk, file, encoding, n_bytes, n_lines):
-    """The next piece of a text, of whose bytes `n_bytes`, with `n_lines` ends of lines, have been read so far."""
+    """Decode the next chunk of a text. So far, `n_bytes` bytes with `n_lines` line breaks have been read."""
     try:
         return decoder.decode(chunk, final=not chunk)
     except UnicodeDecodeError as error:
         line = n_lines - error.object.count(b"\n", error.start) + 1
         raise UserError(f"{file.name}, line {line}: byte 0x{error.object[error.start]:02X} at offset "
-                        f"{n_bytes - len(error.object) + error.start} is not {encoding} text; --encoding NAME (such as "
-                        "cp1252) or --errors replace reads on") from None  # fmt: skip
-    except UnicodeError as error:  # an encoding that knows no places
-        raise UserError(f"{file.name} is not {encoding} text ({error}); --errors replace reads on") from None
+                        f"{n_bytes - len(error.object) + error.start} is not {encoding} text; give its encoding, "
+                        "such as --encoding cp1252, or replace such bytes with --errors replace") from None  # fmt: skip
+    except UnicodeError as error:  # an encoding whose errors have no position
+        raise UserError(f"{file.name} is not {encoding} text ({error}); try --errors replace") from None
 
 
 def encoded(text, place, options):
-    """The text of a row as bytes: none for a missing one. Raises ValueError if UTF-8 cannot express it."""
+    """The text of a row as bytes; b"" if it is missing. Raises ValueError if UTF-8 cannot encode it."""
     try:
         return (text or "").encode("utf-8", options.errors or "strict")
     except UnicodeEncodeError:
-        raise UserError(f"{place}: the text holds half of a surrogate pair, which UTF-8 has not; --errors replace "
-                        "reads on") from None  # fmt: skip
+        raise UserError(f"{place}: the text holds half of a surrogate pair, which UTF-8 cannot encode; replace it "
+                        "with --errors replace") from None  # fmt: skip
 
 
 def check_row(value, place, column):
-    """Raise ValueError if the value of a row is no text. A missing one is none, and allowed."""
+    """Raise ValueError if the value in a row is not text. A missing value is allowed."""
     if value is not None and not isinstance(value, str):
         raise Unread(place, f"without text in its column {column}",
-                     f"{place}: the column {column} holds {reprlib.repr(value)}, which is no text")  # fmt: skip
+                     f"{place}: the column {column} holds {reprlib.repr(value)}, which is not text; choose another "
+                     "with --column NAME")  # fmt: skip
 
 
 def _split(pieces, separator):
-    """(text, whether a document ends) of a text in pieces. An end of a line in the separator is one of Windows, too."""
+    """Yield (text, whether a document ends) from the pieces of a text. A line break in the separator also matches a
+    Windows one."""
     pattern = re.compile(re.escape(separator).replace("\\\n", "\r?\n").replace("\\\r\r?\n", "\r\n"))
-    waiting, hold = "", len(separator) + separator.count("\n") - 1  # a separator may begin in the last characters
+    waiting, hold = "", len(separator) + separator.count("\n") - 1  # a separator may start in these characters
     for piece in pieces:
         waiting += piece
         place = 0
@@ -462,7 +465,7 @@ def _read_text(file, options, scratch):
 
 
 def _lines(pieces):
-    """The lines of a text in pieces, with their ends."""
+    """The lines of a text in pieces, with their line breaks."""
     waiting = []
     for piece in pieces:
         first, *others = piece.split("\n")
@@ -493,13 +496,13 @@ def _read_jsonl(file, options, scratch):
         try:
             row = json.loads(line)
         except (ValueError, RecursionError):
-            raise UserError(f"{place} is no JSON; a .jsonl file has an object in each line, and any other JSON "
-                            "has the ending .json") from None  # fmt: skip
+            raise UserError(f"{place} is not valid JSON; a .jsonl file needs one object per line; rename any other "
+                            "JSON to .json") from None  # fmt: skip
         yield _row_text(row, place, options), True
 
 
 def _json_values(pieces, name):
-    """The items of a list in JSON, or the values that follow each other, as the text in pieces is read."""
+    """Yield the items of a JSON list, or JSON values that follow each other, while the pieces of text are read."""
     decoder, waiting, place, in_list, number = json.JSONDecoder(), "", 0, False, 0
     while True:
         place = re.compile(r"[\s,]*").match(waiting, place).end()
@@ -515,11 +518,11 @@ def _json_values(pieces, name):
                 value, end = decoder.raw_decode(waiting, place)
         except json.JSONDecodeError as error:
             why = str(error)
-            if error.pos < len(waiting) - 16 and not error.msg.startswith("Unterminated string"):  # not for its end
+            if error.pos < len(waiting) - 16 and not error.msg.startswith("Unterminated string"):  # not at its end
                 raise NoJson(name, why) from None
         except RecursionError:
             raise NoJson(name, "nested too deeply") from None
-        if end == place or end == len(waiting):  # it may go on in what was not read yet
+        if end == place or end == len(waiting):  # the value may continue in the next piece
             more, size = [], 0
             while size <= len(waiting) - place and (piece := next(pieces, None)) is not None:
                 more.append(piece)
@@ -540,7 +543,7 @@ def _read_json(file, options, scratch):
     column = options.column or "text"
     for number, value in enumerate(_json_values(decoded(file, options), file.name), 1):
         place = f"{file.name}, item {number}" if number > 1 else file.name
-        if isinstance(value, dict) and isinstance(value.get(column), (list, dict)):  # columns in place of rows
+        if isinstance(value, dict) and isinstance(value.get(column), (list, dict)):  # columns, not rows
             texts = value[column].values() if isinstance(value[column], dict) else value[column]
             for text in texts:
                 check_row(text, place, column)
@@ -567,15 +570,15 @@ def _read_csv(file, options, scratch):
         for row in rows:
             if row:
                 if len(row) != len(names):
-                    raise csv.Error(f"it has {len(row)} columns, and the first line {len(names)}")
+                    raise csv.Error(f"it has {len(row)} columns, but the first line has {len(names)}")
                 yield encoded(row[k], f"{file.name}, line {rows.line_num + 1}", options), True
     except csv.Error as error:
-        raise UserError(f"{file.name}, line {rows.line_num + 1} is no row of this table ({error}); correct it, or give "
-                        "the file the ending .txt to read it as plain text") from None  # fmt: skip
+        raise UserError(f"{file.name}, line {rows.line_num + 1} does not fit the table ({error}); correct it, or "
+                        "rename the file to .txt to read it as plain text") from None  # fmt: skip
 
 
 def _batches(stream, kind, column, name):
-    """Columns of some rows each, as pyarrow has them."""
+    """Yield the column in batches of rows, as pyarrow arrays."""
     import pyarrow.ipc
 
     if kind == "parquet":
@@ -610,8 +613,8 @@ def _batches(stream, kind, column, name):
 
 
 def read_table(file, column="text", scratch=None):
-    """Stream the rows of a column of a .parquet, .arrow or .orc file in lists: strings, and None where one is missing.
-    Raises ValueError, in one line, if it is damaged or has no such column of text."""
+    """Stream a column of a .parquet, .arrow or .orc file as lists of strings, with None for a missing one. Raises
+    ValueError, in one line, if the file is damaged or has no such column of text."""
     import pyarrow
 
     try:
@@ -624,7 +627,8 @@ def read_table(file, column="text", scratch=None):
     except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error:
         if isinstance(error, UserError):
             raise
-        raise UserError(f"{file.name} is no whole {file.kind} file ({first_line(error)}); fetch it again") from None
+        raise UserError(f"{file.name} is not a complete {file.kind} file ({first_line(error)}); download it "
+                        "again") from None  # fmt: skip
 
 
 def _read_rows(file, options, scratch):

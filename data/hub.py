@@ -1,8 +1,7 @@
-"""Text data sets of the Hugging Face hub, through the `datasets` package: which splits and columns they have, and how
-their text is read.
+"""Text data sets of the Hugging Face hub, read through the `datasets` package: their splits, columns and texts.
 
-A row is a document. Data sets of text files are read as text files are, since the package would make a row of each
-line. No code of a data set is run.
+Each row is a document. Data sets that consist of text files are read as text files, since the package would turn each
+line into a row. No code of a data set is run.
 """
 
 import contextlib
@@ -20,32 +19,32 @@ from data.texts import SPLIT_NAMES, say_left_out, splits_of
 
 PAGE = "https://huggingface.co/datasets/"
 NAME = re.compile(r"[\w.-]+(/[\w.-]+)?")
-ELSEWHERE = "fetch its files in another way and give them with --from DIR"
+ELSEWHERE = "download its files in another way and give them with --from DIR"
 
 
 class HubError(FileError, ConnectionError):
-    """A data set cannot be had: the hub is out of reach, or does not give it, and it is not in the cache."""
+    """A data set is unavailable: the hub cannot be reached or refuses it, and it is not in the cache."""
 
 
 def name_of(text):
-    """The name of a data set as a user may write it: an address of the hub is one, too. Raises ValueError."""
+    """The name of a data set, given a name or an address of the hub. Raises ValueError."""
     found = re.match(rf"(?:{PAGE}|hf://datasets/)([^/]+/[^/?#@]+)", text)
     name = found[1] if found else text
     if Path(name).is_file():
-        raise UserError(f"--dataset {name} is a file, and a data set of the hub is expected; --from {name} reads it")
+        raise UserError(f"--dataset {name} is a file, not a data set of the hub; read it with --from {name}")
     if name and Path(name).is_dir():
         if any((Path(name) / state).is_file() for state in ("dataset_dict.json", "state.json")):
-            raise UserError(f"--dataset {name} is a folder made by save_to_disk; --from {name} reads it")
+            raise UserError(f"--dataset {name} is a folder made by save_to_disk; read it with --from {name}")
     elif not NAME.fullmatch(name):
-        raise UserError(f"--dataset {name!r} is no name of a data set; names have the form OWNER/NAME, such as "
+        raise UserError(f"--dataset {name!r} is not the name of a data set; give OWNER/NAME, such as "
                         "roneneldan/TinyStories")  # fmt: skip
     return name
 
 
 @contextlib.contextmanager
 def asking(name):
-    """Within, an error of the `datasets` package has one line. It has no common base class for its errors, so this must
-    hold calls of that package alone."""
+    """Context that turns errors of the `datasets` package into one line. That package has no base class for its errors,
+    so the context must contain only calls of it."""
     try:
         yield
     except UserError:
@@ -55,7 +54,7 @@ def asking(name):
 
 
 def _explained(error, name):
-    """The error for the user that stands for one of the `datasets` package."""
+    """The error to show to the user for an error of the `datasets` package."""
     from datasets.exceptions import DataFilesNotFoundError, DatasetNotFoundError
 
     while type(error).__name__ == "DatasetGenerationError" and error.__cause__ is not None:
@@ -68,18 +67,18 @@ def _explained(error, name):
         return HubError(f"there is no data set {name} on the hub, or it is private; check the name at {PAGE}{name}, or "
                         "log in with hf auth login if you may read it")  # fmt: skip
     if re.search("scripts are no longer supported|trust_remote_code|custom code", text):
-        return UserError(f"{name} is a program that makes the data set, and programs of others are not run here; look "
-                         f"for a copy that has its files as parquet or .jsonl, or {ELSEWHERE}")  # fmt: skip
+        return UserError(f"{name} is a program that makes the data set, but this program does not run code of others; "
+                         f"look for a copy with .parquet or .jsonl files, or {ELSEWHERE}")  # fmt: skip
     if isinstance(error, DataFilesNotFoundError) or type(error).__name__ == "EmptyDatasetError":
-        return UserError(f"{name} has no files of text or tables that the datasets package reads ({text}); {ELSEWHERE}")
+        return UserError(f"{name} has no text files or tables that the datasets package can read ({text}); {ELSEWHERE}")
     if getattr(error, "errno", None) == errno.ENOSPC or "disk space" in text:
-        return FileError(f"{name} does not fit on the disk ({text}); make room, or give --max-bytes, with which only "
-                         "that is fetched")  # fmt: skip
+        return FileError(f"{name} does not fit on the disk ({text}); make room, or download less with "
+                         "--max-bytes")  # fmt: skip
     return HubError(f"{name} could not be loaded ({first_line(error)}); try again, or {ELSEWHERE}")
 
 
 def _some(names, near=None, most=8):
-    """Some of many names for a line, those like `near` first."""
+    """A list of names for a message: at most `most` of them, those similar to `near` first."""
     names = list(map(str, names))
     if near is not None:
         like = [name for name in names if near.lower() in name.lower()]
@@ -89,18 +88,18 @@ def _some(names, near=None, most=8):
 
 
 def _builder(name, config, online):
-    """What `datasets` calls a builder: the data set, before it is fetched. Raises ValueError, with the names of its
-    configs, if one must be chosen."""
+    """The builder, in the terms of `datasets`: the data set before its download. Raises ValueError, with the names of
+    its configs, if the user must choose one."""
     import datasets
 
-    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # what it would say is said here
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported here instead
     if not sys.stderr or not sys.stderr.isatty():
         datasets.disable_progress_bars()
     datasets.config.HF_DATASETS_TRUST_REMOTE_CODE = False  # before version 4 an environment variable could set it
     if Path(name).is_dir():
         path = str(Path(name).resolve())
-    elif (path := name) in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:  # it would read files here
-        raise UserError(f"--dataset {name} is the name of a format, and that of a data set is expected, OWNER/NAME")
+    elif (path := name) in datasets.packaged_modules._PACKAGED_DATASETS_MODULES:  # it would read local files
+        raise UserError(f"--dataset {name} names a file format, not a data set; give OWNER/NAME")
     try:
         return datasets.load_dataset_builder(path, config)
     except ValueError as error:
@@ -113,8 +112,8 @@ def _builder(name, config, online):
         if config is not None and configs and config not in configs:
             raise UserError(f"{name} has no config {config!r}; --config takes {_some(configs, config)}") from None
         if not online:
-            raise HubError(f"the hub cannot be reached, and the cache does not tell what to take: "
-                           f"{' '.join(str(error).split())}") from None  # fmt: skip
+            raise HubError(f"the hub cannot be reached, and the cache does not say what to use; connect to the network "
+                           f"({' '.join(str(error).split())})") from None  # fmt: skip
         raise _explained(error, name) from error
     except OSError as error:
         if online:
@@ -124,7 +123,7 @@ def _builder(name, config, online):
 
 
 def _chosen(name, splits, wanted):
-    """The splits to read of `splits`, [(its name, the split that it is named after or None)]."""
+    """The splits to read from `splits`: [(name, the split that the name says, or None)]."""
     if missing := [split for split in wanted or () if split not in splits]:
         raise UserError(f"{name} has no split {missing[0]!r}; --split takes {_some(splits, missing[0])}")
     names = list(dict.fromkeys(wanted or splits))
@@ -132,18 +131,19 @@ def _chosen(name, splits, wanted):
     if len(names) > 1 and "train" not in found and not wanted:
         train = [split for split in names if SPLIT_NAMES.get(split.lower()) == "train"]
         if len(train) != 1:
-            raise UserError(f"{name} has the splits {_some(names)}, and none is the only one for training; choose with "
-                            "--split NAME, or several names")  # fmt: skip
+            raise UserError(f"{name} has the splits {_some(names)}, but not exactly one for training; choose one or "
+                            "several with --split NAME")  # fmt: skip
         return [(split, "train" if split in train else None) for split in names]
     return list(zip(names, found))
 
 
 def hub_files(name, config, wanted, options, online, say, scratch=None):
-    """(the `File`s of a data set, the split that each is named after or None, as `splits_of` has it).
+    """(the `File`s of a data set, the split that the name of each says, or None, as in `splits_of`).
 
-    config: which part of the data set; wanted: names of its splits, all if None. online: whether the hub can be asked;
-    else the cache is. With `options.max_bytes` no more is fetched than what is read.
-    Raises OSError if it cannot be had, ValueError if it is not clear what of it, or holds no text, both in one line.
+    config: which part of the data set; wanted: names of splits to read, None for all. online: whether the hub can be
+    reached; if not, the cache is used. With `options.max_bytes`, only what is read is downloaded.
+    Raises OSError if the data set is unavailable, ValueError if the user must choose a part of it or it holds no text;
+    both in one line.
     """
     with asking(name):
         builder = _builder(name, config, online)
@@ -152,8 +152,8 @@ def hub_files(name, config, wanted, options, online, say, scratch=None):
         if isinstance(builder, Text):
             files = {str(split): list(map(str, urls)) for split, urls in builder.config.data_files.items()}
         elif not online and builder.info.builder_name == "text":
-            raise HubError(f"the hub cannot be reached, and text files such as those of {name} are not kept in the "
-                           f"cache; connect to the network, or {ELSEWHERE}")  # fmt: skip
+            raise HubError(f"the hub cannot be reached, and the cache does not keep text files such as those of {name}"
+                           f"; connect to the network, or {ELSEWHERE}")  # fmt: skip
         elif options.max_bytes is not None and online:
             splits = builder.as_streaming_dataset()
         else:
@@ -183,7 +183,7 @@ def hub_files(name, config, wanted, options, online, say, scratch=None):
 
 
 def _columns(dataset, place):
-    """{column: whether it holds text} of a split: as the data set says, else as its first row shows."""
+    """{column: whether it holds text} for a split, as the data set declares it, or else by its first row."""
     if dataset.features is not None:
         return {name: "string" in str(getattr(feature, "dtype", "")) for name, feature in dataset.features.items()}
     with asking(place):
@@ -192,7 +192,7 @@ def _columns(dataset, place):
 
 
 def _rows_file(name, split, dataset, options):
-    """A split as a file of rows. Raises ValueError if it has no such column of text."""
+    """A split as a `File` of rows. Raises ValueError if it has no such column of text."""
     place, column = f"the split {split} of {name}", options.column or "text"
     columns = _columns(dataset, place)
     if columns and not columns.get(column):
@@ -203,7 +203,7 @@ def _rows_file(name, split, dataset, options):
         known = f"it has {_some(texts)}" if texts else f"none of its columns ({_some(others)}) holds text"
         if texts and others:
             known += f" (and {_some(others)}, without text)"
-        raise UserError(f"{what}; {known}; " + ("--column NAME takes one" if texts else "take another data set"))
+        raise UserError(f"{what}; {known}; " + ("choose one with --column NAME" if texts else "use another data set"))
 
     def documents():
         rows, number = iter(dataset.select_columns([column]).iter(batch_size=ROWS)), 0
@@ -226,7 +226,7 @@ def _rows_file(name, split, dataset, options):
 
 
 def _text_file(name, url):
-    """A text file of a data set: its address at the hub, or a path of this machine."""
+    """A text file of a data set. `url`: its address on the hub, or a local path."""
     shown = re.sub(r"^hf://datasets/|@[0-9a-f]{40}(?=/)", "", url)
     path = Path(url) if Path(url).is_file() else None
     if path and path.is_relative_to(Path(name).resolve()):
@@ -235,7 +235,7 @@ def _text_file(name, url):
 
 
 class _Remote(io.RawIOBase):
-    """An open file of the hub. Errors of the connection have one line."""
+    """An open file on the hub. Connection errors become one line."""
 
     def __init__(self, url, name):
         import fsspec  # as `datasets` does

@@ -3,31 +3,34 @@
     python data/prepare.py                             WikiText-2 from the Hugging Face hub, or the bundled sample
     python data/prepare.py --from DIR                  from local files: wiki.{train,valid,test}.tokens or .raw, or
                                                        the hub's parquet files
-    python data/prepare.py --from novel.txt --to data/novel    a text of your own, with its own vocabularies; then
+    python data/prepare.py --from novel.txt --to data/novel    your own text, with its own vocabularies; then
                                                                python v3.py DATA=data/novel
     python data/prepare.py --dataset wikitext-103-v1   a larger text
     python data/prepare.py --dataset roneneldan/TinyStories --to data/stories    any text data set of the hub, with
-                                                       --config, --split, --column and --max-bytes where it needs them
+                                                       --config, --split, --column and --max-bytes where needed
     python data/prepare.py --sample                    the bundled sample, data/input.txt
-    python data/prepare.py --vocab-size 8192           with a vocabulary of its own, data/bpe_vocab_8192.json
-    python data/prepare.py --vocabulary NAME           with the vocabulary data/NAME, or any vocabulary file, as it is
-    python data/prepare.py --from DIR --train-vocab    make the two committed vocabularies again, from WikiText-2
+    python data/prepare.py --vocab-size 8192           learn a vocabulary of 8,192 tokens, data/bpe_vocab_8192.json
+    python data/prepare.py --vocabulary NAME           use the vocabulary data/NAME, or any other vocabulary file
+    python data/prepare.py --from DIR --train-vocab    learn the two committed vocabularies again, from WikiText-2
 
-Token files and vocabularies go into the dataset folder --to (data/), which the constant DATA of a rung names. In data/
-the text takes the committed vocabularies; for any other dataset folder they are learned from the training split.
+Token files and vocabularies are written to the dataset folder --to (default: data/), which the constant DATA of a rung
+names. In data/ the committed vocabularies are used; for any other dataset folder, vocabularies are learned from the
+training split.
 
---from takes text files, tables (.jsonl, .json, .csv, .tsv, .parquet, .arrow; a document in each row), these packed
-(.gz, .bz2, .xz, .zst, .lz4) or in archives (.zip, .tar), folders of them, and - for standard input. Files whose names
-carry train, valid or test, such as x.train.txt, are the splits; other text is split 90 / 5 / 5 by bytes: by documents
-where there are many, else where a paragraph or a line ends. It says which files become which split. If a text has
-several documents, <|endoftext|> stands before each of them. A text may be larger than the memory. A data set of the hub
-is read in the same way: its splits are named or cut like files, and its rows are documents. No code of it is run.
+--from takes text files, tables (.jsonl, .json, .csv, .tsv, .parquet, .arrow; each row is a document), either of them
+compressed (.gz, .bz2, .xz, .zst, .lz4) or in archives (.zip, .tar), folders of all these, and - for standard input.
+Files with train, valid or test in their names, such as x.train.txt, become those splits. Other text is split 90 / 5 / 5
+by bytes: between documents if there are many, else at the end of a paragraph or line. A line says which files become
+which split. If a text has several documents, <|endoftext|> is placed before each. A text may be larger than memory. A
+data set of the hub is read in the same way: its splits are named or cut like files, and its rows are documents. No code
+of it is run.
 
 For each split it writes `{train,val,test}_ids.pt`, and with the small vocabulary of v0 `{train,val,test}_ids_500.pt`.
-A rung that finds none of its files in data/ has `data.load_tokens` call `prepare()`.
+If data/ has no token files yet, a rung makes them: `data.load_tokens` calls `prepare()`.
 
-The text is tokenized exactly as it is, line ends kept, so that bytes and words are those of the published counts:
-words are the white-space separated words plus one end-of-line a line. Separators are tokens, and no bytes of the text.
+The text is tokenized exactly as it is, with its line breaks, so that its bytes and words equal the published counts:
+words are the white-space separated words plus one end-of-line per line. Separators are tokens, but not bytes of the
+text.
 """
 
 import argparse
@@ -54,15 +57,15 @@ from pathlib import Path, PurePosixPath
 if __name__ == "__main__":
     root = Path(__file__).absolute().parents[1]  # not resolved: data/ may be a symbolic link to a folder elsewhere
     if not (root / "bpe_tokenizer.py").is_file():
-        sys.exit("prepare.py: bpe_tokenizer.py is not beside data/; change to its folder, then python data/prepare.py")
+        sys.exit("prepare.py: bpe_tokenizer.py is not next to data/; change to its folder, then python data/prepare.py")
     sys.path.insert(0, str(root))
     from harness import signals
     from harness.cli import say
 
     def stop(number, frame):
-        """A signal that ends a job ends the program with one line and its usual exit code, during the imports too."""
-        signals.catch(lambda number, frame: None)  # the same one may come again
-        atexit.register(say, "prepare.py: stopped; no token file was changed in part", error=True)
+        """After a signal that ends a job, end with one line and the signal's exit code, also during the imports."""
+        signals.catch(lambda number, frame: None)  # the same signal may arrive again
+        atexit.register(say, "prepare.py: stopped; no token file was left incomplete", error=True)
         sys.exit(128 + number)
 
     signals.catch(stop)
@@ -83,9 +86,9 @@ SAMPLE = "input.txt"
 LOCK = "prepare.lock"
 HUB_DATASET = "Salesforce/wikitext"
 DATASETS = ("wikitext-2-v1", "wikitext-2-raw-v1", "wikitext-103-v1", "wikitext-103-raw-v1")
-HUB_TIMEOUT = 8  # seconds until the hub counts as out of reach
+HUB_TIMEOUT = 8  # seconds after which the hub counts as unreachable
 BLOCK = 1 << 20  # characters read at a time
-FEWEST = 10_000  # bytes that --max-bytes may ask for: three splits must have some text
+FEWEST = 10_000  # the least bytes for --max-bytes: each of three splits must have some text
 
 # Words of the training splits as published (Merity et al. 2016, arXiv:1609.07843, table 1, end-of-lines included).
 PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
@@ -98,8 +101,8 @@ PUBLISHED_WORDS = {2_088_628: "wikitext-2", 103_227_021: "wikitext-103"}
 
 class Source(dict):
     """{split: (size in bytes or None, function that opens a stream of strings)}. `documents`: whether each string is a
-    document, and an iterator of strings a long one; else they are pieces of one text. `own`: whether it is a text of
-    the user's. `files`: {split: its files}, if it is of files."""
+    document, with a long document as an iterator of strings; otherwise the strings are pieces of one text. `own`:
+    whether it is the user's own text. `files`: {split: its files}, if it comes from files."""
 
     def __init__(self, splits, documents=False, own=False, files=None):
         super().__init__(splits)
@@ -113,12 +116,12 @@ def _read_text(path):
             while lines := file.readlines(BLOCK):
                 yield "".join(lines)
         except UnicodeDecodeError as error:
-            raise UserError(f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as "
+            raise UserError(f"{path} is not UTF-8 text ({error.reason}); give the WikiText files as they were "
                             "published") from None
 
 
 def _join_rows(batches):
-    """The hub's files hold a line in each row, and an empty row where the text has the line " \\n"."""
+    """In the hub's files each row is a line, and an empty row is the line " \\n"."""
     for rows in batches:
         yield "".join(row or " \n" for row in rows)
 
@@ -131,8 +134,8 @@ def _read_shards(paths):
 
 
 def _unchanged(paths, read):
-    """A function that opens the stream `read()`, which ends in a ValueError if one of its files is not as it is now:
-    every vocabulary reads the text anew, and all must read the same."""
+    """A function that opens the stream `read()`. The stream ends in a ValueError if a file has changed since this call:
+    each vocabulary reads the text again, and all must read the same."""
 
     def state():
         return [(path.stat().st_ino, path.stat().st_size, path.stat().st_mtime_ns) for path in paths]
@@ -141,24 +144,24 @@ def _unchanged(paths, read):
         yield from read()
         for path, then, now in zip(paths, before, state()):
             if then != now:
-                raise UserError(f"{path} changed while it was read; try again once it is complete")
+                raise UserError(f"{path} changed while it was being read; try again once it is complete")
 
     before = state()
     return stream
 
 
 def _is_wikitext(path):
-    """Whether a table has WikiText in the hub's form: its first line is a title."""
+    """Whether a table holds WikiText in the hub's format: its first line is a title."""
     try:
         text = next(_read_shards([path]), "").lstrip("\n ")
-    except ValueError:  # damaged, or with other columns: a text of one's own
+    except ValueError:  # damaged, or with other columns: not WikiText
         return False
     return re.match(r"= [^\n]+ = \n", text) is not None
 
 
 def folder_source(folder, dataset):
-    """WikiText as local files, or None if `folder` holds something else. Raises FileNotFoundError if it holds a part of
-    WikiText only, or `dataset` was asked for."""
+    """WikiText from local files, or None if `folder` holds something else. Raises FileNotFoundError if it holds only a
+    part of WikiText, or if `dataset` asks for WikiText and it is not there."""
     folder = Path(folder)
     for place in (folder, folder / (dataset or DATASETS[0])):
         for ending in ("tokens", "raw"):
@@ -168,7 +171,7 @@ def folder_source(folder, dataset):
                     split: (path.stat().st_size, _unchanged([path], lambda path=path: _read_text(path)))
                     for split, path in zip(data.SPLITS, paths)
                 }, files={split: [path] for split, path in zip(data.SPLITS, paths)})  # fmt: skip
-        for pattern in ("{}-*.parquet", "{}/data-*.arrow"):  # as the hub has them, as `datasets` saves them to a disk
+        for pattern in ("{}-*.parquet", "{}/data-*.arrow"):  # as on the hub, as saved by `datasets`
             shards = [sorted(place.glob(pattern.format(name))) for name in ("train", "validation", "test")]
             if all(shards) and (dataset or _is_wikitext(shards[0][0])):
                 return Source({
@@ -177,14 +180,14 @@ def folder_source(folder, dataset):
                 }, files=dict(zip(data.SPLITS, shards)))  # fmt: skip
     if dataset or any(folder.glob("wiki.*.tokens")) or any(folder.glob("wiki.*.raw")):
         raise MissingFileError(
-            f"{folder} does not hold WikiText: expected wiki.train.tokens, wiki.valid.tokens and wiki.test.tokens (or "
-            ".raw), or train-*.parquet, validation-*.parquet and test-*.parquet"
+            f"{folder} does not hold all of WikiText; add what is missing: wiki.train.tokens, wiki.valid.tokens and "
+            "wiki.test.tokens (or .raw), or train-*.parquet, validation-*.parquet and test-*.parquet"
         )
 
 
 def own_source(paths, options, scratch=None):
-    """A text of the user's in files and folders. `scratch`: the folder of a temporary copy. Raises as `read_texts`
-    does."""
+    """The user's own text in files and folders. `scratch`: the folder for a temporary copy. Raises what `read_texts`
+    raises."""
     return _source_of(*read_texts(paths, options, _say_error, scratch))
 
 
@@ -198,7 +201,7 @@ def _say_error(line):
 
 
 def _hub_answers():
-    """Whether the hub answers within `HUB_TIMEOUT` seconds, name look-up included."""
+    """Whether the hub answers within `HUB_TIMEOUT` seconds, including the DNS look-up."""
     if os.environ.get("HF_HUB_OFFLINE", "0").upper() in ("1", "TRUE", "YES", "ON"):
         return False
     answered = threading.Event()
@@ -209,7 +212,7 @@ def _hub_answers():
             urllib.request.urlopen(urllib.request.Request(endpoint, method="HEAD"), timeout=HUB_TIMEOUT).close()
             answered.set()
         except urllib.error.HTTPError:
-            answered.set()  # an unfriendly answer is an answer
+            answered.set()  # an error status is an answer, too
         except (OSError, ValueError, http.client.HTTPException):
             pass  # no connection, no address, or no web server there
 
@@ -220,27 +223,27 @@ def _hub_answers():
 
 
 def _ask_hub(name):
-    """Whether the data set `name` can be fetched: it is a folder of this machine, or the hub answers. If not, the
-    `datasets` package looks into its cache and does not wait for the hub."""
+    """Whether the data set `name` can be read: it is a local folder, or the hub answers. If not, make the `datasets`
+    package use its cache without waiting for the hub."""
     if Path(name).is_dir() or _hub_answers():
         return True
     os.environ["HF_HUB_OFFLINE"] = "1"
-    for module in ("datasets.config", "huggingface_hub.constants"):  # they read it once, when they are imported
+    for module in ("datasets.config", "huggingface_hub.constants"):  # they read the variable only on import
         if module in sys.modules:
             sys.modules[module].HF_HUB_OFFLINE = True
     return False
 
 
 def hub_source(dataset):
-    """WikiText through the `datasets` package. Raises ConnectionError if it is neither in reach nor in the cache."""
+    """WikiText through the `datasets` package. Raises ConnectionError if neither the hub nor the cache has it."""
     _ask_hub(HUB_DATASET)
     import datasets
 
     try:
         splits = datasets.load_dataset(HUB_DATASET, dataset)
-    except Exception as error:  # the package has no common base class for "could not be had"
-        raise HubError(f"{HUB_DATASET} could not be loaded ({first_line(error)}); connect, or give local "
-                       "files with --from DIR") from error
+    except Exception as error:  # the package has no base class for its errors
+        raise HubError(f"{HUB_DATASET} could not be loaded ({first_line(error)}); connect to the network, or give "
+                       "local files with --from DIR") from error
     return Source({
         split: (rows.data.nbytes, lambda rows=rows: _join_rows(batch["text"] for batch in rows.iter(batch_size=4096)))
         for split, rows in zip(data.SPLITS, (splits["train"], splits["validation"], splits["test"]))
@@ -248,14 +251,14 @@ def hub_source(dataset):
 
 
 def other_hub_source(name, options, config=None, splits=None, scratch=None):
-    """Any text data set of the hub, as a text of the user's. config: which part of it; splits: names of those to read;
-    scratch: the folder of a temporary copy. Raises as `data.hub.hub_files` does."""
+    """Any text data set of the hub. config: which part of it; splits: names of the splits to read; scratch: the folder
+    for a temporary copy. Raises what `data.hub.hub_files` raises."""
     files, found = hub_files(name, config, splits, options, _ask_hub(name), _say_error, scratch)
     return _source_of(*read_splits(files, found, options, name, _say_error, scratch))
 
 
 def sample_source():
-    """The bundled sample, split by articles: of every twelve the sixth is for testing, the last for validation."""
+    """The bundled sample, split by articles: of every twelve, the sixth is for testing and the last for validation."""
     articles = re.split(r"(?m)(?=^ \n = [^=])", (data.DATA_DIR / SAMPLE).read_text(encoding="utf-8"))
     articles = [article for article in articles if article]
     parts = {split: [] for split in data.SPLITS}
@@ -268,7 +271,7 @@ def sample_source():
 
 
 def _name_of(paths):
-    """The name of files or a folder, as the name of their text: in one line, and not that of the sample."""
+    """A name for the text in some files or a folder: one line, and never the name of the sample."""
     path = Path(paths[0]).resolve()
     name = path.name if path.is_dir() else path.name.split(".")[0] if path.is_file() else "stdin"  # a pipe
     name = " ".join((name or str(path)).encode("utf-8", "replace").decode().split())
@@ -277,11 +280,11 @@ def _name_of(paths):
 
 
 def open_source(paths=None, dataset=None, sample=False, options=None, scratch=None, config=None, splits=None):
-    """(source, name of the data set or of its files). Where the hub is out of reach and no data set was asked for, it
-    is the sample, and said so.
+    """(source, name of the data set or of its files). If the hub cannot be reached and the user asked for no data set,
+    this is the bundled sample, and a line says so.
 
     paths: a file or folder, or a list of them. dataset: one of `DATASETS`, or the name of any data set of the hub, of
-    which `config` and `splits` choose a part. options: how these texts are read, `ReadOptions`. scratch: the folder for
+    which `config` and `splits` choose a part. options: how to read these texts, `ReadOptions`. scratch: the folder for
     a temporary copy of them.
     """
     if dataset is not None and dataset not in DATASETS:
@@ -293,7 +296,8 @@ def open_source(paths=None, dataset=None, sample=False, options=None, scratch=No
         paths = as_paths([paths] if isinstance(paths, (str, os.PathLike)) else paths)
         source = folder_source(paths[0], dataset) if len(paths) == 1 and os.path.isdir(paths[0]) else None
         if dataset and source is None:
-            raise MissingFileError(f"{str(paths[0])!r} is no folder that holds WikiText, which --dataset asks for")
+            raise MissingFileError(f"{str(paths[0])!r} is not a folder with WikiText, which --dataset asks for; name "
+                                   "one that is, or leave --dataset out")  # fmt: skip
         return source or own_source(paths, options or ReadOptions(), scratch), dataset or _name_of(paths)
     if not sample:
         try:
@@ -302,9 +306,9 @@ def open_source(paths=None, dataset=None, sample=False, options=None, scratch=No
             if dataset:
                 raise
             say(
-                f"The dataset hub cannot be used ({type(error).__name__}), so the small bundled sample is taken. For "
-                "the real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
-                "python data/prepare.py with a connection.",
+                f"The Hugging Face hub cannot be used ({type(error).__name__}), so the small bundled sample is used. "
+                "For the real WikiText-2: python data/prepare.py --from DIR, with a folder that holds its files, or "
+                "python data/prepare.py once there is a connection.",
                 error=True,
             )
     return sample_source(), "sample"
@@ -316,8 +320,8 @@ def open_source(paths=None, dataset=None, sample=False, options=None, scratch=No
 
 
 def tokenize(stream, tokenizer, file, bar, n_words=None, documents=False):
-    """Tokenize a stream of strings and write the ids to `file` as 16-bit numbers. If they are `documents`, END stands
-    before each of them. Words are counted unless `n_words` says how many there are.
+    """Tokenize a stream of strings and write the ids to `file` as 16-bit numbers. If the strings are `documents`, END
+    is placed before each. Words are counted unless `n_words` gives their number.
 
     Returns (number of ids, their digest, bytes, words).
     """
@@ -348,7 +352,7 @@ def tokenize(stream, tokenizer, file, bar, n_words=None, documents=False):
 
 
 def save(content, ids, file):
-    """Write a token file as torch.save does, with the ids that the file `ids` holds: they never are in memory whole."""
+    """Write a token file like torch.save, with the ids from the file `ids`, which are never in memory all at once."""
     with torch.serialization.skip_data():
         torch.save({**content, "ids": torch.empty(content["n_tokens"], dtype=torch.uint16)}, file)
     file.flush()
@@ -364,8 +368,8 @@ def save(content, ids, file):
 
 @contextlib.contextmanager
 def alone_in(directory):
-    """Within, no other process prepares token files in `directory`: one that does so already is waited for. Gives
-    whether the folder is locked, which it is not on a file system without locks."""
+    """Context in which no other process prepares token files in `directory`. It waits for one that already does. Gives
+    whether the folder is locked: on a file system without locks it is not."""
     with contextlib.ExitStack() as stack:
         told = False
         while True:
@@ -375,15 +379,15 @@ def alone_in(directory):
             except Locked as error:
                 if not told:
                     who = f"Process {error.holder}" if error.holder else "Another process"
-                    say(f"{who} is preparing token files: waiting for it to end.", error=True)
+                    say(f"{who} is making token files: waiting for it to end.", error=True)
                 told = True
                 time.sleep(0.1)
         yield locked
 
 
 def learn_vocabulary(source, vocabulary, vocab_size, folder="data", pattern="gpt2"):
-    """A tokenizer with the vocabulary that the training split teaches: of `vocab_size` tokens, or of fewer, which it
-    says, if the text has no more pairs to merge."""
+    """A tokenizer with a vocabulary learned from the training split. It has `vocab_size` tokens, or fewer if the text
+    has no more pairs to merge; a line says so."""
     texts = source["train"][1]()
     with tqdm(total=vocab_size, desc=f"learning {vocabulary}", unit="token", disable=None) as bar:
         tokenizer = BPETokenizer.train(texts if source.documents else [iter(texts)], vocab_size, pattern=pattern,
@@ -395,8 +399,8 @@ def learn_vocabulary(source, vocabulary, vocab_size, folder="data", pattern="gpt
 
 
 def _beginning(source, tokenizer):
-    """Ids with which a sample of the text begins: END, where documents begin with it; in WikiText what is before the
-    title of an article; else the first line, or what eight tokens hold of it."""
+    """The ids from which a sample of the text starts: END if documents start with it; in WikiText what precedes the
+    title of an article; otherwise the first line, or its first eight or so tokens."""
     if source.documents:
         return tokenizer.encode(END, [END])
     start = next(text for text in source["train"][1]() if text)[:1000]
@@ -408,11 +412,11 @@ def _beginning(source, tokenizer):
 
 
 def _tokenize_source(source, name, tokenizers, write_one, folder):
-    """Tokenize all splits with each of `tokenizers` (vocabulary -> tokenizer) and write the token files. Gives a line
-    about each."""
+    """Tokenize all splits with each of `tokenizers`, {vocabulary: tokenizer}, and write the token files. Yields a line
+    about each file."""
     sizes = [size for size, _ in source.values()]
     total = sum(sizes) * len(tokenizers) if None not in sizes else None
-    preparation = secrets.token_hex(8)  # tells files that belong together
+    preparation = secrets.token_hex(8)  # marks files that belong together
     words = {}  # of each split
     with (contextlib.ExitStack() as stack,
           tqdm(total=total, desc="tokenizing", unit="B", unit_scale=True, disable=None) as bar):  # fmt: skip
@@ -425,8 +429,8 @@ def _tokenize_source(source, name, tokenizers, write_one, folder):
                 words[split] = n_words
                 if n_tokens < 2 or n_words < 1:
                     advice = "give a longer text" if source.own else "give the files as published"
-                    raise UserError(f"the {split} split of this source is too short: it needs two tokens and a word, "
-                                    f"and has {n_tokens} and {n_words}; {advice}")
+                    raise UserError(f"the {split} split of this text is too short: it needs two tokens and a word, "
+                                    f"but has {n_tokens} and {n_words}; {advice}")
                 if split == "train" and name not in (*DATASETS, "sample") and n_words in PUBLISHED_WORDS:
                     words_removed = any("<unk>" in text for text in source[split][1]() if isinstance(text, str))
                     name = PUBLISHED_WORDS[n_words] + ("-v1" if words_removed else "-raw-v1")
@@ -447,31 +451,31 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
             folder="data", given=None, pattern="gpt2", command=None):  # fmt: skip
     """Tokenize all splits of a source with each of `vocabularies` (names of files in the dataset folder `folder`).
 
-    source: from `open_source`, which is asked if there is none; name: of the data set. The name of a folder gives way
-    to that of the data set if the words of its training split are as many as published.
-    vocab_sizes: {vocabulary: size in tokens} of those that are learned first, from the training split, which `pattern`
-    cuts into pre-tokens. given: {vocabulary: tokenizer} of those that are written into the folder as they are.
-    only_missing: leave vocabularies alone that have token files by now.
-    command: what the user gave, kept in a folder other than data/ for messages that say how to make its files again.
-    The files that were there are replaced once all new ones are complete. Raises OSError if a file cannot be read or
-    written and ValueError if the source or a vocabulary cannot be used.
+    source: from `open_source`, which is called if there is none. name: of the data set; if the training split has the
+    published number of words of a WikiText, that name replaces the name of a folder.
+    vocab_sizes: {vocabulary: size in tokens} of vocabularies to learn first, from the training split, which `pattern`
+    cuts into pre-tokens. given: {vocabulary: tokenizer} of vocabularies to copy into the folder.
+    only_missing: skip vocabularies that have token files by now.
+    command: the command line, kept in a folder other than data/ for messages that say how to make its files again.
+    Existing files are replaced once all new ones are complete. Raises OSError if a file cannot be read or written, and
+    ValueError if the source or a vocabulary cannot be used.
     """
     lines, tokenizers, vocab_sizes, given = [], {}, vocab_sizes or {}, given or {}
     directory = data.dataset_dir(folder)
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"{folder} cannot be a folder for texts ({error.strerror}); name another with --to") from None
+        raise FileError(f"cannot make the folder {folder} ({error.strerror}); name another with --to") from None
     if not os.access(directory, os.W_OK):
-        raise FileError(f"{directory} cannot be written, and the token files must go there; make it writable, or "
-                        "name another with --to")  # fmt: skip
+        raise FileError(f"{directory} is not writable, but the token files must go there; make it writable, or name "
+                        "another with --to")  # fmt: skip
     with alone_in(directory) as locked:
         if only_missing:  # another process may have made them while this one waited
             vocabularies = [name for name in vocabularies
                             if not any(data.token_file(split, name, folder).exists() for split in data.SPLITS)]
             if not vocabularies:
                 return
-        if locked:  # whoever left a half-written file was killed
+        if locked:  # a killed process has left unfinished files
             for files in ("writing-*_ids*.pt", "writing-bpe_vocab*.json", "writing-prepared*.txt"):
                 for left in directory.glob(files):
                     left.unlink(missing_ok=True)
@@ -488,8 +492,8 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
                 else:
                     tokenizer = BPETokenizer.load(data.vocabulary_file(vocabulary, folder))
                 if tokenizer.vocab_size > 1 << 16:
-                    raise UserError(f"{folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens, and ids of 16 bits "
-                                    "name 65,536; take a smaller vocabulary")  # fmt: skip
+                    raise UserError(f"{folder}/{vocabulary} has {tokenizer.vocab_size:,} tokens, but 16-bit ids "
+                                    "allow only 65,536; use a smaller vocabulary")  # fmt: skip
                 tokenizers[vocabulary] = tokenizer
             lines += _tokenize_source(source, name, tokenizers, write_one, folder)
             for vocabulary in vocabularies if command else ():
@@ -504,33 +508,34 @@ def prepare(source=None, name=None, vocabularies=tuple(data.VOCABULARIES), vocab
 
 
 def _choose_vocabularies(parser, args):
-    """(names of the vocabularies, {name: size} of those to learn, {name: tokenizer} of those to copy) that the command
-    line asks for."""
+    """The vocabularies that the command line asks for: (their names, {name: size} of those to learn,
+    {name: tokenizer} of those to copy)."""
     in_data = data.dataset_dir(args.folder) == data.DATA_DIR
     names = dict(data.VOCABULARIES)
     if args.vocabulary is not None:
         if args.vocab_size is not None or args.train_vocab or args.pattern:
-            parser.error("--vocabulary is used as it is: leave --vocab-size, --train-vocab and --pattern out, or "
-                         "--vocabulary")  # fmt: skip
+            parser.error("--vocabulary uses a vocabulary as it is, while --vocab-size, --train-vocab and --pattern are "
+                         "for learning one: leave out one or the other")  # fmt: skip
         path, directory = Path(args.vocabulary), data.dataset_dir(args.folder)
-        if path.is_file() and path.resolve().parent != directory.resolve():  # from elsewhere
+        if path.is_file() and path.resolve().parent != directory.resolve():  # in another folder
             name = f"bpe_vocab_{path.resolve().parent.name}.json" if in_data else "bpe_vocab.json"
             return [name], {}, {name: BPETokenizer.load(path)}
         if not path.is_file() and not directory.is_dir():
-            raise MissingFileError(f"there is no vocabulary file {args.vocabulary!r}")
+            raise MissingFileError(f"there is no vocabulary file {args.vocabulary!r}; name one that exists, or leave "
+                                   "--vocabulary out to learn one")  # fmt: skip
         return [data.vocabulary_file(path.name if path.is_file() else args.vocabulary, args.folder).name], {}, {}
     if args.vocab_size is not None:
         if not 257 <= args.vocab_size <= 1 << 16:
-            parser.error(f"--vocab-size {args.vocab_size} must lie between 257 and 65536, since ids take 16 bits")
+            parser.error(f"--vocab-size {args.vocab_size} must be from 257 to 65536, since ids have 16 bits")
         names = {f"bpe_vocab_{args.vocab_size}.json": args.vocab_size}
         if in_data and not args.train_vocab and not data.VOCABULARIES.keys().isdisjoint(names):
-            parser.error(f"a vocabulary of {args.vocab_size} tokens is committed already: leave --vocab-size out")
+            parser.error(f"data/ already has a vocabulary of {args.vocab_size} tokens: leave --vocab-size out")
         return list(names), names, {}
     return list(names), {} if in_data and not args.train_vocab else names, {}
 
 
 def size(text):
-    """A number of bytes, as people write it: 5000000, 5_000_000, 5e6, 5M or 5MB."""
+    """The value of --max-bytes, in the ways that people write it: 5000000, 5_000_000, 5e6, 5M or 5MB."""
     found = re.fullmatch(r"(\d[\d_]*(?:\.\d+)?(?:e\d)?) ?([kmgt]?)b?", text.strip(), re.IGNORECASE)
     n = round(float(found[1].replace("_", "")) * 1000 ** " kmgt".index(found[2].lower() or " ")) if found else 0
     if n < FEWEST:
@@ -539,12 +544,12 @@ def size(text):
 
 
 def _as_option(given):
-    """The first of some arguments, as it is written."""
+    """The first of some arguments, as it is written on the command line."""
     return next(iter(given)).replace("_", "-")
 
 
 def _choose_dataset(parser, args):
-    """Check --dataset, --config and --split. Returns whether it is a data set of the hub other than WikiText."""
+    """Check --dataset, --config and --split. Returns whether --dataset is a data set of the hub other than WikiText."""
     if args.dataset is not None and args.dataset not in DATASETS:
         args.dataset = name_of(args.dataset)
         if args.dataset.lower() in (HUB_DATASET.lower(), HUB_DATASET.split("/")[1]):
@@ -556,49 +561,49 @@ def _choose_dataset(parser, args):
                          "give the name of a data set of the hub, OWNER/NAME)")  # fmt: skip
     of_hub = args.dataset is not None and args.dataset not in DATASETS
     if of_hub and args.paths is not None:
-        parser.error(f"--dataset {args.dataset} is a text of the hub, and --from names others: leave one of them out")
+        parser.error(f"--dataset {args.dataset} and --from name different texts: leave one of them out")
     for option in ("config", "split"):
         if vars(args)[option] is not None and not of_hub:
             parser.error(f"--{option} chooses a part of a data set of the hub: name it with --dataset OWNER/NAME" +
-                         f"; {args.dataset} has no such choice" * (args.dataset is not None))  # fmt: skip
+                         f"; {args.dataset} has no such parts" * (args.dataset is not None))  # fmt: skip
     return of_hub
 
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Make the token files that the rungs train on.")
     parser.add_argument("--from", dest="paths", metavar="PATH", nargs="+", action="extend", help="read text files, "
-                        "tables, archives, or folders of them: WikiText's, or a text of your own")  # fmt: skip
-    parser.add_argument("--to", dest="folder", metavar="DIR", default="data", help="dataset folder, for token files "
+                        "tables, archives, or folders of them: WikiText's, or your own text")  # fmt: skip
+    parser.add_argument("--to", dest="folder", metavar="DIR", default="data", help="dataset folder for token files "
                         "and vocabularies (default: data)")  # fmt: skip
-    parser.add_argument("--dataset", metavar="NAME", help=f"which WikiText (default: {DATASETS[0]}) of "
-                        f"{', '.join(DATASETS)}; or any text data set of the Hugging Face hub, such as "
+    parser.add_argument("--dataset", metavar="NAME", help=f"one of the WikiTexts {', '.join(DATASETS)} (default: "
+                        f"{DATASETS[0]}), or any text data set of the Hugging Face hub, such as "
                         "roneneldan/TinyStories")  # fmt: skip
     parser.add_argument("--config", metavar="NAME", help="which config of a data set of the hub: a language, a subset")
     parser.add_argument("--split", metavar="NAME", nargs="+", help="which splits of it to read (default: all)")
-    parser.add_argument("--max-bytes", type=size, metavar="N", help="read N bytes of the text at most, such as 100M or "
-                        "2G; of a data set of the hub no more is fetched")  # fmt: skip
+    parser.add_argument("--max-bytes", type=size, metavar="N", help="read at most N bytes of the text, such as 100M or "
+                        "2G; no more than that is downloaded from the hub")  # fmt: skip
     parser.add_argument("--sample", action="store_true", help="use the bundled sample")
     parser.add_argument("--vocab-size", type=int, metavar="N", help="learn a vocabulary of N tokens and use it")
-    parser.add_argument("--vocabulary", metavar="FILE", help="use a vocabulary as it is, of the dataset folder or "
-                        "any other file")  # fmt: skip
+    parser.add_argument("--vocabulary", metavar="FILE", help="use an existing vocabulary: a name in the dataset "
+                        "folder, or any other file")  # fmt: skip
     parser.add_argument("--train-vocab", action="store_true", help="learn the two committed vocabularies again")
-    parser.add_argument("--pattern", choices=PATTERNS, help="how a vocabulary that is learned cuts the text into words "
+    parser.add_argument("--pattern", choices=PATTERNS, help="how to cut the text into words for a new vocabulary "
                         "(default: gpt2)")  # fmt: skip
     parser.add_argument("--separator", metavar="TEXT", help=f"what separates documents in text files, such as {END!r}")
-    parser.add_argument("--column", metavar="NAME", help="the column of tables, such as .jsonl and .parquet files, and "
-                        "of data sets of the hub (default: text)")  # fmt: skip
+    parser.add_argument("--column", metavar="NAME", help="the column with the text, in tables (.jsonl, .parquet) and "
+                        "in data sets of the hub (default: text)")  # fmt: skip
     parser.add_argument("--encoding", metavar="NAME", help="encoding of text files (default: utf-8)")
-    parser.add_argument("--errors", choices=("strict", "replace"), help="replace: read on over bytes that are no text")
+    parser.add_argument("--errors", choices=("strict", "replace"), help="replace: replace bytes that are not text")
     args = parser.parse_args(argv)
     args.folder = os.path.expanduser(args.folder)
     args.vocabulary = args.vocabulary and os.path.expanduser(args.vocabulary)
     if args.sample and (args.paths is not None or args.dataset):
-        parser.error("--sample is a text of its own: leave --from and --dataset out, or --sample")
+        parser.error("--sample is a text of its own: give neither --from nor --dataset with it")
     of_hub = _choose_dataset(parser, args)
     given = {name: value for name in ("separator", "column", "encoding", "errors", "max_bytes")
              if (value := vars(args)[name]) is not None}  # fmt: skip
     if given and args.paths is None and not of_hub:
-        parser.error(f"--{_as_option(given)} says how files are read: name them with --from, or a data set of the hub "
+        parser.error(f"--{_as_option(given)} says how to read files: name them with --from, or a data set of the hub "
                      "with --dataset")  # fmt: skip
     if "" in given.values():
         parser.error(f"--{next(name for name, value in given.items() if value == '')} must not be empty")
@@ -613,20 +618,20 @@ def main(argv=None):
             parser.error(f"--encoding: {error}")
     vocabularies, vocab_sizes, files = _choose_vocabularies(parser, args)  # before the text is fetched
     if args.pattern and not vocab_sizes:
-        parser.error("--pattern is for a vocabulary that is learned: name another dataset folder with --to, or give "
-                     "--vocab-size")  # fmt: skip
-    directory = data.dataset_dir(args.folder)  # of a folder that is not there yet, the one that it will be in
+        parser.error("--pattern is for learning a vocabulary, but this learns none: name another dataset folder "
+                     "with --to, or give --vocab-size")  # fmt: skip
+    directory = data.dataset_dir(args.folder)  # if it does not exist yet, its nearest parent
     scratch = next(folder for folder in (directory.absolute(), *directory.absolute().parents) if folder.is_dir())
     source, name = open_source(args.paths, args.dataset, args.sample, ReadOptions(**given), scratch, args.config,
                                args.split)  # fmt: skip
     for split, shards in source.files.items():
         say(f"{split}: {', '.join(map(str, shards))}", error=True)
     if given and not source.own:
-        parser.error(f"--{_as_option(given)} is of a text of your own, and this is WikiText")
+        parser.error(f"--{_as_option(given)} is for your own texts, but this is WikiText: leave it out")
     in_data = data.dataset_dir(args.folder) == data.DATA_DIR
     if source.own and in_data and not vocab_sizes:
-        say("data/ keeps the vocabulary of WikiText-2; in a dataset folder of its own, --to data/NAME, a text has a "
-            "vocabulary of its own and replaces no other.", error=True)  # fmt: skip
+        say("data/ keeps the vocabulary of WikiText-2, and these token files replace the ones there. With --to "
+            "data/NAME, a text gets its own folder and its own vocabulary.", error=True)  # fmt: skip
     command = shlex.join(["python", "data/prepare.py", *(sys.argv[1:] if argv is None else argv)])
     prepare(source, name, tuple(vocabularies), vocab_sizes, folder=args.folder, given=files,
             pattern=args.pattern or "gpt2", command=None if in_data else command)  # fmt: skip
@@ -643,5 +648,5 @@ if __name__ == "__main__":
     finally:
         try:
             sys.stdout and sys.stdout.flush()
-        except OSError:  # nobody reads: the program is done all the same, and Python would flush again
+        except OSError:  # the reader is gone: no error, and Python must not flush again
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,10 +1,10 @@
-"""Texts of one's own: files become documents, documents become splits.
+"""The user's own texts: files become documents, documents become splits.
 
-A document is a row of a table, one of several text files, or what lies between two separators of a text file. A single
+A document is a row of a table, one of several text files, or the text between two separators in a text file. A single
 text file without separators is one text, which is cut into three.
 
-All texts are copied into one temporary file as UTF-8, exactly as they are, line ends included; only a byte order mark
-is taken off. So memory does not grow with the text, and a pipe or an archive is read once.
+All texts are copied to one temporary file as UTF-8, unchanged except that a byte order mark is removed; line breaks
+stay as they are. So memory use does not grow with the text, and a pipe or an archive is read only once.
 """
 
 import codecs
@@ -25,21 +25,21 @@ from data.formats import (DECODED, TABLES, File, Unread, ending, is_hidden, look
                           temporary_file, writing)  # fmt: skip
 from harness.errors import FileError, MissingFileError, UserError
 
-END = "<|endoftext|>"  # stands before each document
+END = "<|endoftext|>"  # placed before each document
 END_BYTES = END.encode()
 SPLITS = ("train", "val", "test")
 SPLIT_NAMES = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
                "test": "test", "testing": "test"}  # fmt: skip
 HELD_OUT = 0.05  # share of each of the two held-out splits
-FEWEST_BYTES = 200  # of a held-out split, if the text is long enough
-SLACK = 8 << 20  # bytes around a place where a text may be cut instead, at most
-BLOCK = 1 << 20  # bytes of a long text given at a time
-GIVE = "give --from text files or folders of them"
+FEWEST_BYTES = 200  # the least bytes of a held-out split, if the text is long enough
+SLACK = 8 << 20  # a cut may move by at most this many bytes, to the end of a paragraph or line
+BLOCK = 1 << 20  # a long text is read in pieces of this many bytes
+GIVE = "give text files, or folders of them, with --from"
 STDIN = ("-", "/dev/stdin")
-# Names of programs say what they do and not which split they are: train.py, test.c
+# The name of a program says what the program does, not which split it is: train.py, test.c
 CODE = set(".py .ipynb .js .ts .jsx .tsx .c .h .cc .cpp .hpp .cu .java .kt .scala .go .rs .rb .php .pl .lua .sh .bat "
            ".r .jl .m .swift .cs .hs .ml .sql .css .toml .yaml .yml .ini .cfg .lock".split())  # fmt: skip
-DOCUMENTATION = {".md", ".rst", ".html", ".tex"}  # which has chapters about tests
+DOCUMENTATION = {".md", ".rst", ".html", ".tex"}  # it may have chapters about tests
 OURS = "made by prepare.py"
 OUR_FILES = re.compile(r"bpe_vocab.*\.json|.*_ids.*\.pt|prepared.*\.txt|prepare\.lock|writing-.*")
 
@@ -50,7 +50,7 @@ OUR_FILES = re.compile(r"bpe_vocab.*\.json|.*_ids.*\.pt|prepared.*\.txt|prepare\
 
 
 def _readings(name):
-    """What a user may mean by a name that the shell did not change, in the order to try: lists of names."""
+    """What the user may mean by a name that the shell did not expand: lists of names, in the order to try them."""
     yield [name]
     bare = name.strip().strip("\"'")
     if bare.lower().startswith("file:"):
@@ -63,17 +63,18 @@ def _readings(name):
 
 
 def as_paths(names):
-    """The files and folders that `names` mean: ~ and patterns such as *.txt are resolved, if no shell has done it, and
-    quotes and file:// taken off, unless a file has just this name. Raises FileNotFoundError for those of nothing."""
+    """The files and folders that `names` mean. Unless a file has exactly this name, ~ and patterns such as *.txt are
+    expanded if no shell has done so, and quotes and file:// are removed. Raises FileNotFoundError if nothing matches.
+    """
     paths = []
     for name in map(os.fspath, names):
         if name == "":
-            raise MissingFileError(f"'' is no name; {GIVE}")
+            raise MissingFileError(f"'' is not a name; {GIVE}")
         if re.match(r"(https?|ftp|s3|gs|hf)://", name):
-            raise MissingFileError(f"{name} is an address, and files are read from the disk; download it first")
+            raise MissingFileError(f"{name} is an address, but files are read from the disk; download it first")
         found = next((some for some in _readings(name) if some and all(map(_is_there, some))), None)
         if found is None and glob.has_magic(name):
-            raise MissingFileError(f"no file has a name like {name!r}; {GIVE}")
+            raise MissingFileError(f"no file matches {name!r}; {GIVE}")
         if found is None:
             raise MissingFileError(f"there is no {name!r}; {GIVE}")
         paths += map(Path, found)
@@ -85,7 +86,7 @@ def _is_there(name):
 
 
 def separator_of(text):
-    r"""The separator that `text` stands for: in a shell, \n is not the end of a line."""
+    r"""The separator that the user means by `text`: a shell does not turn \n into a line break."""
     return re.sub(r"\\([nrtf\\])", lambda match: {"n": "\n", "r": "\r", "t": "\t", "f": "\f"}.get(match[1], "\\"), text)
 
 
@@ -95,7 +96,7 @@ def separator_of(text):
 
 
 def _walk(folder, left_out):
-    """The files of a folder, in the order of their names. Links to folders are followed, but not in a circle."""
+    """The files of a folder, sorted by name. Links to folders are followed, but not in circles."""
     root = folder.resolve()
     seen = {_identity(each) for each in (root, *root.parents)}
 
@@ -107,7 +108,7 @@ def _walk(folder, left_out):
         left_out += [Unread(here / name, "hidden") for name in sorted(names + inside) if is_hidden(Path(name))]
         names[:] = sorted(name for name in names if not is_hidden(Path(name)))
         for name in names[:]:
-            inner = (here / name).is_symlink() and (here / name).resolve().is_relative_to(root)  # read in its place
+            inner = (here / name).is_symlink() and (here / name).resolve().is_relative_to(root)  # it is read there
             if inner or (key := _identity(here / name)) in seen and key is not None:
                 left_out.append(Unread(here / name, "a link to a folder that is read"))
                 names.remove(name)
@@ -118,13 +119,13 @@ def _walk(folder, left_out):
             if made and OUR_FILES.fullmatch(name):
                 left_out.append(Unread(here / name, OURS))
             elif not (here / name).is_file():
-                left_out.append(Unread(here / name, "no file"))
+                left_out.append(Unread(here / name, "not a file"))
             else:
                 yield here / name
 
 
 def _identity(path):
-    """What tells a file from any other, whatever links lead to it."""
+    """What identifies a file, whatever links lead to it."""
     try:
         state = os.stat(path)
     except OSError:
@@ -133,10 +134,10 @@ def _identity(path):
 
 
 def find_files(paths, options, say, scratch=None):
-    """The `File`s of text in files, folders and archives, those of a folder in the order of their names.
+    """The `File`s of text in `paths`, which are files, folders and archives; those of a folder are sorted by name.
 
-    What is left out is said. Raises FileNotFoundError if there is nothing to read, ValueError if a file that was named
-    is not read.
+    A line says what was left out. Raises FileNotFoundError if there is nothing to read, ValueError if a file that the
+    user named is not read.
     """
     files, left_out = [], []
     for path in paths:
@@ -144,7 +145,7 @@ def find_files(paths, options, say, scratch=None):
             name, place = ("standard input", "stdin") if str(path) in STDIN else (str(path), path.name)
             file = File(name, PurePosixPath(place), lambda path=path: _open(path))
             if str(path) not in STDIN and path.is_char_device() and not os.path.samefile(path, os.devnull):
-                raise UserError(f"{path} is a device; {GIVE}")
+                raise UserError(f"{path} is a device, not a file; {GIVE}")
             named = [read_once(file, scratch)]
         elif path.is_dir():
             named = [_file(each, each.relative_to(path)) for each in _walk(path, left_out)]
@@ -158,7 +159,7 @@ def find_files(paths, options, say, scratch=None):
                     left_out.append(found)
                 else:
                     raise found
-    left_out.sort(key=lambda each: each.what in ("hidden", OURS))  # they matter least
+    left_out.sort(key=lambda each: each.what in ("hidden", OURS))  # last, since they matter least
     if not files:
         why = f": {left_out[0]}" if left_out else ""
         advice = f"; {GIVE}" * (";" not in why)
@@ -168,7 +169,7 @@ def find_files(paths, options, say, scratch=None):
 
 
 def say_left_out(left_out, say):
-    """Say which files are not read, `Unread`s, if there are any."""
+    """Say which files are not read: a list of `Unread`."""
     if left_out:
         shown = ", ".join(f"{each.name} ({each.what})" for each in left_out[:3])
         say(f"Left out: {shown}{f' and {len(left_out) - 3} more' * (len(left_out) > 3)}")
@@ -182,12 +183,12 @@ def _open(path):
     if str(path) != "-":
         return open(path, "rb")
     if sys.stdin is None or sys.stdin.closed:
-        raise FileError("there is no standard input to read; give --from a file")
+        raise FileError("there is no standard input to read; give a file with --from")
     return open(sys.stdin.fileno(), "rb", closefd=False)
 
 
 def check_options(options, files):
-    """Raise ValueError if an option says how to read what is not there."""
+    """Raise ValueError if an option says how to read a kind of file that is not among `files`."""
     kinds = {file.kind for file in files}
     uses = {"separator": {"text"}, "encoding": DECODED, "errors": DECODED, "column": TABLES}
     what = {"separator": "plain text", "encoding": "text files", "errors": "text files",
@@ -195,7 +196,8 @@ def check_options(options, files):
     for option, some in uses.items():
         if getattr(options, option) is not None and not some & kinds:
             others = f" and {len(files) - 1} more" * (len(files) > 1)
-            raise UserError(f"--{option} is for {what[option]}, and {files[0].name}{others} is none; leave it out")
+            raise UserError(f"--{option} is for {what[option]}, but there is none in {files[0].name}{others}; leave "
+                            "the option out")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -204,15 +206,15 @@ def check_options(options, files):
 
 
 class Copy:
-    """All documents, end to end, in a temporary file. `ends`: where each of them ends; `digests`: what tells it from
-    the others; `empty`: how many had no text; `counted`: how often END occurs."""
+    """All documents, one after the other, in a temporary file. `ends`: where each ends; `digests`: a hash of each;
+    `empty`: how many had no text; `counted`: how often END occurs."""
 
     def __init__(self, scratch=None):
         self.file, self.scratch = temporary_file(scratch), scratch
         self.ends, self.digests, self.empty, self.counted = array("q", [0]), array("Q"), 0, 0
 
     def add(self, pieces):
-        """Append the documents that a reader gives. Returns how many there are, with the empty ones."""
+        """Append the documents of a reader. Returns how many there are, including empty ones."""
         n, size, digest, before = 0, self.ends[-1], hashlib.blake2b(digest_size=8), b""
         with writing(self.scratch):
             for piece, ends in pieces:
@@ -236,14 +238,14 @@ class Copy:
         return n
 
     def documents(self, first, last):
-        """Those documents, once all have been added."""
+        """The documents `first` to `last` - 1, once all have been added."""
         if first == last:
             return Documents(self.file, np.empty((0, 2), np.int64))
         ends = np.frombuffer(self.ends, np.int64)[first : last + 1]
         return Documents(self.file, np.lib.stride_tricks.sliding_window_view(ends, 2))  # no copy of the numbers
 
     def digests_of(self, documents):
-        """(digest, bytes) of those of `documents` that were not cut, two arrays."""
+        """(digests, sizes in bytes), two arrays, of the `documents` that were not cut."""
         ends, digests = np.frombuffer(self.ends, np.int64), np.frombuffer(self.digests, np.uint64)
         which = np.searchsorted(ends[:-1], documents.spans[:, 0], side="right") - 1
         whole = (ends[which] == documents.spans[:, 0]) & (ends[which + 1] == documents.spans[:, 1])
@@ -251,7 +253,7 @@ class Copy:
 
 
 class Documents:
-    """Documents of a file, as bytes. spans: (n, 2), where each begins and ends."""
+    """Documents in a file, as bytes. spans: (n, 2), where each starts and ends."""
 
     def __init__(self, file, spans):
         self.file, self.spans = file, spans
@@ -275,17 +277,17 @@ class Documents:
         return (self.read(start, end) for start, end in self.pairs())
 
     def pairs(self):
-        """(where it begins, where it ends) of each."""
+        """(start, end) of each document."""
         for first in range(0, len(self.spans), 4096):
             yield from self.spans[first : first + 4096].tolist()
 
     def texts(self):
-        """The documents as str. A long one is an iterator of its pieces."""
+        """Yield each document as a str, or, if it is long, as an iterator of pieces."""
         for start, end in self.pairs():
             yield self.read(start, end).decode() if end - start <= BLOCK else self._pieces(start, end)
 
     def pieces(self):
-        """The text of all documents, in pieces."""
+        """Yield the text of all documents in pieces."""
         for start, end in self.pairs():
             yield from self._pieces(start, end)
 
@@ -299,14 +301,15 @@ class Documents:
 
 
 class Budget:
-    """How many bytes of a split are still read: a `share` of `max_bytes`, without end if that is None."""
+    """How many more bytes of a split to read: a `share` of `max_bytes`, or no limit if that is None."""
 
     def __init__(self, max_bytes, share):
         self.whole = self.left = float("inf") if max_bytes is None else max(1, round(share * max_bytes))
 
     def spent_on(self, pieces):
-        """What a reader gives, up to the first document that does not fit. A first one that is too long is cut."""
-        within = False  # a document
+        """Yield what a reader gives, up to the first document that does not fit. If that is the very first, it is cut.
+        """
+        within = False  # whether a document has started
         for piece, ends in pieces:
             if len(piece) > self.left:
                 if within or self.left == self.whole:
@@ -326,9 +329,9 @@ _SPLIT_WORD = re.compile(rf"(?<![^\W_])({'|'.join(sorted(SPLIT_NAMES, key=len, r
 
 
 def _split_words(place):
-    """[(a key that the splits of one text share, the split)] of the parts of a place that carry the name of a split,
-    the last part first: ptb.valid.txt and ptb.test.txt share ptb.*, train/x.txt and test/y.txt share */. A part with
-    several such names carries none."""
+    """[(key, split)] for each part of a path that contains the name of a split, the last part first. The splits of one
+    text share a key: ptb.valid.txt and ptb.test.txt share ptb.*, train/x.txt and test/y.txt share */. A part with
+    several such names counts as having none."""
     found = []
     for k in reversed(range(len(place.parts))):
         name = place.parts[k].lower()
@@ -345,7 +348,7 @@ def _split_words(place):
 
 
 def _all_split_words(places):
-    """`_split_words` of each of `places`. Programs have folders named test beside others, which say nothing."""
+    """`_split_words` for each of `places`. A folder named test among program files says nothing about splits."""
     words = [_split_words(place) for place in places]
     if any(len(place.parts) > 1 and not some for place, some in zip(places, words)):
         words = [[] if ending(place) in CODE else some for place, some in zip(places, words)]
@@ -353,8 +356,8 @@ def _all_split_words(places):
 
 
 def splits_of(places):
-    """The split that each of `places` is named after, or None. A name says so only if there is another one like it for
-    another split: "The Girl on the Train.txt" among other books is no split."""
+    """The split that the name of each of `places` says, or None. A name counts only if a similar one names another
+    split: "The Girl on the Train.txt" among other books is not a split."""
     words, together = _all_split_words(places), {}
     for key, split in (pair for some in words for pair in some):
         together.setdefault(key, set()).add(split)
@@ -370,7 +373,7 @@ def splits_of(places):
 
 
 def _check_held_out(places):
-    """Raise FileNotFoundError if files are named after held-out splits, and none like them after that for training."""
+    """Raise FileNotFoundError if there are files named after held-out splits, but no similar one for training."""
     by_key, by_folder = {}, {}
     for place, some in zip(places, _all_split_words(places)):
         by_folder.setdefault(place.parts[:-1], []).append(place)
@@ -386,13 +389,13 @@ def _check_held_out(places):
         beside = any(whole in ("", place.stem.lower()) for place in others)
         if len(set(named.values())) > 1 or beside:
             names = " and ".join(sorted(place.name for place in named)[:3])
-            raise MissingFileError(f"there is {names}, and no file is named train; rename the training text to "
+            raise MissingFileError(f"there is {names}, but no file named train; rename the training text to "
                                    f"train{next(iter(named)).suffix}, or give {names} another name")  # fmt: skip
 
 
 def assign(sizes, shares):
-    """Index of the share to which each document goes: to the one that lacks most bytes, so that all have their part of
-    whatever the text goes through. sizes: bytes of each document; shares: of the whole, they sum to 1."""
+    """The index of the share to which each document goes: always the share that lacks the most bytes, so that each gets
+    documents from all parts of the text. sizes: bytes of each document; shares: fractions that sum to 1."""
     got, total, places = [0] * len(shares), 0, bytearray()
     for size in sizes:
         total += size
@@ -403,8 +406,8 @@ def assign(sizes, shares):
 
 
 def cut_place(text, target, slack):
-    """Where to cut `text`, bytes, near `target`: within `slack` bytes where a paragraph ends, or else a line, or else a
-    word; otherwise before the character there."""
+    """Where to cut `text` (bytes) near `target`: within `slack` bytes at the end of a paragraph, or else of a line, or
+    else of a word; otherwise before the character at `target`."""
     low = max(0, target - slack)
     window = text[low : target + slack]
     for end in (rb"\n(?:[ \t\r]*\n)+", rb"\n", rb"[ \t]"):
@@ -418,7 +421,7 @@ def cut_place(text, target, slack):
 
 
 def _cut(documents, target, slack):
-    """Two lists of documents, of which the first has about `target` bytes; the document there is cut in two."""
+    """Split documents into two lists, the first with about `target` bytes; the document at that place is cut in two."""
     ends = np.cumsum(documents.sizes)
     k = int(np.searchsorted(ends, target, side="right"))
     if k == len(ends):
@@ -433,8 +436,8 @@ def _cut(documents, target, slack):
 
 
 def split_documents(documents, names):
-    """{name: documents} for the splits `names`, the first of which gets what the others, with HELD_OUT of the bytes
-    each, leave. Many documents stay whole; few, or a single text, are cut where a paragraph or a line ends."""
+    """{name: documents} for the splits `names`. Each but the first gets a share HELD_OUT of the bytes, the first gets
+    the rest. Many documents stay whole; a few, or a single text, are cut at the end of a paragraph or line."""
     n_bytes = documents.n_bytes
     held_out = max(HELD_OUT, min(0.25, FEWEST_BYTES / max(1, n_bytes)))
     shares = [1 - held_out * (len(names) - 1)] + [held_out] * (len(names) - 1)
@@ -450,7 +453,7 @@ def split_documents(documents, names):
 
 
 def _names(files):
-    """Names of files for a line: all of a few."""
+    """The names of files for a message: the first four, then how many more."""
     names = list(dict.fromkeys(file.name for file in files))
     return ", ".join(names[:4]) + f" and {len(names) - 4:,} more" * (len(names) > 4)
 
@@ -464,7 +467,7 @@ def _say_splits(splits, sources, say):
 
 
 def _say_copies(copy, splits, say):
-    """Say which part of a held-out split is in another split, too."""
+    """Say what share of a held-out split is in another split as well."""
     for other, split in itertools.combinations([split for split in SPLITS if split in splits], 2):
         digests, sizes = copy.digests_of(splits[split])
         known, number = np.unique(digests, return_inverse=True)
@@ -475,15 +478,16 @@ def _say_copies(copy, splits, say):
             seen[place[np.append(known, np.uint64(0))[place] == others]] = True
         share = int(sizes[seen[:-1][number]].sum()) / max(1, splits[split].n_bytes)
         if share > 0.01:
-            say(f"{share:.0%} of {split} is text that {other} holds as well: its loss tells little.")
+            say(f"{share:.0%} of {split} is also in {other}, so its loss says little.")
 
 
 def read_texts(paths, options, say, scratch=None):
-    """({"train": documents, "val": documents, "test": documents}, whether they are documents) of files and folders.
+    """Read files and folders: ({"train": documents, "val": documents, "test": documents}, whether these are separate
+    documents).
 
-    Files named after the splits are taken as they are; what is missing beside "train" is taken from it. Otherwise
-    the text is split. Documents are bytes; if they are none, each split is one text, a list of one. `say` is told which
-    files became which split, and what was left out. `scratch`: the folder of the temporary copy.
+    Files named after splits become those splits, and a missing one is taken from "train". Otherwise the text is split.
+    Documents are bytes; a text without separate documents gives each split as a list of one. `say` is called with lines
+    about which files became which split, and what was left out. `scratch`: the folder of the temporary copy.
     Raises OSError if a file cannot be read, ValueError if one is not what its name says, both in one line.
     """
     files = find_files(paths, options, say, scratch)
@@ -494,8 +498,8 @@ def read_texts(paths, options, say, scratch=None):
 
 
 def read_splits(files, found, options, where, say, scratch=None):
-    """The same of `File`s. found: the split that each is named after, or None, as `splits_of` gives it; where: what
-    holds them, for messages."""
+    """`read_texts` for a list of `File`s. found: the split that each is named after, or None, as `splits_of` gives it;
+    where: the source of the files, for messages."""
     check_options(options, files)
     named = {split: [file for file, name in zip(files, found) if name == split] for split in SPLITS}
     if not named["train"]:
@@ -519,19 +523,19 @@ def read_splits(files, found, options, where, say, scratch=None):
                 continue
             sections |= _copy_one(copy, file, options, budget, scratch) > 1
         if twice:
-            say(f"Read once, though it is given twice: {_names(twice)}")
+            say(f"Read only once, though given twice: {_names(twice)}")
         if unread:
-            say(f"Not read, since --max-bytes was reached before: {_names(unread)}")
+            say(f"Not read, since --max-bytes was already reached: {_names(unread)}")
             used[split] = [file for file in some if all(file is not each for each in unread)]
         ranges[split] = first, len(copy.digests)
     if not copy.digests:
-        raise UserError(f"there is no text in {where}: it is empty")
+        raise UserError(f"there is no text in {where}: all of it is empty; give another text")
     if copy.empty and any(file.kind in TABLES for file in files):
         say(f"Left out: {copy.empty:,} of {copy.empty + len(copy.digests):,} rows, since they are empty")
     if options.separator is not None and not sections:
-        say(f"The separator {options.separator!r} occurs nowhere in the text.")
+        say(f"The separator {options.separator!r} does not occur in the text.")
     if options.separator is None and copy.counted:
-        say(f"The text holds {END} {copy.counted:,} times, as plain text; --separator '{END}' makes documents of it.")
+        say(f"The text holds {END} {copy.counted:,} times, as plain text; --separator '{END}' splits it there.")
     parts = {split: copy.documents(*places) for split, places in ranges.items()}
     sources = {split: _names(some) for split, some in used.items()}
     if None in used:
@@ -549,7 +553,7 @@ def read_splits(files, found, options, where, say, scratch=None):
 
 
 def _copy_one(copy, file, options, budget, scratch):
-    """Copy the documents of a file. Returns how many there are."""
+    """Copy the documents of a file to `copy`. Returns how many there are."""
 
     def state():
         return file.path and (lambda s: (s.st_ino, s.st_size, s.st_mtime_ns))(os.stat(file.path))
@@ -561,7 +565,7 @@ def _copy_one(copy, file, options, budget, scratch):
     except FileNotFoundError as error:
         if isinstance(error, UserError):
             raise
-        raise MissingFileError(f"{file.name} was removed while it was read; try again") from None
+        raise MissingFileError(f"{file.name} was removed while it was being read; try again") from None
     if before != after:
-        raise UserError(f"{file.name} changed while it was read; try again once it is complete")
+        raise UserError(f"{file.name} changed while it was being read; try again once it is complete")
     return n

@@ -82,11 +82,11 @@ NOTES = [  # rung, constants that somebody sets, what is said
     (V4, {"ROPE_BASE": 500.0, "POSITION": "alibi,none"}, "ROPE_BASE=500 has no effect with POSITION=alibi,none"),
     (V4, {"POSITION": "rope,rope"}, "POSITION=rope,rope names rope twice"),
     (V4, {"EXTRAPOLATION": (1, 2, 2)}, "EXTRAPOLATION=1,2,2 names 2 twice"),
-    ("v1", {"CONTEXT_SIZE": 8, "BLOCK_SIZE": 4}, "CONTEXT_SIZE=8 is more than BLOCK_SIZE=4"),
-    ("v2", {"MICRO_BATCH_SIZE": 64}, "MICRO_BATCH_SIZE=64 is more than a batch has: its 16 windows are one"),
-    ("v1_1", {"CHUNK_SIZE": 10**6}, "CHUNK_SIZE=1000000 is more than a micro-batch has: its [0-9]+ tokens"),
-    ("v1", {"EVAL_INTERVAL": 900}, "EVAL_INTERVAL=900 is more than MAX_STEPS=640: it has no effect"),
-    ("v0", {"LEARNING_RATE": 0}, "LEARNING_RATE=0: the weights that it is for stay as they are"),
+    ("v1", {"CONTEXT_SIZE": 8, "BLOCK_SIZE": 4}, "CONTEXT_SIZE=8 is larger than BLOCK_SIZE=4"),
+    ("v2", {"MICRO_BATCH_SIZE": 64}, "MICRO_BATCH_SIZE=64 is larger than a batch: its 16 windows form one"),
+    ("v1_1", {"CHUNK_SIZE": 10**6}, "CHUNK_SIZE=1000000 is larger than a micro-batch: its [0-9]+ tokens"),
+    ("v1", {"EVAL_INTERVAL": 900}, "EVAL_INTERVAL=900 is larger than MAX_STEPS=640 and has no effect"),
+    ("v0", {"LEARNING_RATE": 0}, "LEARNING_RATE=0: the weights that it applies to do not change"),
     ("v3_1", {"LEARNING_RATE_ADAMW": 0.0}, "LEARNING_RATE_ADAMW=0: "),
     ("v3", {"DROPOUT": 0.001}, "DROPOUT=0.001 is rounded .* it is 0 here, so nothing is dropped"),
     ("v3", {"DROPOUT": 0.005}, "DROPOUT=0.005 is rounded .* it is 0.00391 here$"),
@@ -161,7 +161,8 @@ def test_the_folder_of_the_text_is_the_one_that_is_meant(tmp_path, monkeypatch):
     assert list(conflicts(defaults("v0"), ())) == []
     Path("data", "bpe_vocab.json").touch()
     (line,) = conflicts(defaults("v0"), ())
-    assert line.startswith(f"DATA=data always means {ROOT / 'data'}; ") and line.endswith(f" write DATA={tmp_path / 'data'}")
+    assert line.startswith(f"DATA=data always means {ROOT / 'data'}; ")
+    assert line.endswith(f" write DATA={tmp_path / 'data'}")
 
 
 @pytest.mark.parametrize("device", ["cuda:1", "mps"])
@@ -183,7 +184,8 @@ def test_what_does_not_matter_to_a_prompt_is_said(name, load, start):
     code, out, err = start(module, "PROMPT=a", *idle, "TOP_K=99999")
     assert (code, out) == (0, start(load(name), "PROMPT=a")[1])
     folder = Path(module.OUT_DIR) / ("alibi" if name == V4 else "")
-    assert err == f"PROMPT uses the trained model in {folder}: {', '.join([*idle, 'TOP_K=99999'])} have no effect on it\n"
+    names = ", ".join([*idle, "TOP_K=99999"])
+    assert err == f"PROMPT uses the trained model in {folder}: {names} have no effect on it\n"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -238,7 +240,7 @@ def test_arguments_mean_what_people_mean(words, meant, load, monkeypatch):
 @pytest.mark.parametrize(("words", "said"), [
     (["PROMPT=", "The", "cat"], 'if it belongs to PROMPT, write PROMPT="...", with quotes'),
     (["--N_LAYERS=3"], "did you mean N_LAYER?"), (["BATCHSIZE=3"], "did you mean BATCH_SIZE?"),
-    (["SEED=3,N_LAYER=2"], "a whole number from 0 to 2147483647; give each constant an argument of its own"),
+    (["SEED=3,N_LAYER=2"], "a whole number from 0 to 2147483647; separate the constants with spaces"),
     (["SEED=3", "4"], "there is no constant '4'"), (["SEED", "N_LAYER=2"], "SEED must be a whole number"),
     (["COMPILE=perhaps"], "COMPILE must be True or False"), (["LEARNING_RATE=0,5"], "LEARNING_RATE must be a number"),
     (["LEARNING_RATE=1,500"], "LEARNING_RATE must be a number"), (["SEED=12,34"], "SEED must be a whole number"),
@@ -250,14 +252,14 @@ def test_arguments_that_mean_nothing_are_refused(words, said):
 
 def test_a_constant_that_is_given_twice_says_which_counts(load, start):
     code, out, err = start(load("v0"), "SEED=1", "SEED=2", "TOP_K=3", "TOP_K=3")
-    assert (code, err) == (0, "SEED is given twice: SEED=2 counts\n")
+    assert (code, err) == (0, "SEED is given twice: SEED=2 is used\n")
     twice = start(load("v0"), "PROMPT=b", "SEED=1", "PROMPT=a", "SEED=2")[1]
     assert start(load("v0"), "PROMPT=a", "SEED=2")[1] == twice
 
 
 def test_a_home_folder_in_a_file_is_refused(load, start):
     code, _, err = start(load("v0", OUT_DIR="~/x"))
-    assert code == 1 and "OUT_DIR=~/x: ~ is not replaced here; write the whole path\n" in err
+    assert code == 1 and "OUT_DIR=~/x: ~ is expanded only on the command line; write the whole path\n" in err
 
 
 def test_any_words_are_read_or_refused():
@@ -290,18 +292,18 @@ def test_ids_that_a_model_cannot_take_are_refused_in_plain_words(name, position,
         ([[3, 4]], "have type list"), (torch.tensor([[3.0]]), r"these are torch.float32; write idx.long\(\)"),
         (torch.tensor([[3]], dtype=torch.uint16), "torch.uint16"),
         (torch.zeros(1, 0, dtype=torch.long), "there are no ids"),
-        (ids.to("meta"), r"on meta and the model is on cpu; write idx.to\('cpu'\)"),
+        (ids.to("meta"), r"on meta, but the model is on cpu; write idx.to\('cpu'\)"),
     ):  # fmt: skip
         for mode in (model.train(), model.eval()):
             with pytest.raises(UserError, match=text):
                 mode(idx)
     for targets, text in ((ids[:1], r"targets have shape \(1, 32\)"), (ids + 50, "there is no token"),
-                          (ids.to("meta"), "on meta, and the ids")):  # fmt: skip
+                          (ids.to("meta"), "on meta, but the ids")):  # fmt: skip
         with pytest.raises(UserError, match=text):
             model(ids, targets)
     longer = random_ids(1, size + 1)
     if hasattr(model, "position_embedding"):
-        with pytest.raises(UserError, match=f"^the window has {size + 1} tokens, .* only {size} positions; .* at most {size}"):
+        with pytest.raises(UserError, match=f"^the window has {size + 1} tokens, .* only {size} .* most {size}"):
             model(longer)
     else:
         assert model(longer).shape == (1, size + 1, 50)
@@ -334,7 +336,7 @@ def test_weights_of_attention_have_the_same_limits(load):
     import look
 
     model = random_model(load("v3"), 50)
-    with pytest.raises(UserError, match="more than the 32 positions"):
+    with pytest.raises(UserError, match="only 32 positions"):
         look.attention_weights(model, random_ids(1, 33))
 
 
@@ -367,21 +369,21 @@ def test_evaluating_on_ids_of_another_vocabulary_is_an_error(name, load):
     module = load(name)
     model, tokens = random_model(module, 50), tiny_tokens(100, 50)
     assert module.evaluate(model, tokens)["loss"] > 0  # a model that was not trained here
-    with pytest.raises(UserError, match="ids up to 9[0-9], and the model's vocabulary ends at 49.*--vocabulary RUN"):
+    with pytest.raises(UserError, match="ids up to 9[0-9], but the model's vocabulary ends at 49.*--vocabulary RUN"):
         module.evaluate(model, tiny_tokens(5000, 100))
     model.fingerprint = "none"
     assert module.evaluate(model, tokens)["loss"] > 0
     model.fingerprint = "0123456789abcdef"
-    with pytest.raises(UserError, match="with the vocabulary 0123456789abcdef, and these .* another, none; tokenize"):
+    with pytest.raises(UserError, match="with the vocabulary 0123456789abcdef, but .* another one, none; tokenize"):
         module.evaluate(model, tokens)
-    with pytest.raises(UserError, match=r"one split; name it, such as tokens\['train'\]"):
+    with pytest.raises(UserError, match=r"one split; choose one, such as tokens\['train'\]"):
         module.evaluate(model, {"train": tokens})
 
 
 @pytest.mark.parametrize("name", ["v3", "v3_1"])
 def test_an_evaluation_in_windows_beyond_the_positions_is_refused(name, load):
     module = load(name)
-    with pytest.raises(UserError, match="64 tokens are more than the 32 positions"):
+    with pytest.raises(UserError, match="64 tokens, but the model has learned only 32 positions"):
         module.evaluate(random_model(module, 50), tiny_tokens(500, 50), size=64)
 
 

@@ -25,7 +25,7 @@ MISTAKES = {  # what is wrong: (old, new, the error)
     "import": ("def main():", "def main():\n    import nosuchmodule", "ModuleNotFoundError"),
     "file": ("def main():", "def main():\n    open('nosuchfile')", "FileNotFoundError"),
     "ids": ("logits = model(windows[:, :-1])", "logits = model(windows[0, :-1])", "InputError: a model takes ids as a"),
-    "positions": ("model(windows[:, :-1])", "model(windows.repeat(1, 9))", "InputError: .* are more than the 32"),
+    "positions": ("model(windows[:, :-1])", "model(windows.repeat(1, 9))", "InputError: .* only 32"),
     "own error": ("def main():", "def main():\n    raise OSError(28, 'No space left on device')", "OSError"),
 }  # fmt: skip
 

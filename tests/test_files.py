@@ -154,7 +154,7 @@ def test_a_folder_that_takes_no_files(tmp_path, monkeypatch, place):
 
 def test_a_folder_where_the_file_must_go(tmp_path):
     (tmp_path / "x").mkdir()
-    with pytest.raises(FileError, match="x is a folder, and a file must take its place; remove it"):
+    with pytest.raises(FileError, match="x is a folder, but a file must be written there; remove"):
         atomic_write(tmp_path / "x", lambda file: file.write(b"new"))
     assert names(tmp_path) == ["x"]
 

@@ -549,7 +549,7 @@ def test_the_last_lines_are_the_metrics_and_the_place_of_the_results(name, load,
                 for end in ("", "_sliding")]  # fmt: skip
     if name in LATE_RUNGS:
         assert lines[1] == f"validation, windows side by side: {expected[0]}"
-        assert lines[2] == f"validation, windows that overlap: {expected[1]}"
+        assert lines[2] == f"validation, overlapping windows: {expected[1]}"
         assert expected[0] != expected[1] and all(text.count(",") == len(METRICS) - 1 for text in expected)
         lines[1:3] = []
     assert lines[1].startswith(f"results in {folder}: log.jsonl, loss.png, ")
@@ -678,7 +678,7 @@ def test_a_run_without_a_terminal_says_how_far_it_is(name, load, start, monkeypa
     rest = [line.partition("about ")[2] for line in progress]
     assert rest[1:] == [f"{8 * (16 - step) + 6 * math.ceil((16 - step) / 4)} s left" for step in seen[1:]]
     estimate = 14 * 8 + 4 * 600 / 32 / 3  # of four evaluations: forward, a third of the work
-    assert f"14 more steps will take about {estimate / 60:.0f} min\n" in out  # said after ten seconds
+    assert f"the remaining 14 steps will take about {estimate / 60:.0f} min\n" in out  # said after ten seconds
     summary = json.loads((run_folder(module) / "summary.json").read_text())
     assert summary["train_seconds"] == 16 * 8 and summary["tokens_per_second"] == 32
     assert [line["seconds"] for line in read_log(run_folder(module))] == [32, 64, 96, 128]
@@ -709,12 +709,13 @@ def test_a_finished_run_with_more_steps_goes_on(name, load, start):
     code, out, err = start(module, "RESUME=True", "MAX_STEPS=12")
     assert code == 0, err
     assert "continuing with changed constants: MAX_STEPS was 8 and is 12\n" in out and "continuing from step 8\n" in out
-    jump = re.search("^MAX_STEPS decides the schedule: the learning rate goes from (\\S+) to (\\S+) here", out, re.M)
+    jump = re.search("^MAX_STEPS determines the schedule: the learning rate jumps from (\\S+) to (\\S+), ", out, re.M)
     assert bool(jump) == (name in LATE_RUNGS)
     if name == "v3":  # warm-up, then a fall to step 12
         assert float(jump[2]) == pytest.approx(module.LEARNING_RATE * module.lr_factor(8), rel=1e-2)
     assert [line["step"] for line in read_log(run_folder(module))] == [4, 8, 12]
-    assert_refused(start(module, "RESUME=True", "MAX_STEPS=11"), "has made 12 steps; MAX_STEPS=11 must not be less")
+    assert_refused(start(module, "RESUME=True", "MAX_STEPS=11"),
+                   "has already made 12 steps, more than MAX_STEPS=11; set MAX_STEPS to at least 12")  # fmt: skip
     assert [line["step"] for line in read_log(run_folder(module))] == [4, 8, 12]
 
 
@@ -778,7 +779,7 @@ def test_resuming_with_another_text_or_tokenizer_is_refused(name, trained, start
     torch.save({**saved, "dataset": "another", "tokens_sha256": "0123456789abcdef"}, path)
     assert_refused(start(module, "RESUME=True"), "the text was another and is sample")
     torch.save({**saved, "tokens_sha256": "0123456789abcdef"}, path)  # as after a change of its files
-    assert_refused(start(module, "RESUME=True"), "the text was sample and is sample of another content, under the same")
+    assert_refused(start(module, "RESUME=True"), "the text was sample and is sample, but with other content")
     torch.save({**saved, "dataset": "another"}, path)  # the same tokens, in a folder of another name
     assert start(module, "RESUME=True", "MAX_STEPS=3")[0] == 0
     torch.save({**saved, "fingerprint": "0123456789abcdef"}, path)
@@ -800,7 +801,7 @@ def test_the_type_that_auto_chose_is_kept(dtype, trained, load, start, monkeypat
     load("v3", **SHORT)
     code, out, err = start(module, "RESUME=True", "MAX_STEPS=6", f"DTYPE={other}")
     assert code == 0, err
-    assert re.search(f"^the run began with .*, {dtype} and continues with .*, {other}: losses may differ by rounding$", out, re.M)
+    assert re.search(f"^the run began .*, {dtype} and continues .*, {other}: losses may differ by rounding$", out, re.M)
 
 
 @pytest.mark.parametrize("name", LATE_RUNGS)
@@ -819,7 +820,7 @@ def test_a_model_that_is_not_compiled_any_more_is_named(name, trained, load, sta
     code, out, err = start(module)
     assert code == 0, err
     assert "training without torch.compile: no compiler\n" in out
-    assert re.search("^begun on .*, compiled; goes on with .*, float32: losses may differ by rounding$", out, re.M)
+    assert re.search("^the run began .*, compiled and continues .*, float32: losses may differ by rounding$", out, re.M)
 
 
 def test_what_cannot_be_compiled_says_where_it_is(load, start, monkeypatch):
@@ -870,8 +871,8 @@ def damage(path, kind, bomb):
 
 
 WHOLE = "is intact, but this version of the program does not write such files "
-NOT_USED = {"folder": "checkpoint.pt is a folder, and a file must be in its place; move it away",
-            "model": f"checkpoint.pt {WHOLE}(it has no 'optimizers'); it is of another program, or of another version",
+NOT_USED = {"folder": "checkpoint.pt is a folder, but a file is expected there; move the folder away",
+            "model": f"checkpoint.pt {WHOLE}(it has no 'optimizers'): another program, or another version",
             "bomb": f"checkpoint.pt {WHOLE}(Weights only load failed",
             "other": f"checkpoint.pt {WHOLE}(list indices must be "}
 
@@ -1003,7 +1004,7 @@ def test_several_samples_of_a_prompt(trained, start):
         assert start(module, "PROMPT= The", f"SEED={1337 + k}", "SAMPLES=1", "STOP_AT_END=False")[1] == text
     assert len(set(parts[2::2])) == 3
     out = start(module, "PROMPT=a", "SAMPLES=2", "TEMPERATURE=0")
-    assert "SAMPLES=2: TEMPERATURE=0 makes all alike" in out[2]
+    assert "SAMPLES=2: with TEMPERATURE=0 all samples are the same" in out[2]
 
 
 @pytest.mark.parametrize(("given", "prompt"), [
@@ -1146,14 +1147,14 @@ def test_several_runs_are_loaded_at_once(trained):
     assert widths == [32, 16, 16]
     with pytest.raises(FileNotFoundError, match="no trained model in"):
         harness.load("runs/none at all")
-    with pytest.raises(FileNotFoundError, match=r"models below it, name one: \S*/v2, \S*/v3, \S*/v3\.1$"):
+    with pytest.raises(FileNotFoundError, match=r"models below it; choose one: \S*/v2, \S*/v3, \S*/v3\.1$"):
         harness.load(folders[0].parent)
 
 
 def test_a_run_of_a_rung_that_is_gone_is_refused_in_one_line(trained):
     path = run_folder(trained("v0")) / "model.pt"
     torch.save({**torch.load(path, weights_only=True), "rung": "v99"}, path)
-    with pytest.raises(ValueError, match="is of 'v99', and no rung of that name is here"):
+    with pytest.raises(ValueError, match="was trained by 'v99', but there is no rung of that name here"):
         harness.load(path.parent)
 
 
@@ -1181,9 +1182,9 @@ def test_weights_of_another_shape_or_vocabulary_are_refused_in_one_line(name, tr
     folder = module.OUT_DIR
     new = {**SHORT, "INIT_FROM": folder, "OUT_DIR": folder + " new"}
     load(name, **new, N_LAYER=3, N_EMBD=48)
-    assert_refused(start(module), "another shape; set N_LAYER=2 N_EMBD=32")
+    assert_refused(start(module), "a different shape; set N_LAYER=2 N_EMBD=32")
     load(name, **new, VOCABULARY="bpe_vocab.json")
-    assert_refused(start(module), "another vocabulary", "--vocabulary", "vocabulary.json")
+    assert_refused(start(module), "whose vocabulary is not", "--vocabulary", "vocabulary.json")
     load(name, **new, BLOCK_SIZE=64)
     if name == V4:
         assert start(module)[0] == 0

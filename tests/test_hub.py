@@ -451,9 +451,9 @@ def test_a_folder_with_the_name_of_a_format(here):
 
 def test_what_the_other_option_reads(here, capfd):
     (here / "novel.txt").write_text(story(9))
-    assert "--from novel.txt reads it" in refusal(capfd, "--dataset", "novel.txt")
+    assert "read it with --from novel.txt" in refusal(capfd, "--dataset", "novel.txt")
     datasets.Dataset.from_dict({"text": stories(9)}).save_to_disk(here / "saved")
-    assert "--from saved reads it" in refusal(capfd, "--dataset", "saved")
+    assert "read it with --from saved" in refusal(capfd, "--dataset", "saved")
     (here / "empty").mkdir()
     assert "--from DIR" in refusal(capfd, "--dataset", "empty")
 
@@ -461,7 +461,7 @@ def test_what_the_other_option_reads(here, capfd):
 @pytest.mark.parametrize("options, expected", {
     "--dataset a/b --from novel.txt": "leave one",
     "--config x": "--dataset OWNER/NAME", "--split x --sample": "--dataset OWNER/NAME",
-    "--dataset wikitext-2-v1 --split test": "wikitext-2-v1 has no such choice",
+    "--dataset wikitext-2-v1 --split test": "wikitext-2-v1 has no such parts",
     "--dataset wikitext-2-v1 --max-bytes 1M": "--max-bytes", "--max-bytes 1M": "--dataset",
     "--dataset a/b --sample": "leave", "--dataset Salesforce/wikitext": "wikitext-103-raw-v1",
     "--dataset wikitext --config all": "wikitext-103-raw-v1", "--dataset wikitext2": "wikitext-2-v1",

@@ -215,7 +215,7 @@ def test_a_copy_of_a_rung_is_loaded(model_of, tmp_path, monkeypatch, load):
     v3 = load("v3", N_EMBD=48, N_HEAD=3)
     weights = v3.LanguageModel(500).state_dict()
     folder = model_of("v3_mine", weights, harness.constants(vars(v3)))
-    with pytest.raises(harness.UserError, match="is of 'v3_mine', and no rung of that name is here"):
+    with pytest.raises(harness.UserError, match="was trained by 'v3_mine', but there is no rung of that name here"):
         harness.load(folder)
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / "v3_mine.py").write_text((ROOT / "v3.py").read_text(encoding="utf-8"), encoding="utf-8")

@@ -173,7 +173,7 @@ def test_processes_with_other_constants_are_refused(begin_together, tmp_path, be
         patch.setattr(test_survival, "command_line", lambda name, out, c: usual(name, out, {**c, **next(commands)}))
         children = begin_together("v3", tmp_path, 2, **ALONE)
     code, _, err = children[0].finish()  # the other says the same, ten seconds later
-    assert_one_line(code, err, "LEARNING_RATE is 0.001 in one process and 0.002 in another; start all of them with")
+    assert_one_line(code, err, "LEARNING_RATE is 0.001 in one process and 0.002 in another; start all processes with")
 
 
 @pytest.mark.parametrize("n", [0, 1, 2, 3, 7, 8, 9])

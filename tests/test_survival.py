@@ -1183,4 +1183,4 @@ def test_what_several_processes_cannot_do_is_refused_in_one_line(begin, begin_to
     assert_one_line(code, err, "v3.py: BATCH_SIZE=3 must be a multiple of the 2 processes")
     for name in ("v0", "v1", "v1_1", "v2"):
         code, _, err = begin(name, tmp_path, environ=alone).finish()
-        assert_one_line(code, err, f"{name}.py: this rung trains in one process: python {name}.py")
+        assert_one_line(code, err, f"{name}.py: this rung trains in one process only; start it with python {name}.py")
