@@ -1,11 +1,11 @@
 """GGUF: a model and its tokenizer in one file, for llama.cpp, Ollama and LM Studio.
 
     python convert_hf.py runs/v3 model.gguf                  weights as they are: F32
-    python convert_hf.py runs/v3 model.gguf --dtype Q8_0     8 bits for a weight, in blocks of 32 with a scale; or F16
+    python convert_hf.py runs/v3 model.gguf --dtype Q8_0     8 bits per weight, in blocks of 32 with a scale; or F16
 
-llama.cpp computes what GPT-2 and Arcee compute in transformers, from the same tensors under other names. Its own
-converter knows tokenizers by name and refuses any that it does not know; here the merges are written as they are, with
-the name that llama.cpp has for their pattern. It needs `pip install gguf`.
+llama.cpp computes the same functions as GPT-2 and Arcee in transformers, from the same tensors under other names. Its
+own converter recognizes tokenizers by name and refuses unknown ones. This one writes the merges as they are, with
+llama.cpp's name for their pattern. It needs `pip install gguf`.
 """
 
 import contextlib
@@ -19,10 +19,10 @@ try:
 except ImportError:
     gguf = None
 
-DTYPES = ("F32", "F16", "Q8_0")  # of matrices; vectors and learned positions stay in F32, as with llama.cpp's converter
-PRE = {"gpt2": "gpt-2", "gpt4": "dbrx"}  # pattern of a tokenizer: its name in llama.cpp, as tokenizer.ggml.pre
+DTYPES = ("F32", "F16", "Q8_0")  # of matrices; vectors and learned positions stay F32, as in llama.cpp's converter
+PRE = {"gpt2": "gpt-2", "gpt4": "dbrx"}  # a tokenizer's pattern: its name in llama.cpp, for tokenizer.ggml.pre
 MADE_BY = "convert_hf.py"
-FIELDS = {  # of config.json, by architecture: what they are called in GGUFWriter
+FIELDS = {  # by architecture: a field of config.json and its name in GGUFWriter
     "gpt2": {"n_positions": "context_length", "n_embd": "embedding_length", "n_layer": "block_count",
              "n_inner": "feed_forward_length", "n_head": "head_count", "layer_norm_epsilon": "layer_norm_eps",
              "vocab_size": "vocab_size"},
@@ -35,13 +35,13 @@ FIELDS = {  # of config.json, by architecture: what they are called in GGUFWrite
 
 
 def neighbours(weight, n_head):
-    """The rows of the weights of queries or keys (C, C) in llama.cpp's order: RoPE there turns neighbours, rows 2i and
-    2i + 1 of a head of D rows, and here rows i and i + D / 2."""
+    """The weights of queries or keys (C, C) with their rows in llama.cpp's order. In a head of D rows, RoPE there
+    rotates neighbours, rows 2i and 2i + 1; here it rotates rows i and i + D / 2."""
     return weight.view(n_head, 2, -1, weight.size(-1)).transpose(1, 2).reshape(weight.shape)
 
 
 def gguf_tensors(config, tensors):
-    """{name in GGUF: tensor} for the config and the tensors of `to_gpt2` or `to_arcee`, all matrices as (outputs,
+    """{name in GGUF: tensor} for the config and tensors from `to_gpt2` or `to_arcee`, with all matrices as (outputs,
     inputs)."""
     arch = config["model_type"]
     n_layer = config["n_layer" if arch == "gpt2" else "num_hidden_layers"]
@@ -61,14 +61,14 @@ def stored_dtype(name, tensor, dtype):
     if tensor.dim() == 1 or name == "position_embd.weight":
         return "F32"
     if dtype == "Q8_0" and tensor.size(1) % 32:
-        raise UserError(f"a row of {name} has {tensor.size(1)} numbers, and Q8_0 packs 32 at a time; take --dtype F16")
+        raise UserError(f"a row of {name} has {tensor.size(1)} numbers, but Q8_0 packs 32 at a time; use --dtype F16")
     if dtype == "F16" and tensor.abs().max() > torch.finfo(torch.float16).max:
-        raise UserError(f"{name} has numbers that F16 cannot hold; take --dtype F32")
+        raise UserError(f"{name} has numbers too large for F16; use --dtype F32")
     return dtype
 
 
 def add_tokenizer(writer, tokenizer, end):
-    """Give the file the vocabulary, and the id of the special token `end`, which begins and ends a text, or None."""
+    """Add the vocabulary. `end`: the id of the special token that begins and ends a text, or None."""
     content = tokenizer.hf_tokenizer_json()
     special = {token["content"]: token["id"] for token in content["added_tokens"]}
     ids = content["model"]["vocab"] | special
@@ -78,7 +78,7 @@ def add_tokenizer(writer, tokenizer, end):
     kinds = [gguf.TokenType.NORMAL] * (len(ids) - len(special)) + [gguf.TokenType.CONTROL] * len(special)
     writer.add_token_types(kinds)
     writer.add_token_merges([" ".join(pair) for pair in content["model"]["merges"]])
-    # Without an end llama.cpp would take token 11, which may be a comma; no text has a byte 255.
+    # Without an end token, llama.cpp would use token 11, which may be a comma. Byte 255 occurs in no text.
     stop = content["model"]["vocab"]["ÿ"] if end is None else end
     writer.add_bos_token_id(stop)
     writer.add_eos_token_id(stop)
@@ -88,8 +88,8 @@ def add_tokenizer(writer, tokenizer, end):
 
 
 def write(file, name, config, tensors, tokenizer, end, dtype):
-    """Write a model to an open `file`. name: of the model; config and tensors: as from `to_gpt2` or `to_arcee`.
-    Raises OSError, ValueError."""
+    """Write a model to an open `file`. name: of the model; config and tensors: from `to_gpt2` or `to_arcee`. Raises
+    OSError, ValueError."""
     with contextlib.closing(gguf.GGUFWriter(file.name, config["model_type"])) as writer:
         writer.add_name(name)
         writer.add_quantized_by(MADE_BY)
@@ -113,7 +113,7 @@ def made_here(path):
     try:
         field = gguf.GGUFReader(path).get_field(gguf.Keys.General.QUANTIZED_BY)
         return field is not None and field.contents() == MADE_BY
-    except Exception as error:  # of many kinds, for what is no GGUF
+    except Exception as error:  # many kinds, if the file is not a GGUF
         if isinstance(error, MemoryError):
             raise
         return False

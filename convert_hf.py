@@ -1,26 +1,26 @@
-"""Models for other programs, and from Hugging Face: v3 is a GPT-2, v4 with RoPE is an Arcee.
+"""Convert models to and from Hugging Face, and to GGUF: v3 is a GPT-2, v4 with RoPE is an Arcee.
 
-    python convert_hf.py runs/v3 DIR             write a run of v3 as a GPT2LMHeadModel of transformers
+    python convert_hf.py runs/v3 DIR             write a run of v3 as a GPT2LMHeadModel for transformers
     python convert_hf.py runs/v4_alibi_rope DIR  write the run with RoPE as an ArceeForCausalLM
     python convert_hf.py runs/v3 model.gguf      write either for llama.cpp, Ollama and LM Studio (convert_gguf.py)
-    python convert_hf.py --from DIR runs/gpt2    make a run of v3 from a GPT-2, or one of v4 from what this wrote
+    python convert_hf.py --from DIR runs/gpt2    make a run of v3 from a GPT-2, or a run of v4 from its own export
 
-Out: DIR is then a model like any other there, with its tokenizer:
+Export: transformers loads the folder DIR like any other model, with its tokenizer:
 
     model = transformers.AutoModelForCausalLM.from_pretrained("DIR")
     tokenizer = transformers.AutoTokenizer.from_pretrained("DIR")
 
-In: a folder with config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published; if there is
-no such folder, the name of a model of the hub, which is fetched.
+Import: DIR is a folder with config.json, model.safetensors (or its shards) and the tokenizer, as GPT-2 is published. If
+there is no such folder, DIR is the name of a model on the hub, which is downloaded.
 
-What can be done with a run that was trained here can be done with it:
+An imported run can be used like one that was trained here:
 
     python v3.py OUT_DIR=runs/gpt2 PROMPT=" The castle was"
-    python v3.py INIT_FROM=runs/gpt2 ...         start from it, with its shape and vocabulary: fine-tuning
+    python v3.py INIT_FROM=runs/gpt2 ...         fine-tuning: start from it, with its shape and vocabulary
 
-Only what computes the same function is converted, and a line says why another is not. Nothing from a file is executed:
-weights are read from safetensors, settings from JSON. It needs `pip install safetensors` (for GGUF `pip install gguf`);
-transformers it does not.
+A model is converted only if the result computes the same function; otherwise a line says why not. Nothing from a file
+is executed: weights are read from safetensors, settings from JSON. It needs `pip install safetensors` (for GGUF
+`pip install gguf`), but not transformers.
 """
 
 import argparse
@@ -50,17 +50,17 @@ try:
 except ImportError:
     safetensors = None
 
-END = "<|endoftext|>"  # begins and ends a text, where the vocabulary has it
+END = "<|endoftext|>"  # begins and ends a text, if the vocabulary has it
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CARD = "README.md"
 HF_FILES = (WEIGHTS, "config.json", "generation_config.json", "tokenizer.json", "tokenizer_config.json", CARD)
 FETCHED = ("config.json", "tokenizer.json", "vocab.json", "merges.txt", WEIGHTS, INDEX, "model-*.safetensors")
-MADE_BY = {"made_by": "convert_hf.py"}  # in the weights' file: transformers does not copy it when it saves a model
-RMS_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square if it is told nothing
-FIGURES = (  # of the card: words, key of summary.json, format
+MADE_BY = {"made_by": "convert_hf.py"}  # in the file of the weights; lost when transformers saves the model again
+RMS_EPS = torch.finfo(torch.float32).eps  # what F.rms_norm adds to the mean square by default
+FIGURES = (  # of the model card: label, key of summary.json, format
     ("bits per byte", "bpb", ".4f"), ("bits per byte, overlapping windows", "bpb_sliding", ".4f"),
     ("word perplexity", "word_ppl", ",.1f"), ("word perplexity, overlapping windows", "word_ppl_sliding", ",.1f"),
-    ("loss per token, nats", "loss", ".4f"), ("likeliest token is right", "top_1", ".1%"),
+    ("loss per token, nats", "loss", ".4f"), ("most likely token is right", "top_1", ".1%"),
 )  # fmt: skip
 CARD_TEXT = '''---
 library_name: transformers
@@ -79,19 +79,19 @@ generate = pipeline("text-generation", "{name}")  # the folder
 print(generate([" The castle was", " In 1939 ,"], batch_size=2, max_new_tokens=50))
 ```
 
-Batches are padded on the left, as generation needs it; for the logits of a batch, pad on the right
-(`padding_side="right"`). Prompt and answer together have at most {window:,} tokens. The model continues text of the
-kind that it was trained on. It follows no instructions, and what it says is not reliable.
+Batches are padded on the left, as generation requires; for the logits of a batch, pad on the right
+(`padding_side="right"`). Prompt and continuation together have at most {window:,} tokens. The model continues text of
+the kind that it was trained on. It does not follow instructions, and what it writes is not reliable.
 '''
 NO_COUNTERPART = {
     "v0": "it is a table of bigrams",
     "v1": "it is an MLP over a window of tokens",
     "v1_1": "it is an MLP over a window of tokens",
-    "v2": "its LayerNorm stands after each sub-layer, and GPT-2's before it",
-    "v3_1": "none of the decoders with ReLU squared and without a gate learns a vector for each position",
-    "alibi": "none of the decoders with ALiBi has RMSNorm and ReLU squared",
-    "sinusoidal": "none of the decoders with ReLU squared and without a gate adds sines",
-    "none": "all of the decoders with ReLU squared and without a gate encode positions",
+    "v2": "its LayerNorm comes after each sub-layer, but GPT-2's comes before",
+    "v3_1": "no decoder there with ungated ReLU squared learns a vector for each position",
+    "alibi": "no decoder there with ALiBi has RMSNorm and ReLU squared",
+    "sinusoidal": "no decoder there with ungated ReLU squared adds sinusoids",
+    "none": "every decoder there with ungated ReLU squared encodes positions",
 }
 
 
@@ -101,8 +101,8 @@ NO_COUNTERPART = {
 
 
 def gpt2_tensors(V, T, C, n_layer):
-    """{name in v3: (name in GPT2LMHeadModel, shape there)} for V tokens, windows of T, width C. The matrices in GPT-2's
-    blocks are (inputs, outputs), those of nn.Linear (outputs, inputs): see `turned`."""
+    """{name in v3: (name in GPT2LMHeadModel, shape there)} for V tokens, windows of T, width C. Matrices in GPT-2's
+    blocks are (inputs, outputs), but those of nn.Linear are (outputs, inputs): see `turned`."""
     table = {"embedding.weight": ("transformer.wte.weight", (V, C)),
              "position_embedding.weight": ("transformer.wpe.weight", (T, C))}  # fmt: skip
     pairs = [("norm", "transformer.ln_f", (C,))]
@@ -118,12 +118,12 @@ def gpt2_tensors(V, T, C, n_layer):
 
 
 def turned(name, tensor):
-    """The tensor that GPT-2 calls `name` as v3 keeps it, and the other way round."""
+    """Convert the tensor that GPT-2 calls `name` from GPT-2's layout to v3's, or back."""
     return tensor.T if ".c_" in name and tensor.dim() == 2 else tensor
 
 
 def to_gpt2(model):
-    """(config, {name: tensor}) of GPT2LMHeadModel for a model of v3."""
+    """(config, {name: tensor}) of the GPT2LMHeadModel that equals a model of v3."""
     (V, C), T, n_layer = model.embedding.weight.shape, model.block_size, len(model.blocks)
     config = {
         "architectures": ["GPT2LMHeadModel"], "model_type": "gpt2", "vocab_size": V, "n_positions": T, "n_embd": C,
@@ -136,10 +136,10 @@ def to_gpt2(model):
 
 
 def from_gpt2(config, tensors):
-    """(constants of the shape, state dict) of v3 for the config and the tensors, {name: tensor}, of a GPT-2. Raises
-    ValueError if v3 computes something else."""
+    """(constants of the shape, state dict) of v3, from the config and the tensors, {name: tensor}, of a GPT-2. Raises
+    ValueError if v3 would compute something else."""
     T, C, n_layer, n_head, V = [_count(config, k) for k in ("n_positions", "n_embd", "n_layer", "n_head", "vocab_size")]
-    _same(config, "v3", {  # where the file says nothing, transformers takes the first of the values
+    _same(config, "v3", {  # transformers' default comes first
         "activation_function": ("gelu_new", "gelu_pytorch_tanh"), "layer_norm_epsilon": (1e-5,),
         "n_inner": (None, 4 * C), "scale_attn_weights": (True,), "scale_attn_by_inverse_layer_idx": (False,),
         "reorder_and_upcast_attn": (False,), "add_cross_attention": (False,), "quantization_config": (None,),
@@ -147,18 +147,20 @@ def from_gpt2(config, tensors):
     })  # fmt: skip
     dropout = config.get("resid_pdrop", 0.1)
     if isinstance(dropout, bool) or not isinstance(dropout, (int, float)) or not 0 <= dropout < 1:
-        raise UserError(f"config.json: resid_pdrop is {dropout!r}; it must be a number from 0 to below 1")
+        raise UserError(f"config.json: resid_pdrop is {dropout!r}; it must be a number from 0 to less than 1")
     bare, tensors = tensors, {}
     for name, tensor in bare.items():
         whole = name if name.startswith(("transformer.", "lm_head.")) else f"transformer.{name}"
-        if not whole.endswith((".attn.bias", ".attn.masked_bias")):  # the causal mask, which old files hold
+        if not whole.endswith((".attn.bias", ".attn.masked_bias")):  # old files hold the causal mask
             tensors[whole] = tensor
     head, table = tensors.pop("lm_head.weight", None), gpt2_tensors(V, T, C, n_layer)
     _check_tensors(tensors, dict(table.values()), "v3")
     if head is None and not config.get("tie_word_embeddings", True):
-        raise UserError("the tensor lm_head.weight is missing, and config.json does not tie it to wte.weight")
+        raise UserError("the tensor lm_head.weight is missing, but config.json does not tie it to wte.weight; download "
+                        "the model again, or choose another")  # fmt: skip
     if head is not None and not torch.equal(head.float(), tensors["transformer.wte.weight"].float()):
-        raise UserError("lm_head.weight is not wte.weight, and v3 has one matrix for both, as GPT-2 has")
+        raise UserError("lm_head.weight differs from wte.weight, but v3, like GPT-2, has one matrix for both; choose "
+                        "another model")  # fmt: skip
     shape = {"BLOCK_SIZE": T, "N_LAYER": n_layer, "N_HEAD": n_head, "N_EMBD": C, "DROPOUT": float(dropout)}
     return shape, {ours: turned(theirs, tensors[theirs]) for ours, (theirs, _) in table.items()}
 
@@ -180,8 +182,8 @@ def arcee_tensors(V, C, n_layer):
 
 
 def to_arcee(model):
-    """(config, {name: tensor}) of ArceeForCausalLM for a model of v4 with RoPE. Arcee has no norm after the embedding:
-    the rows of the table are written as that norm leaves them."""
+    """(config, {name: tensor}) of the ArceeForCausalLM that equals a model of v4 with RoPE. Arcee has no norm after the
+    embedding, so the rows of the embedding are written already normalized."""
     (V, C), n_layer, n_head = model.embedding.weight.shape, len(model.blocks), model.blocks[0].attention.n_head
     config = {
         "architectures": ["ArceeForCausalLM"], "model_type": "arcee", "vocab_size": V, "hidden_size": C,
@@ -189,7 +191,7 @@ def to_arcee(model):
         "num_attention_heads": n_head, "num_key_value_heads": n_head, "head_dim": C // n_head, "hidden_act": "relu2",
         "rms_norm_eps": RMS_EPS, "attention_bias": False, "mlp_bias": False, "attention_dropout": 0.0,
         "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": model.rope_base},
-        "rope_theta": model.rope_base,  # where transformers before 5 has it
+        "rope_theta": model.rope_base,  # its place before transformers 5
     }  # fmt: skip
     tensors = {name: torch.ones(shape) for name, shape in arcee_tensors(V, C, n_layer).items() if len(shape) == 1}
     tensors |= {"model.embed_tokens.weight": v4.norm(model.embedding.weight), "lm_head.weight": model.head.weight}
@@ -203,7 +205,7 @@ def to_arcee(model):
 
 
 def from_arcee(config, tensors):
-    """(constants of the shape, state dict) of v4 for the config and the tensors, {name: tensor}, of an Arcee that
+    """(constants of the shape, state dict) of v4, from the config and the tensors, {name: tensor}, of an Arcee that
     `to_arcee` could have made. Raises ValueError for any other."""
     T, C, n_layer, n_head, V = [_count(config, k) for k in ("max_position_embeddings", "hidden_size",
                                 "num_hidden_layers", "num_attention_heads", "vocab_size")]  # fmt: skip
@@ -217,16 +219,19 @@ def from_arcee(config, tensors):
     base = rope.get("rope_theta") if isinstance(rope, dict) else None
     plain = rope == {"rope_type": "default", "rope_theta": base} and config.get("rope_theta", base) == base
     if not plain or type(base) not in (int, float) or not 1 < base <= 1e38:
-        raise UserError(f"config.json: rope_parameters is {rope!r}, and v4 computes plain RoPE of a rope_theta > 1")
+        raise UserError(f"config.json: rope_parameters is {rope!r}, but v4 computes only plain RoPE with a rope_theta "
+                        "above 1; choose another model")  # fmt: skip
     _check_tensors(tensors, arcee_tensors(V, C, n_layer), "v4")
     for name, tensor in tensors.items():
         if tensor.dim() == 1 and not (tensor == 1).all():
-            raise UserError(f"the weights of {name} are not all 1, and the RMSNorm of v4 has none")
-    # Undo the norm: a row of mean square s became one of m = s / (s + eps), so s = eps m / (1 - m).
+            raise UserError(f"the weights of {name} are not all 1, but the RMSNorm of v4 has none; choose another "
+                            "model")  # fmt: skip
+    # Undo the norm: it turned a mean square s into m = s / (s + eps), so s = eps m / (1 - m).
     table = tensors["model.embed_tokens.weight"].double()
     m = table.square().mean(1, keepdim=True)
     if m.max() > 1 + 1e-6:
-        raise UserError("rows of model.embed_tokens.weight are longer than the RMSNorm that v4 has there leaves them")
+        raise UserError("rows of model.embed_tokens.weight are longer than any output of the RMSNorm of v4; "
+                        "choose another model")  # fmt: skip
     state = {"embedding.weight": (table * (RMS_EPS / (1 - m).clamp(min=1e-9)).sqrt()).float(),
              "head.weight": tensors["lm_head.weight"]}  # fmt: skip
     for i in range(n_layer):
@@ -249,31 +254,33 @@ def _count(config, field):
     """A field of config.json that must be a positive integer. Raises ValueError."""
     value = config.get(field)
     if type(value) is not int or not 1 <= value < 2**31:
-        raise UserError(f"config.json: {field} is {value!r}; it must be a whole number from 1 on")
+        raise UserError(f"config.json: {field} is {value!r}; it must be a whole number of at least 1")
     return value
 
 
 def _same(config, rung, allowed, must=()):
-    """Raises ValueError, naming the field, if config.json does not have one of the `allowed` values of each field; it
-    may leave out those that are not in `must`."""
+    """Raises ValueError, naming the field, if a field of config.json does not have one of its `allowed` values. Only
+    fields in `must` may not be missing."""
     for field, values in allowed.items():
         if (field in config or field in must) and config.get(field) not in values:
-            raise UserError(f"config.json: {field} is {config.get(field)!r}, and {rung} computes "
-                            f"{' or '.join(map(repr, values))}")  # fmt: skip
+            raise UserError(f"config.json: {field} is {config.get(field)!r}, but {rung} can only compute "
+                            f"{' or '.join(map(repr, values))}; choose another model")  # fmt: skip
 
 
 def _check_tensors(tensors, shapes, rung):
-    """Raises ValueError, naming the tensor, if `tensors` are not those of `shapes`, {name: shape}."""
+    """Raises ValueError, naming the tensor, if the names and shapes of `tensors` are not `shapes`, {name: shape}."""
     for name, shape in shapes.items():
         if name not in tensors:
-            raise UserError(f"the tensor {name} is missing")
+            raise UserError(f"the tensor {name} is missing; download the model again, or choose another")
         found, dtype = tuple(tensors[name].shape), tensors[name].dtype
         if found != shape:
-            raise UserError(f"the tensor {name} has the shape {found}, and by config.json it would be {shape}")
+            raise UserError(f"the tensor {name} has the shape {found}, but config.json implies {shape}; download the "
+                            "model again, or choose another")  # fmt: skip
         if dtype not in (torch.float32, torch.float16, torch.bfloat16):
-            raise UserError(f"the tensor {name} is of {dtype}; float32, float16 and bfloat16 are read")
+            raise UserError(f"the tensor {name} has the type {dtype}, but only float32, float16 and bfloat16 are read; "
+                            "choose another model")  # fmt: skip
     if extra := sorted(tensors.keys() - shapes):
-        raise UserError(f"there is no place in {rung} for the tensor {extra[0]}")
+        raise UserError(f"{rung} has no place for the tensor {extra[0]}; choose another model")
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -283,7 +290,7 @@ def _check_tensors(tensors, shapes, rung):
 
 @contextlib.contextmanager
 def _reading(path):
-    """Within, an OSError of the system says that `path` cannot be read."""
+    """Context that turns an OSError of the system into the message that `path` cannot be read."""
     try:
         yield
     except FileError:
@@ -294,28 +301,29 @@ def _reading(path):
 
 
 def find_folder(given):
-    """The folder of the model to be converted, with config.json; where there is none, the name `given` is taken for a
-    model of the hub, and that is fetched. Raises ValueError, with what to do."""
+    """The folder with config.json of the model to convert. If there is no folder `given`, it is taken as the name of a
+    model on the hub, which is downloaded. Raises ValueError with advice."""
     source = Path(given)
     if (source / "config.json").exists():
         return source
     if source.is_dir():
         if (source / "model.pt").exists() or any(source.glob("*/model.pt")):
-            raise UserError(f"{source} holds a run; without --from it becomes a model of Hugging Face")
-        raise MissingFileError(f"there is no config.json in {source}; name the folder that holds it, with the weights "
-                               "and the tokenizer")  # fmt: skip
+            raise UserError(f"{source} holds a run, but --from takes a Hugging Face model; to export the run, leave "
+                            "out --from")  # fmt: skip
+        raise MissingFileError(f"there is no config.json in {source}; name the folder that holds it, together with the "
+                               "weights and the tokenizer")  # fmt: skip
     if source.exists() and source.suffix.lower() == ".gguf":
-        raise UserError(f"{source} is a GGUF, and a run is made of a model of Hugging Face; name its folder")
+        raise UserError(f"{source} is a GGUF file, but --from takes the folder of a Hugging Face model; name that")
     if source.exists():
-        raise UserError(f"{source} is a file; name its folder, which holds config.json, the weights and the tokenizer")
+        raise UserError(f"{source} is a file; name the folder that holds config.json, the weights and the tokenizer")
     hub = re.fullmatch(r"(https?://huggingface\.co/|hf://)?(\w[\w.-]*(?:/\w[\w.-]*)?)/?", given)
-    if hub and (hub[1] or "/" not in hub[2] or not source.parent.is_dir()):  # else a folder beside others
+    if hub and (hub[1] or "/" not in hub[2] or not source.parent.is_dir()):  # else a missing folder
         return fetch(given, hub[2])
-    raise _missing(given, "NAME", "a model of the hub is fetched")
+    raise _missing(given, "NAME", "download a model from the hub")
 
 
 def _missing(given, name, how):
-    """The error of a folder that is not there. how: the words before the command that fetches the model `name`."""
+    """The error for a missing folder. how: the words before the command that downloads the model `name`."""
     folder = "FOLDER" if name == "NAME" else name.rpartition("/")[2]
     then = "" if folder == given else f", then name the folder {folder}"
     return MissingFileError(f"there is no folder {given}; {how} with hf download {name} config.json model.safetensors "
@@ -323,22 +331,24 @@ def _missing(given, name, how):
 
 
 def _kind(config):
-    """(rung, function that converts, folder below that of the run) for a model with this config.json. Raises
+    """(rung, function that converts, subfolder of the run's folder) for a model with this config.json. Raises
     ValueError."""
     kinds = {"gpt2": (v3, from_gpt2, ""), "arcee": (v4, from_arcee, "rope")}
     if (kind := config.get("model_type")) not in [*kinds]:
-        raise UserError(f"config.json: model_type is {kind!r}, and {' or '.join(map(repr, kinds))} can become a run")
+        raise UserError(f"config.json: model_type is {kind!r}, but only {' or '.join(map(repr, kinds))} can become a "
+                        "run; choose another model")  # fmt: skip
     return kinds[kind]
 
 
 def fetch(given, name):
-    """The folder, in the cache of the hub's library, of the model `name`, fetched if it is not there yet. given: what
-    the user called it. The weights, which may be large, only if the model can become a run. Raises ValueError."""
+    """The folder of the model `name` in the cache of the hub's library; it is downloaded if needed. The weights, which
+    may be large, are downloaded only if the model can become a run. given: what the user called it. Raises ValueError.
+    """
     try:
         import huggingface_hub
         from huggingface_hub.errors import LocalEntryNotFoundError, RepositoryNotFoundError
     except ImportError:
-        raise _missing(given, name, "after pip install huggingface_hub, a model of the hub is fetched") from None
+        raise _missing(given, name, "run pip install huggingface_hub, then download the model") from None
     offline = not prepare._hub_answers()
     try:
         for files in (FETCHED[:1], FETCHED):
@@ -349,14 +359,14 @@ def fetch(given, name):
     except UserError:
         raise
     except RepositoryNotFoundError:
-        raise MissingFileError(f"there is no folder {given}; the hub has no model {name}, or shows it only after a "
+        raise MissingFileError(f"there is no folder {given}, and the hub has no model {name}, or shows it only after a "
                                "login; name another, or run hf auth login") from None  # fmt: skip
-    except Exception as error:  # of many kinds: of the hub's library, of what it reads from the network, of the disk
+    except Exception as error:  # many kinds: from the hub's library, the network, the disk
         if is_out_of_memory(error):
             raise
         offline = offline or isinstance(error, LocalEntryNotFoundError)
-        why = "the hub cannot be reached" if offline else f"it could not be fetched ({first_line(error)})"
-        raise _missing(given, name, f"{why}; try again, or where there is a network fetch it") from None
+        why = "the hub cannot be reached" if offline else f"the download failed ({first_line(error)})"
+        raise _missing(given, name, f"{why}; try again, or download it on a computer with a network") from None
 
 
 def _read_json(path):
@@ -369,42 +379,42 @@ def _read_json(path):
             raise
         content = None
     if not isinstance(content, dict):
-        raise UserError(f"{path} is damaged; fetch or write it again")
+        raise UserError(f"{path} is damaged; download or write it again")
     return content
 
 
 def read_weights(folder):
     """{name: tensor} of the model in `folder`, from one file or several. Raises FileNotFoundError, ValueError."""
-    place = {}  # of each tensor
+    place = {}  # the file of each tensor
     if not (folder / WEIGHTS).exists() and (folder / INDEX).exists():
         place = _read_json(folder / INDEX).get("weight_map")
         if not isinstance(place, dict) or not all(isinstance(x, str) and Path(x).name == x for x in place.values()):
-            raise UserError(f"{folder / INDEX} is damaged; fetch or write it again")
+            raise UserError(f"{folder / INDEX} is damaged; download or write it again")
     elif not (folder / WEIGHTS).exists():
         if any(folder.glob("*.bin")):
-            raise UserError(f"the weights in {folder} are a pickle, which can run a program, and only safetensors are "
-                            f"read; if you trust them, transformers writes them beside it: "
+            raise UserError(f"the weights in {folder} are a pickle, which can run a program, so only safetensors are "
+                            f"read; if you trust them, let transformers convert them: "
                             f"AutoModelForCausalLM.from_pretrained({str(folder)!r}).save_pretrained({str(folder)!r})")
-        raise MissingFileError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}; fetch one of them")
+        raise MissingFileError(f"there is neither {WEIGHTS} nor {INDEX} in {folder}; download one of them")
     tensors = {}
     for file in sorted({*place.values()} or {WEIGHTS}):
         if not (folder / file).exists():
-            raise MissingFileError(f"there is no {file} in {folder}, and {INDEX} names it; fetch it")
+            raise MissingFileError(f"there is no {file} in {folder}, but {INDEX} names it; download it")
         try:
             with _reading(folder / file):
                 tensors |= safetensors.torch.load_file(folder / file)
         except (FileError, MemoryError):
             raise
-        except Exception as error:  # of many kinds, for what is damaged or newer than the library
+        except Exception as error:  # many kinds, if the file is damaged or newer than the library
             if "memory" in str(error):
                 raise
-            raise UserError(f"{folder / file} is damaged ({first_line(error)}); fetch or write it again") from None
+            raise UserError(f"{folder / file} is damaged ({first_line(error)}); download or write it again") from None
     return tensors
 
 
 def write_files(folder, files):
-    """Write `files`, {name: function that writes to an open binary file}, in `folder`: all of them whole or none.
-    Raises OSError."""
+    """Write `files`, {name: function that writes to an open binary file}, in `folder`: all of them or none. Raises
+    OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -423,7 +433,7 @@ def _digest(content):
 
 
 def _made_here(folder):
-    """Whether this program wrote the model in `folder`, and nobody has edited its card. Raises OSError."""
+    """Whether this program wrote the model in `folder`, and its card has not been edited since. Raises OSError."""
     card = _digest((folder / CARD).read_bytes()) if (folder / CARD).exists() else None
     try:
         with safetensors.safe_open(folder / WEIGHTS, "pt") as file:
@@ -434,35 +444,36 @@ def _made_here(folder):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Out and in
+# Export and import
 # ----------------------------------------------------------------------------------------------------------
 
 
 def find_run(folder):
-    """The folder with the model of a run; of v4's folder, which holds several, that with RoPE if it is there. Raises
+    """The folder with the model of a run. In v4's folder, which may hold several, RoPE comes first. Raises
     FileNotFoundError."""
     for place in (folder, *(f"{folder}/{scheme}" for scheme in ("rope", *v4.SCHEMES))):
         with contextlib.suppress(FileNotFoundError):
             return find_model([place])
-    return find_model([folder])  # says where it looked
+    return find_model([folder])  # its error says where it looked
 
 
 def read_run(run, program):
-    """(folder, config, {name: tensor}, tokenizer) of a run, as `program` computes it. Raises OSError, ValueError."""
+    """(folder, config, {name: tensor}, tokenizer) of a run, converted for `program`. Raises OSError, ValueError."""
     with _reading(run):
         if (Path(run) / "config.json").exists() and not (Path(run) / "model.pt").exists():
-            raise UserError(f"{run} holds a model of Hugging Face; --from {run} makes a run of it")
+            raise UserError(f"{run} holds a Hugging Face model, not a run; import it with --from {run}")
         folder = find_run(run)
         model, tokenizer = harness.load(folder)
     rung = type(model).__module__
     kind = getattr(model, "position", rung)
     if kind not in ("v3", "rope"):
         name, why = rung if kind == rung else f"v4 with POSITION={kind}", NO_COUNTERPART.get(kind, "it is unknown here")
-        raise UserError(f"{run} holds {name}, which no model of {program} computes: {why}")
+        raise UserError(f"{run} holds {name}, which no model in {program} can compute: {why}; name a run of v3, or of "
+                        "v4 with POSITION=rope")  # fmt: skip
     try:
         tokenizer.hf_tokenizer_json()
     except ValueError as error:
-        raise UserError(f"the vocabulary of {run} has no counterpart in {program}: {error}") from None
+        raise UserError(f"the vocabulary of {run} cannot be used in {program}: {error}; name another run") from None
     config, tensors = (to_gpt2 if kind == "v3" else to_arcee)(model.cpu())
     return folder, config, {name: tensor.detach().contiguous() for name, tensor in tensors.items()}, tokenizer
 
@@ -477,10 +488,10 @@ def window_of(config):
 
 
 def model_card(name, run, config):
-    """README.md of a model, with the figures of the run in the folder `run`, a str. Raises OSError, ValueError."""
+    """The text of a model's README.md, with the figures of the run in the folder `run`. Raises OSError, ValueError."""
     summary = _read_json(run / "summary.json") if (run / "summary.json").exists() else {}
     number = {key: value for key, value in summary.items() if type(value) in (int, float)}
-    trained = "The run that it was made of has left no figures.\n"
+    trained = "Its run has no summary, so there are no figures.\n"
     if number:
         trained = (f"Trained from scratch on {summary.get('dataset')}: {number.get('steps', 0):,} steps, "
                    f"{number.get('tokens_seen', 0):,} tokens, {number.get('epochs', 0):.2f} passes over the text, seed "
@@ -494,14 +505,15 @@ def model_card(name, run, config):
 
 
 def export(run, folder):
-    """Write the model of a run as one of Hugging Face in `folder`. Raises OSError, ValueError."""
+    """Write the model of a run as a Hugging Face model in `folder`. Raises OSError, ValueError."""
     folder = Path(folder)
     with _reading(folder):
         there = {path.name for path in folder.iterdir()} if folder.is_dir() else set()
         there -= {f"writing-{name}" for name in HF_FILES}
         ours = there <= {*HF_FILES} and _made_here(folder)
     if there and not ours:
-        raise UserError(f"{folder} holds {min(there)}, and no model as this program wrote it; name a new folder")
+        raise UserError(f"{folder} holds {min(there)}, which this program did not write, or was edited since; "
+                        "name a new folder")  # fmt: skip
     source, config, tensors, tokenizer = read_run(run, "transformers")
     end = end_of(tokenizer)
     ids = {f"{x}_token_id": end for x in ("bos", "eos")}
@@ -526,19 +538,19 @@ def export_gguf(run, path, dtype):
     path = Path(path)
     with _reading(path):
         if path.is_file() and not convert_gguf.made_here(path):
-            raise UserError(f"{path} is there already, and this program did not write it; name another file")
+            raise UserError(f"{path} already exists, and this program did not write it; name another file")
     source, config, tensors, tokenizer = read_run(run, "llama.cpp")
     write_files(path.parent, {path.name: lambda file: convert_gguf.write(
         file, source.resolve().name, config, tensors, tokenizer, end_of(tokenizer), dtype)})  # fmt: skip
     harness.say(f"wrote {path}, for llama.cpp: llama-cli -m {shlex.quote(str(path))} -p \"...\"")
     if tokenizer.pattern == "gpt4":
-        harness.say("the pattern gpt4 differs in llama.cpp in two rare places: blanks after a line break at the end of "
-                    "a text, and an apostrophe before ſ; all other text has the same ids")  # fmt: skip
+        harness.say("llama.cpp differs from the pattern gpt4 in two rare cases: spaces after a line break at the end "
+                    "of a text, and an apostrophe before ſ; all other text has the same ids")  # fmt: skip
 
 
 def import_model(source, run):
-    """Make a run in the folder `run` of the model of Hugging Face in `source`: of v3 in `run` itself, of v4 in the
-    folder of its scheme. Raises OSError, ValueError."""
+    """Turn the Hugging Face model in `source` into a run in the folder `run`: a run of v3 in `run` itself, a run of v4
+    in the subfolder of its scheme. Raises OSError, ValueError."""
     with _reading(source):
         source = find_folder(source)
     config = _read_json(source / "config.json")
@@ -547,15 +559,17 @@ def import_model(source, run):
     with _reading(folder):
         there = [name for name in harness.RUN_FILES if (folder / name).exists()]
     if there:
-        raise UserError(f"there is a run in {folder} already ({there[0]}); name a new folder")
+        raise UserError(f"{folder} already holds a run ({there[0]}); name a new folder")
     with _reading(source):
         shape, state = convert(config, read_weights(source))
         tokenizer = BPETokenizer.from_gpt2(source)
     if tokenizer.vocab_size != config["vocab_size"]:
-        raise UserError(f"config.json: vocab_size is {config['vocab_size']}, and the tokenizer has "
-                        f"{tokenizer.vocab_size} tokens; a run has a row for each token and no more")  # fmt: skip
+        raise UserError(f"config.json: vocab_size is {config['vocab_size']}, but the tokenizer has "
+                        f"{tokenizer.vocab_size} tokens, and a run has exactly one row for each; choose another "
+                        "model")  # fmt: skip
     if shape["N_EMBD"] % shape["N_HEAD"]:
-        raise UserError(f"config.json: the width {shape['N_EMBD']} is no multiple of the {shape['N_HEAD']} heads")
+        raise UserError(f"config.json: the width {shape['N_EMBD']} is not a multiple of the {shape['N_HEAD']} heads; "
+                        "choose another model")  # fmt: skip
     start = tokenizer.encode(END, [END]) if END in tokenizer.special_tokens else [0]
     content = {
         "rung": rung.__name__, "fingerprint": tokenizer.fingerprint, "start": start,
@@ -572,25 +586,25 @@ def main(argv=None):
     what, _, how = __doc__.partition("\n\n")
     parser = argparse.ArgumentParser(description=what, epilog=how, formatter_class=argparse.RawDescriptionHelpFormatter,
                                      usage="%(prog)s RUN DIR  or  %(prog)s RUN FILE.gguf  or  %(prog)s --from DIR RUN")
-    parser.add_argument("--from", dest="source", metavar="DIR", help="a model of Hugging Face that becomes a run")
-    parser.add_argument("--dtype", type=str.upper, choices=convert_gguf.DTYPES, help="of the weights in a GGUF: F32, "
-                        "as they are; F16; or Q8_0")  # fmt: skip
-    parser.add_argument("folders", metavar="RUN DIR", nargs="+", help="a run, and the folder or the .gguf file that "
-                        "becomes a model; with --from the folder that becomes a run")  # fmt: skip
+    parser.add_argument("--from", dest="source", metavar="DIR", help="import this Hugging Face model as a run")
+    parser.add_argument("--dtype", type=str.upper, choices=convert_gguf.DTYPES, help="type of the weights in a GGUF "
+                        "file: F32 (as they are, the default), F16 or Q8_0")  # fmt: skip
+    parser.add_argument("folders", metavar="RUN DIR", nargs="+", help="a run, and the folder or .gguf file to write "
+                        "its model to; with --from, the folder of the new run")  # fmt: skip
     parser.error = lambda message: sys.exit(f"convert_hf.py: {message}; see --help")
     args = parser.parse_args(argv)
     args.folders = list(map(os.path.expanduser, args.folders))
     if len(args.folders) != (2 if args.source is None else 1):
-        parser.error("name a run and a folder for the model, or with --from the model and a folder for the run")
+        parser.error("name a run and a folder for the model, or, with --from, a model and a folder for the run")
     is_gguf = args.folders[-1].lower().endswith(".gguf")
     if args.source is not None and is_gguf:
-        parser.error("--from makes a run, and a GGUF is made of a run: name a folder for the run")
+        parser.error("--from writes a run, not a GGUF file: name a folder for the run")
     if args.dtype and not is_gguf:
-        parser.error("--dtype is for GGUF: name a file that ends in .gguf")
+        parser.error("--dtype is for GGUF files only: name a file that ends in .gguf, or leave --dtype out")
     if is_gguf and convert_gguf.gguf is None:
-        raise UserError("a GGUF needs a library: pip install gguf")
+        raise UserError("writing GGUF files needs a library that is not installed; pip install gguf")
     if not is_gguf and safetensors is None:
-        raise UserError("the files of Hugging Face need a library: pip install safetensors")
+        raise UserError("Hugging Face files need a library that is not installed; pip install safetensors")
     if is_gguf:
         export_gguf(*args.folders, args.dtype or "F32")
     elif args.source is None:

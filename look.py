@@ -1,17 +1,17 @@
-"""What trained models think of a text: how much each token surprises them, and what they expected in its place.
+"""What trained models think of a text: how much each token surprises them, and what they expected instead.
 
     python look.py "The castle was built in the 12th century." runs/v0 runs/v2 runs/v4_alibi_rope
     python look.py --file novel.txt runs/v3     the text of a file
     cat novel.txt | python look.py - runs/v3    the text of standard input
 
-It prints bits per byte, word perplexity and the total for each model, and writes look.html (another file: --to FILE), a
-page to open in a browser. It has the text once for each model, each token colored by its surprise. Point at a token to
-see what the model expected; click on one of a transformer to see what its heads attend to. Of a long text the page has
-the passages that surprise the models most.
+It prints bits per byte, word perplexity and total bits for each model, and writes look.html (or --to FILE), a page to
+open in a browser. The page shows the text once for each model, with each token colored by its surprise. Point at a
+token to see what the model expected; click on a token of a transformer to see what its heads attend to. For a long
+text, the page shows the passages that surprise the models most.
 
-A model reads the text after a line break, or after <|endoftext|> if its documents begin with that, so that it predicts
-the first token, too. Of a text longer than its windows it reads windows that overlap by half, and the first window that
-predicts a token counts: all but those of the first window have half a window before them.
+The text is placed after a line break, or after <|endoftext|> if the model's documents begin with that, so that its
+first token is predicted, too. A text longer than the model's window is read in windows that overlap by half. Each token
+is scored in the first window that predicts it, so it has at least half a window of context, except near the start.
 
 In Python:
 
@@ -41,21 +41,21 @@ from harness import models
 from harness.cli import is_out_of_memory, robust_streams, say
 from harness.errors import FileError, MissingFileError, UserError
 
-WHOLE = 500  # tokens: a text with more is long, and the page has passages of it
-PASSAGES, PASSAGE = 5, 100  # how many, and about how many tokens in each
-LIKELIEST = 10  # tokens that the page shows for each place
-UNITS = 65535  # attention weights on the page are 16-bit numbers: this one is a weight of 1
+WHOLE = 500  # tokens: for a longer text, the page shows only passages
+PASSAGES, PASSAGE = 5, 100  # how many passages, and about how many tokens in each
+LIKELIEST = 10  # most likely tokens that the page lists for each position
+UNITS = 65535  # attention weights on the page are 16-bit numbers: this one means 1
 TEMPLATE = Path(__file__).absolute().with_name("look.html.in")
 
 
 @torch.no_grad()
 def attention_weights(model, idx):
-    """How much each token (row) takes from each token (column) in every layer and head of a transformer of v2 to v4:
-    (N_LAYER, B, H, T, T) for ids `idx` (B, T).
+    """The attention weights of each token (row) over all tokens (columns), in every layer and head of a transformer
+    (v2 to v4): (N_LAYER, B, H, T, T) for ids `idx` (B, T).
 
-    The output of attention is linear in its values, a mean of them with these weights. So for values that are unit
-    vectors, D tokens at a time, the output of each head is D columns of its weights. Queries, keys, positions and the
-    causal mask stay those of the model, whatever it does with them.
+    The output of attention is a weighted mean of the values. So if the values are replaced by unit vectors, for D
+    tokens at a time, the output of each head is D columns of its weights. Queries, keys, positions and the causal mask
+    are not touched, so this works for every kind of attention here.
     """
     model.eval()
     inputs, found = [], []
@@ -68,8 +68,8 @@ def attention_weights(model, idx):
     for module, args in zip(modules, inputs):
         D, columns = module.proj.in_features // H, []
         for start in range(0, T, D):
-            values = torch.eye(T, device=idx.device)[:, start : start + D]  # (T, D): token j has unit vector j - start
-            values = torch.nn.functional.pad(values, (0, D - values.size(1))).repeat(1, H)  # (T, C), alike in all heads
+            values = torch.eye(T, device=idx.device)[:, start : start + D]  # (T, D): unit vectors
+            values = torch.nn.functional.pad(values, (0, D - values.size(1))).repeat(1, H)  # (T, C), all heads alike
 
             def replace_values(module, args, output, values=values):
                 return torch.cat([output[..., : -values.size(1)], values.to(output.dtype).expand(B, -1, -1)], -1)
@@ -90,8 +90,8 @@ def attention_weights(model, idx):
 
 
 def windows(n, size):
-    """Windows of at most `size` of n tokens, as (start, new, stop): each holds the tokens from `start` to `stop`, and
-    those from `new` on are in none before it. They overlap by half."""
+    """Yield windows of at most `size` out of n tokens, as (start, new, stop): a window holds the tokens `start` to
+    `stop` - 1, and no earlier window holds those from `new`. They overlap by half."""
     start = new = 0
     while new < n:
         stop = min(start + size, n)
@@ -100,8 +100,8 @@ def windows(n, size):
 
 
 def size_of(text, special_tokens):
-    """(bytes, words) of a text as data/prepare.py counts them: special tokens separate documents and are no part of
-    it. No words where white space does not separate them."""
+    """(bytes, words) of a text as data/prepare.py counts them: special tokens separate documents and do not count. The
+    words are 0 if white space does not separate words."""
     from data import BYTES_PER_WORD
 
     names = sorted(special_tokens, key=len, reverse=True)
@@ -112,10 +112,10 @@ def size_of(text, special_tokens):
 
 
 class Reading:
-    """A text as the model in the folder `name` has read it.
+    """A text, read by the model in the folder `name`.
 
-    `ids` (N,): one token before the text, then those of the text. `bits` (N,): the surprise of each, -log2 of its
-    probability; 0 for the first one. `ends` (N,): where the bytes of each end in the text.
+    `ids` (N,): one token before the text, then the tokens of the text. `bits` (N,): the surprise of each token, -log2
+    of its probability; 0 for the first. `ends` (N,): where the bytes of each token end in the text.
     """
 
     def __init__(self, name, text):
@@ -131,8 +131,8 @@ class Reading:
         self.bits = self._surprise()
         total = self.bits.sum().item()
         if not math.isfinite(total):
-            raise UserError(f"the model in {folder} gives no finite probabilities; train it again, with a lower "
-                            "LEARNING_RATE")  # fmt: skip
+            raise UserError(f"the probabilities from the model in {folder} are not finite; train it again, with a "
+                            "lower LEARNING_RATE")  # fmt: skip
         n_bytes, n_words = size_of(text, special)
         self.figures = {
             "bits_per_byte": total / n_bytes if n_bytes else None,
@@ -143,7 +143,8 @@ class Reading:
 
     @torch.no_grad()
     def _log_probabilities(self, start, new, stop):
-        """Of the token after each of those from `new` to `stop`, in a window that begins at `start`: (stop - new, V)"""
+        """Log-probabilities of the token after each of the tokens `new` to `stop` - 1, in the window from `start`:
+        (stop - new, V)."""
         idx = self.ids[None, start:stop].to(next(self.model.parameters()).device)
         return self.model(idx)[0, new - start :].float().log_softmax(-1).cpu()
 
@@ -159,15 +160,15 @@ class Reading:
         return bits
 
     def tokens_of(self, start, stop):
-        """(i, j): the tokens i to j - 1 are those that begin in the bytes `start` to `stop` of the text."""
-        begins = self.ends[:-1]  # of all but the token before the text
+        """(i, j): the tokens i to j - 1 start within the bytes `start` to `stop` of the text."""
+        begins = self.ends[:-1]  # where each token starts, without the one before the text
         return tuple((np.searchsorted(begins, [start, stop]) + 1).tolist())
 
     def passage(self, i, j):
-        """What the page shows of the tokens i to j - 1."""
+        """What the page shows about the tokens i to j - 1."""
         top, ranks, attention = [], [], []
         for start, new, stop in windows(len(self.ids), self.model.block_size):
-            first, last = max(new, i - 1), min(stop, j)  # what follows the first of these is token i
+            first, last = max(new, i - 1), min(stop, j)  # the token after i - 1 is token i
             if first >= last:
                 continue
             targets = self.ids[first + 1 : min(last + 1, j), None]
@@ -187,7 +188,7 @@ class Reading:
         }  # fmt: skip
 
     def _completed(self, ids):
-        """{k: the character whose last bytes token k has}, of characters that no token has whole"""
+        """{k: the character whose last bytes are in token k}, for characters that are spread over several tokens."""
         decoder, found = codecs.getincrementaldecoder("utf-8")("ignore"), {}
         for k, id in enumerate(ids):
             begun, data = decoder.getstate()[0], self.tokenizer.token_bytes(id)
@@ -197,7 +198,7 @@ class Reading:
         return found
 
     def shown(self, id):
-        """(text to show for a token, what it is: "text", "bytes" if not of whole characters, or "special")"""
+        """(text to show for a token, its kind: "text", "bytes" if it is not whole characters, or "special")."""
         data = self.tokenizer.token_bytes(id)
         if id >= self.first_special:
             return visible(data.decode()), "special"
@@ -206,7 +207,7 @@ class Reading:
         return visible(data.decode(errors="backslashreplace")), "bytes"
 
     def for_page(self, spans):
-        """What the page shows of this model, for passages that are `spans` of bytes, (start, stop)."""
+        """What the page shows about this model, for passages given as `spans` of bytes, (start, stop)."""
         passages = [self.passage(*self.tokens_of(*span)) for span in spans]
         used = {id for p in passages for id in [*p["ids"], *(id for top in p["top"] for id, _ in top)]}
         blocks = getattr(self.model, "blocks", ())
@@ -216,8 +217,8 @@ class Reading:
 
 
 def attention_row(weights, start, i, q):
-    """What token q attends to in each head, (heads, q - i + 2): all tokens before token i together, then the tokens i
-    to q. `weights` (heads, T): of the tokens in the window that begins at `start`."""
+    """The attention of token q in each head, (heads, q - i + 2): first its sum over all tokens before token i, then the
+    weights of the tokens i to q. `weights` (heads, T): over the tokens of the window from `start`."""
     row = np.zeros((len(weights), q - i + 2))
     row[:, 0] = weights[:, : max(0, i - start)].sum(1)
     row[:, 1 + max(0, start - i) :] = weights[:, max(0, i - start) : q - start + 1]
@@ -225,20 +226,20 @@ def attention_row(weights, start, i, q):
 
 
 def packed(rows):
-    """The rows of all queries, head by head, as 16-bit numbers in base64: each is within 1 / UNITS of its weight, and
-    each row sums to UNITS."""
+    """The rows of all queries, head by head, as 16-bit numbers in base64: each is within 1 / UNITS of its weight,
+    and each row sums to UNITS."""
     whole = []
     for row in rows:
         exact = row / row.sum(1, keepdims=True) * UNITS
         units = np.floor(exact)
         missing = UNITS - units.sum(1, keepdims=True)
-        order = np.argsort(np.argsort(units - exact, axis=1), axis=1)  # 0 where most was cut off
+        order = np.argsort(np.argsort(units - exact, axis=1), axis=1)  # 0 where rounding down cut off most
         whole.append(units + (order < missing))
     return base64.b64encode(np.concatenate(whole, axis=1).astype("<u2").tobytes()).decode()
 
 
 def visible(text):
-    """`text` with a sign or a number in place of each character that cannot be seen, but spaces and line breaks."""
+    """`text` with a symbol or code in place of each invisible character, except spaces and line breaks."""
     def one(c):
         if c in " \n" or unicodedata.category(c) not in ("Cc", "Cf", "Cn", "Co", "Zs", "Zl", "Zp"):
             return c
@@ -253,13 +254,13 @@ def visible(text):
 
 
 def pieces(data, size):
-    """Cut a text, bytes of UTF-8, into spans of about `size` bytes: after a line break, else before a space, else
-    between two characters."""
+    """Cut a text (UTF-8 bytes) into spans of about `size` bytes: after a line break, else before a space, else between
+    two characters."""
     start = 0
     while start < len(data):
         stop = start + size
         if stop + size // 2 >= len(data):
-            stop = len(data)  # no short one at the end
+            stop = len(data)  # avoids a short span at the end
         elif (line := data.rfind(b"\n", start + size // 2, stop)) >= 0:
             stop = line + 1
         elif (space := data.rfind(b" ", start + size // 2, stop)) >= 0:
@@ -272,8 +273,8 @@ def pieces(data, size):
 
 
 def choose_passages(data, readings):
-    """[(start, stop, bits per byte), ...] of the passages for the page, in bytes of the text: the whole of a short
-    one, else those with the most bits per byte, as a mean of all models."""
+    """[(start, stop, bits per byte), ...], the passages for the page in bytes of the text: the whole of a short text,
+    otherwise the passages with the most bits per byte, averaged over all models."""
     def surprise(start, stop):
         bits = sum(r.bits[slice(*r.tokens_of(start, stop))].sum().item() for r in readings)
         return bits / len(readings) / (stop - start)
@@ -286,7 +287,7 @@ def choose_passages(data, readings):
 
 
 def make_page(text, readings):
-    """The page, a str."""
+    """The page, as a str."""
     data = text.encode()
     chosen = choose_passages(data, readings)
     spans = [(start, stop) for start, stop, _ in chosen]
@@ -295,7 +296,7 @@ def make_page(text, readings):
         "passages": [{"line": data[:start].count(b"\n") + 1, "bits_per_byte": bits} for start, _, bits in chosen],
         "models": [reading.for_page(spans) for reading in readings], "units": UNITS,
     }  # fmt: skip
-    script = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # ends no <script>
+    script = json.dumps(content, ensure_ascii=False, separators=(",", ":")).replace("<", "\\u003c")  # no </script>
     return TEMPLATE.read_text(encoding="utf-8").replace("@DATA@", script)
 
 
@@ -305,22 +306,22 @@ def make_page(text, readings):
 
 
 def read_text(path):
-    """The text of a file, or of standard input if `path` is "-". Raises OSError, and ValueError if it is no text."""
+    """The text of a file, or of standard input if `path` is "-". Raises OSError, and ValueError if it is not text."""
     from data.formats import BYTE_ORDER_MARKS, HEAD, is_binary
 
     name = "standard input" if path == "-" else path
     if path == "-" and sys.stdin is None:
-        raise FileError("standard input is closed; give a text, or --file FILE")
+        raise FileError("standard input is closed, so it cannot be read; give a text, or --file FILE")
     try:
         data = sys.stdin.buffer.read() if path == "-" else Path(os.path.expanduser(path)).read_bytes()
     except FileNotFoundError:
         raise MissingFileError(f"there is no file {path}; name one that holds the text") from None
     except (OSError, ValueError) as error:
         why = getattr(error, "strerror", None) or error
-        raise FileError(f"{name} cannot be read ({why}); name a file of text that this user may read") from None
+        raise FileError(f"{name} cannot be read ({why}); name a text file that you may read") from None
     encoding = next((known for mark, known in BYTE_ORDER_MARKS.items() if data.startswith(mark)), "utf-8")
     if is_binary(data[:HEAD], encoding):
-        raise UserError(f"{name} holds binary data, and a model here reads text; give a file of plain text")
+        raise UserError(f"{name} holds binary data, but the models read text; give a plain text file")
     try:
         return data.decode(encoding).removeprefix("\ufeff")
     except UnicodeDecodeError as error:
@@ -329,22 +330,22 @@ def read_text(path):
 
 
 def check_text(text, where):
-    """Raises ValueError, with what to do, if there is nothing to look at in a text."""
+    """Raises ValueError, with advice, if a text is empty or not UTF-8."""
     try:
         text.encode()
     except UnicodeEncodeError:
         raise UserError(f"{where} is not UTF-8; write it to a file in UTF-8, and give --file FILE") from None
     if not text.strip():
-        raise UserError(f"{where} is empty, so there is nothing to predict; give a word or more")
+        raise UserError(f"{where} is empty, so there is nothing to predict; give at least one word")
 
 
 def find_all(name):
-    """`name`, or the folders of its schemes if it is the folder of a run of v4 with several."""
+    """[`name`], or the folders of its schemes if it is the folder of a run of v4 with several."""
     try:
         models.find_model([name])
         return [name]
     except MissingFileError:
-        from v4_alibi_rope import SCHEMES  # only here: it loads what the other rungs do not need
+        from v4_alibi_rope import SCHEMES  # imported here since the other rungs do not need it
 
         found = []
         for place in (f"{name}/{scheme}" for scheme in SCHEMES):
@@ -359,7 +360,7 @@ def find_all(name):
 
 
 def check_output(path):
-    """Raises ValueError or OSError if the page cannot be written to `path`: nothing is overwritten but a page."""
+    """Raises ValueError or OSError if the page cannot be written to `path`. Only an earlier page is overwritten."""
     beginning = TEMPLATE.read_bytes()[:100]
     if not path.parent.is_dir():
         raise FileError(f"cannot write the page to {path}: there is no folder {path.parent}; make it, or name another "
@@ -372,11 +373,11 @@ def check_output(path):
     except OSError as error:
         raise FileError(f"cannot write the page to {path} ({error.strerror}); name another file with --to") from None
     if not is_page:
-        raise UserError(f"{path} is there already, and is no page of this program; name another file with --to")
+        raise UserError(f"{path} already exists and is not a page of this program; name another file with --to")
 
 
 def look_at(text, names, to):
-    """Print what the models in the folders `names` think of the text, and write the page to the file `to`."""
+    """Print how well the models in the folders `names` predict the text, and write the page to the file `to`."""
     to = Path(os.path.expanduser(to))
     check_output(to)
     readings = [Reading(name, text) for name in dict.fromkeys(place for name in names for place in find_all(name))]
@@ -399,8 +400,8 @@ def main(argv=None):
                                      usage="%(prog)s TEXT MODEL ...  or  %(prog)s --file FILE MODEL ...")  # fmt: skip
     parser.add_argument("--file", metavar="FILE", help="a file that holds the text, in UTF-8")
     parser.add_argument("--to", metavar="FILE", default="look.html", help="the page to write (default: look.html)")
-    parser.add_argument("words", metavar="TEXT MODEL", nargs="*", help="the text, or - for standard input, and folders "
-                        "of runs; with --file the folders alone")  # fmt: skip
+    parser.add_argument("words", metavar="TEXT MODEL", nargs="*", help="the text (- for standard input), then folders "
+                        "of runs; with --file only the folders")  # fmt: skip
     parser.error = lambda message: sys.exit(f"look.py: {message}; see --help")
     args = parser.parse_intermixed_args(argv)
     if len(args.words) < (2 if args.file is None else 1):
@@ -414,9 +415,9 @@ def main(argv=None):
         check_text(text, "the text")
         with contextlib.suppress(OSError, ValueError):  # too long for a name, or a null character
             if [*Path(text).glob("model.pt"), *Path(text).glob("*/model.pt")]:
-                parser.error(f"there is a model in {text}; the text comes first, then the models")
+                parser.error(f"{text} is the folder of a model, but the text must come first; put models after it")
             if Path(text).is_file():
-                parser.error(f"{text} is a file; --file {shlex.quote(text)} reads the text in it")
+                parser.error(f"{text} is a file; to read the text in it, give --file {shlex.quote(text)}")
     look_at(text, names, args.to)
 
 

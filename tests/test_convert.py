@@ -277,7 +277,7 @@ def test_padded_batches_work_as_they_are(name, load, tmp_path):
 def test_the_card_has_the_figures_of_the_run(load, tmp_path):
     write_run(load("v3"), tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "hf")
-    assert "has left no figures" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
+    assert "there are no figures" in (tmp_path / "hf" / "README.md").read_text(encoding="utf-8")
     summary = {"dataset": "wikitext-2-v1", "seed": 7, "steps": 1280, "tokens_seen": 5_242_880, "epochs": 1.724,
                "val_bpb": 1.66012, "test_bpb": 1.64, "val_word_ppl": 1376.31, "test_word_ppl": None}  # fmt: skip
     (tmp_path / "run" / "summary.json").write_text(json.dumps(summary), encoding="utf-8")
@@ -286,7 +286,7 @@ def test_the_card_has_the_figures_of_the_run(load, tmp_path):
     assert card.startswith("---\nlibrary_name: transformers\n") and "1,280 steps, 5,242,880 tokens, 1.72 passes" in card
     assert "| bits per byte | 1.6601 | 1.6400 |" in card and "| word perplexity | 1,376.3 | – |" in card
     (tmp_path / "hf" / "README.md").write_text(card + "and mine", encoding="utf-8")
-    assert "no model as this program wrote it" in refusal(tmp_path / "run", tmp_path / "hf")  # edited: not overwritten
+    assert "or was edited since" in refusal(tmp_path / "run", tmp_path / "hf")  # edited: not overwritten
     (tmp_path / "run" / "summary.json").write_text("{", encoding="utf-8")
     assert "summary.json is damaged" in refusal(tmp_path / "run", tmp_path / "other")
 
@@ -313,8 +313,8 @@ def test_a_vocabulary_without_an_end_has_no_end(load, tmp_path, text):
 
 
 def test_what_transformers_does_not_compute_is_refused(load, tmp_path):
-    for name, why in {"v0": "bigrams", "v1": "MLP", "v1_1": "MLP", "v2": "LayerNorm stands after",
-                      "v3_1": "ReLU squared and without a gate learns a vector for each position"}.items():  # fmt: skip
+    for name, why in {"v0": "bigrams", "v1": "MLP", "v1_1": "MLP", "v2": "LayerNorm comes after",
+                      "v3_1": "ungated ReLU squared learns a vector for each position"}.items():  # fmt: skip
         write_run(load(name), tmp_path / name)
         message = refusal(tmp_path / name, tmp_path / "hf")
         assert message.startswith(f"{tmp_path / name} holds {name}, which") and why in message
@@ -436,7 +436,7 @@ def test_a_gpt2_with_a_head_of_its_own_is_refused(load, tmp_path, gpt2_vocabular
     """Also where the file lacks it; one that equals the embedding is none."""
     load("v3")
     theirs = write_gpt2(tmp_path / "hf", gpt2_vocabulary, tie_word_embeddings=False)
-    assert "v3 has one matrix for both" in refusal("--from", tmp_path / "hf", tmp_path / "run")
+    assert "has one matrix for both" in refusal("--from", tmp_path / "hf", tmp_path / "run")
     change_weights(tmp_path / "hf", lambda t: t.pop("lm_head.weight"))
     assert "lm_head.weight is missing" in refusal("--from", tmp_path / "hf", tmp_path / "run")
     change_weights(tmp_path / "hf", lambda t: t.update({"lm_head.weight": t["transformer.wte.weight"].clone()}))
@@ -558,7 +558,7 @@ def test_files_that_are_missing_or_damaged_are_named(load, tmp_path, gpt2_vocabu
     assert not run.exists()
     convert("--from", tmp_path / "hf", run)
     before = (run / "model.pt").read_bytes()
-    assert "a run in" in refusal("--from", tmp_path / "hf", run)
+    assert "already holds a run" in refusal("--from", tmp_path / "hf", run)
     assert (run / "model.pt").read_bytes() == before
     (run / "model.pt").unlink()
     assert "vocabulary.json" in refusal("--from", tmp_path / "hf", run)
@@ -652,9 +652,9 @@ def test_a_folder_that_is_something_else_is_told(load, tmp_path):
     write_run(load("v3"), tmp_path / "run")
     convert(tmp_path / "run", tmp_path / "hf")
     out = tmp_path / "out"
-    assert "run holds a run; without --from it becomes" in refusal("--from", tmp_path / "run", out)
-    assert f"holds a model of Hugging Face; --from {tmp_path / 'hf'} makes" in refusal(tmp_path / "hf", out)
-    assert "config.json is a file; name its folder" in refusal("--from", tmp_path / "hf" / "config.json", out)
+    assert "run holds a run, but --from takes a Hugging Face model" in refusal("--from", tmp_path / "run", out)
+    assert f"not a run; import it with --from {tmp_path / 'hf'}" in refusal(tmp_path / "hf", out)
+    assert "config.json is a file; name the folder" in refusal("--from", tmp_path / "hf" / "config.json", out)
     (tmp_path / "empty").mkdir()
     assert "there is no config.json in" in refusal("--from", tmp_path / "empty", out)
     for name in ("config.json", "model.safetensors", "tokenizer.json"):

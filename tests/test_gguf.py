@@ -144,12 +144,12 @@ def test_what_llama_cpp_does_not_compute_is_refused(load, tmp_path):
     for name in ("v0", "v1", "v1_1", "v2", "v3_1"):
         write_run(load(name), tmp_path / name)
         message = refusal(tmp_path / name, target)
-        assert message.startswith(f"{tmp_path / name} holds {name}, which no model of llama.cpp computes")
+        assert message.startswith(f"{tmp_path / name} holds {name}, which no model in llama.cpp can compute")
     for scheme in set(SCHEMES) - {"rope"}:
         write_run(load(V4), tmp_path / "schemes" / scheme, scheme)
-        assert f"POSITION={scheme}, which no model of llama.cpp" in refusal(tmp_path / "schemes" / scheme, target)
+        assert f"POSITION={scheme}, which no model in llama.cpp" in refusal(tmp_path / "schemes" / scheme, target)
     write_run(load("v3", N_EMBD=48, N_HEAD=3), tmp_path / "odd")
-    assert "take --dtype F16" in refusal(tmp_path / "odd", target, "--dtype", "Q8_0")
+    assert "use --dtype F16" in refusal(tmp_path / "odd", target, "--dtype", "Q8_0")
     assert "no trained model in" in refusal(tmp_path / "nowhere", target)
     assert not target.exists()
     convert(tmp_path / "odd", target, "--dtype", "F16")
@@ -192,12 +192,12 @@ def test_the_command_line_of_a_gguf(load, tmp_path, monkeypatch):
     for arguments, words in (
         (("runs/v3", "folder", "--dtype", "F16"), "--dtype is for GGUF"),
         (("runs/v3", "model.gguf", "--dtype", "Q4"), "invalid choice: 'Q4'"),
-        (("--from", "gpt2", "model.gguf"), "a GGUF is made of a run"),
+        (("--from", "gpt2", "model.gguf"), "--from writes a run"),
     ):
         with pytest.raises(SystemExit) as end:
             convert(*arguments)
         assert words in end.value.code and len(end.value.code.splitlines()) == 1
     (tmp_path / "model.gguf").touch()
-    assert "is a GGUF, and a run is made of" in refusal("--from", tmp_path / "model.gguf", tmp_path / "run")
+    assert "is a GGUF file, but --from takes" in refusal("--from", tmp_path / "model.gguf", tmp_path / "run")
     monkeypatch.setattr(convert_gguf, "gguf", None)
     assert "pip install gguf" in refusal("runs/v3", "model.gguf")

@@ -278,20 +278,20 @@ def mistakes(folder):
         (["--file", "odd.txt", folder], "odd.txt is not UTF-16 text"),
         (["--file", f"{folder}/model.pt", folder], "holds binary data"),
         (["--file", "zeros", folder], "holds binary data"),
-        (["text.txt", folder], "text.txt is a file; --file text.txt reads"),
-        ([folder, "The castle"], "there is a model in .*; the text comes first"),
-        ([str(Path(folder).parent), "The castle"], "there is a model in .*; the text comes first"),
+        (["text.txt", folder], "text.txt is a file; to read the text in it, give --file text.txt"),
+        ([folder, "The castle"], " is the folder of a model, but the text must come first"),
+        ([str(Path(folder).parent), "The castle"], " is the folder of a model, but the text must come first"),
         (["A text", "nowhere"], "there is no trained model in .*nowhere"),
         (["A text", "~no-such-user/run"], "there is no trained model in .*~no-such-user/run"),
         (["A text", "The castle " * 40], r"cannot be read \(File name too long\)"),
         (["A text", "text.txt"], "there is no trained model in .*text.txt"),
         (["A text", "damaged"], "is damaged"),
-        (["A text", "nan"], "gives no finite probabilities"),
+        (["A text", "nan"], "are not finite"),
         (["A text", "other"], "is not the vocabulary with which the model in this folder was trained"),
         (["A text", folder, "--to", "nowhere/look.html"], "there is no folder nowhere"),
         (["A text", folder, "--to", "."], r"cannot write the page to \. \(Is a directory\)"),
         (["A text", folder, "--to", "x" * 300], r"cannot write the page to x+ \(File name too long\)"),
-        (["A text", folder, "--to", "text.txt"], "text.txt is there already, and is no page"),
+        (["A text", folder, "--to", "text.txt"], "text.txt already exists and is not a page"),
         (["A text", folder, "--form", "x"], "unrecognized arguments: --form"),
     ]
 
@@ -328,7 +328,7 @@ def test_a_mistake_is_one_line(save, tmp_path, monkeypatch):
 def test_the_command_ends_with_a_line_and_its_exit_code(tmp_path):
     done = forks.run([ROOT / "look.py", " ", "nowhere"], cwd=tmp_path)
     assert (done.returncode, done.stdout) == (1, "")
-    assert done.stderr == "look.py: the text is empty, so there is nothing to predict; give a word or more\n"
+    assert done.stderr == "look.py: the text is empty, so there is nothing to predict; give at least one word\n"
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -698,7 +698,7 @@ def test_tables_without_the_column_in_a_folder_are_left_out(here):
 
 
 @pytest.mark.parametrize("name, content, words", [
-    ("x.csv", "id,text\n1,a,b\n", "line 2"), ("x.csv", 'id,text\n1,"a\n', "does not fit"), ("x.json", "[{", "valid JSON"),
+    ("x.csv", "id,text\n1,a,b\n", "line 2"), ("x.csv", 'id,text\n1,"a\n', "not fit"), ("x.json", "[{", "valid JSON"),
     ("x.json", '[{"text": "a"}, {"text": "b"', "not valid JSON"), ("x.json", "[" * 100_000, "JSON"),
     ("x.json", '[{"text": "a"}, {"body": "b"}]', "item 2"), ("x.csv", "id,body\n1,a\n", "it has id, body"),
     ("x.json", '{"data": [{"text": "a"}]}', "it has data"), ("x.tsv", "id\tbody\n", "it has id, body"),
