@@ -3,8 +3,8 @@
 from results.plan import EXPERIMENTS
 from results.store import result_file, results_of, work_folder
 
-# Word perplexities on the test split of WikiText-2, of models that were trained on GPUs. GluonNLP's are those of its
-# logs at commit 2c480f6, each with the epoch that it belongs to: the logs go on to 750.
+# Word perplexities on the test split of WikiText-2 of models that were trained on GPUs. GluonNLP's come from its logs
+# at commit 2c480f6, each with its epoch; the logs continue to epoch 750.
 LITERATURE = {
     "LSTM, 200 units, 7 readings (GluonNLP)": 127.0,
     "LSTM, 200 units, 36 readings (GluonNLP)": 101.6,
@@ -13,7 +13,7 @@ LITERATURE = {
     "pointer sentinel LSTM (Merity et al. 2016)": 80.8,
     "AWD-LSTM (Merity et al. 2017)": 65.8,
 }
-# The same of models that adapt to the test text while they read it: with a neural cache of 2,000 words (Grave et al.
+# The same for models that adapt to the test text while they read it: with a neural cache of 2,000 words (Grave et al.
 # 2016), or with dynamic evaluation.
 ADAPTIVE = {
     "LSTM, 200 units, neural cache (GluonNLP)": 73.7,
@@ -25,7 +25,7 @@ ADAPTIVE = {
 
 
 def best_run():
-    """What its file holds."""
+    """The contents of the result file of the best run."""
     return results_of("best")["v4, two hours"][0]
 
 
@@ -36,7 +36,7 @@ def best_folder():
 
 
 def word_perplexities():
-    """{how it was evaluated: (word perplexity on the validation split, on the test split)} of the static model"""
+    """{how it was evaluated: (word perplexity on the validation split, on the test split)} of the static model."""
     run = best_run()
     summary, measured = run["summary"], run["measured"]
     return {
@@ -46,5 +46,5 @@ def word_perplexities():
 
 
 def adapted_word_perplexity():
-    """On the test split, of the model that goes on learning from what it has read (dynamic evaluation)."""
+    """Word perplexity on the test split of the model that keeps learning while it reads (dynamic evaluation)."""
     return best_run()["measured"]["test_dynamic_eval"]["word_ppl"]

@@ -1,5 +1,5 @@
-"""Which results belong together: a result is shown only where it is that of the planned run, and beside results of the
-same text and the same code."""
+"""Which results belong together: a result is shown only if it matches its planned run, and only next to results from
+the same text and the same code."""
 
 import ast
 import functools
@@ -21,17 +21,17 @@ NEEDED_OF_SUMMARY = {"rung": str, "dataset": str, "tokenizer": str, "seed": int,
 
 
 def words_of(edits):
-    """A hash of the words of some edits, ((old, new), ...)."""
+    """A hash of the texts of some edits, ((old, new), ...)."""
     return short_hash(json.dumps([list(edit) for edit in edits]))
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a run is made of today
+# What a run would be made of now
 # ----------------------------------------------------------------------------------------------------------
 
 
 def sources(run):
-    """(text of the rung, the same after the edits of the run), as they are on the disk now."""
+    """(source of the rung, the same after the edits of the run), from the disk as it is now."""
     try:
         text = (ROOT / f"{run.rung}.py").read_text(encoding="utf-8")
     except OSError as error:
@@ -44,7 +44,7 @@ parsed = functools.lru_cache(maxsize=None)(parse_source)
 
 @functools.lru_cache(maxsize=None)
 def defaults_of(text):
-    """{name: value} of the constants of the text of a rung; without those whose value is computed."""
+    """{name: value} of the constants in the source of a rung, except those whose value is computed."""
     defaults = {}
     for name, value in parsed(text)[1].items():
         try:
@@ -55,8 +55,8 @@ def defaults_of(text):
 
 
 def values(run, constants):
-    """Constants of a run, {name: value or its text}, as a summary would have them. Raises ValueError if the rung has no
-    such constant, or cannot have such a value."""
+    """The constants of a run, {name: value or its text}, converted to how a summary stores them. Raises ValueError if
+    the rung has no such constant, or the constant cannot have such a value."""
     path = str(ROOT / f"{run.rung}.py")
     text = sources(run)[0]
     rung = dict.fromkeys(parsed(text)[0]) | {"__file__": path, "main": short_hash(text)} | defaults_of(text)
@@ -65,8 +65,8 @@ def values(run, constants):
 
 
 def planned(run, seed, gpu=False, overrides=None):
-    """{name: value} of the constants that the plan and the command give to a run: all but the number of steps where
-    that depends on a text."""
+    """{name: value} of the constants that the plan and the command give to a run; without the number of steps if that
+    depends on a text."""
     constants, overrides = all_constants(run, seed, gpu), overrides or {}
     if run.seconds and "MAX_STEPS" not in overrides:
         constants["MAX_STEPS"] = step_time.steps_within(run.seconds, run)
@@ -80,7 +80,7 @@ def planned(run, seed, gpu=False, overrides=None):
 
 
 def is_whole(result):
-    """Whether what was read from a file has what a result has."""
+    """Whether the contents of a file have everything that a result has."""
     return (isinstance(result, dict) and all(isinstance(result.get(k), kind) for k, kind in NEEDED.items())
             and all(isinstance(result["summary"].get(k), kind) for k, kind in NEEDED_OF_SUMMARY.items())
             and len(result["log"]) > 0
@@ -88,9 +88,9 @@ def is_whole(result):
 
 
 def differing_constants(run, result, wanted):
-    """["NAME was ... and is ..."] of the constants in which a result is not what is `wanted` of its run, or else the
-    default of today. A constant that the text did not have then counts as its default, and one that it has no longer is
-    compared only if the command of the run set it."""
+    """["NAME was ... and is ..."] for the constants in which a result differs from what is `wanted` of its run, or else
+    from the rung's default now. A constant that the rung did not have then counts as its default; one that it no longer
+    has is compared only if the command of the run set it."""
     then, differ = result["summary"]["hyperparameters"], []
     defaults = json.loads(json.dumps(defaults_of(sources(run)[1])))
     set_then = {word.partition("=")[0] for word in str(result.get("command", "")).split()}
@@ -108,27 +108,27 @@ def differing_constants(run, result, wanted):
 
 
 def flaw(result, run, seed, gpu=False, overrides=None):
-    """Why a result is not that of the run with this seed as it is planned today; None if it is. Raises ValueError if
-    what is planned cannot be told."""
+    """Why a result does not match the planned run with this seed; None if it does. Raises ValueError if the plan cannot
+    be worked out."""
     if not is_whole(result):
-        return "it is damaged or no result"
+        return "it is damaged or not a result"
     run, overrides = owner(run)[1], overrides or {}
     summary = result["summary"]
     if summary["rung"] != run.rung:
-        return f"it is of {summary['rung']}.py, and the plan has {run.rung}.py"
+        return f"it is a run of {summary['rung']}.py, but the plan has {run.rung}.py"
     if summary["seed"] != seed:
         return f"its seed is {summary['seed']}"
     then, now = words_of(result["edits"]), words_of(run.edits)
     if OTHER_WORDS.get(then, then) != now:
-        return "it was made with other edits of the text than those of results/edits.py"
+        return "it was made with edits that are not those in results/edits.py"
     wanted = planned(run, seed, gpu, overrides)
     max_steps = summary["hyperparameters"].get("MAX_STEPS")
     if type(max_steps) is not int:
-        return "it is damaged or no result"
+        return "it is damaged or not a result"
     if run.megabytes and "MAX_STEPS" not in overrides:
         megabytes = max_steps * summary["bytes_seen"] / max(1, summary["steps"]) / 1e6
         if max_steps > 2 and abs(megabytes - run.megabytes) > 0.51 * megabytes / max_steps:
-            return f"it was to read {megabytes:.2f} MB, and the plan has {run.megabytes:g} MB"
+            return f"it was to read {megabytes:.2f} MB, but the plan has {run.megabytes:g} MB"
         wanted["MAX_STEPS"] = max_steps
     if "rung_sha256" in summary:
         wanted.setdefault("EVAL_INTERVAL", math.ceil(wanted.get("MAX_STEPS", max_steps) / 8))
@@ -142,9 +142,9 @@ def flaw(result, run, seed, gpu=False, overrides=None):
     if result["log"][-1]["step"] != summary["steps"] or (
         summary["steps"] != max_steps and worse < summary["hyperparameters"].get("PATIENCE", 0)
     ):
-        return f"its run has ended after {result['log'][-1]['step']} of {max_steps} steps"
+        return f"its run ended after {result['log'][-1]['step']} of {max_steps} steps"
     if run.measure and (not result.get("measured") or result.get("measure", run.measure) != run.measure):
-        return f"{run.measure!r} was not measured of its model"
+        return f"its model lacks the measurement {run.measure!r}"
     return None
 
 
@@ -154,7 +154,7 @@ def flaw(result, run, seed, gpu=False, overrides=None):
 
 
 def codes_of(result):
-    """{(rung, hash of its edits): hash of its code} that a result names."""
+    """{(rung, hash of its edits): hash of its code}, as stored in a result."""
     summary, found = result["summary"], {}
     if result.get("code_sha256"):  # of the rung without edits
         found[summary["rung"], words_of(())] = result["code_sha256"]
@@ -164,7 +164,7 @@ def codes_of(result):
 
 
 def texts_of(result):
-    """{what: text} that a result names; none of a run that is still to be made."""
+    """{what: text}, as stored in a result; empty for a run that is still to be made."""
     summary = result["summary"]
     if "dataset" not in summary:
         return {}
@@ -176,7 +176,7 @@ def texts_of(result):
 
 
 def groups(found, of):
-    """{what: {text or code: [names of the results]}} of `found`, {name: result}, where there is more than one."""
+    """{what: {text or code: [names of results]}} for `found`, {name: result}, if there is more than one text or code."""
     together = {}
     for name, result in found.items():
         for key, value in of(result).items():
@@ -185,19 +185,19 @@ def groups(found, of):
 
 
 def check_together(experiment, found, again):
-    """Results of an experiment, {name of the file: result}, must be of the same text, and those of a rung of the same
-    code, unless the plan says why other code makes no difference: that reason is returned, or "". Results without
-    hashes are of an earlier time: what is not known of them is not compared. Raises ValueError; `again` is the command
-    that makes results again."""
+    """Check that the results of an experiment, {name of the file: result}, come from one text, and those of a rung from
+    one code, unless the plan gives a reason why different code makes no difference. Returns that reason, or "". Older
+    results have no hashes; what is unknown is not compared. Raises ValueError. `again`: the command that makes results
+    again."""
     for key, mixed in groups(found, texts_of).items():
-        raise UserError(f"results of {experiment} are of different texts in {key[0]} ({listed(mixed)}); move those of "
-                        f"one of them aside, and {again} makes them again")  # fmt: skip
+        raise UserError(f"results of {experiment} come from different texts in {key[0]} ({listed(mixed)}); move those "
+                        f"of one text aside, and {again} makes them again")  # fmt: skip
     reason = EXPERIMENTS[experiment].mixed_code
     for (rung, _), mixed in groups(found, codes_of).items():
         if not reason:
-            raise UserError(f"results of {experiment} are of different code of {rung}.py ({listed(mixed)}); move those "
-                            f"of one of them aside, and {again} makes them again; or say in mixed_code of the plan why "
-                            "their losses are the same")  # fmt: skip
+            raise UserError(f"results of {experiment} come from different code of {rung}.py ({listed(mixed)}); move "
+                            f"those of one code aside, and {again} makes them again; or say in mixed_code of the plan "
+                            "why their losses are the same")  # fmt: skip
         return reason
     return ""
 

@@ -1,4 +1,4 @@
-"""Changes of a model that no constant makes: edits of a rung's text, each (old, new) as in an editor."""
+"""Changes of a model that no constant can make: edits of a rung's source, each (old, new) as in an editor."""
 
 from harness.errors import UserError
 
@@ -7,13 +7,14 @@ def edited(text, edits):
     """`text` with every edit made. Raises ValueError if an old passage is not in it exactly once."""
     for old, new in edits:
         if text.count(old) != 1:
-            raise UserError(f"an edit finds its place {text.count(old)} times instead of once: {old.strip()!r}")
+            raise UserError(f"the old text of an edit occurs {text.count(old)} times in the rung instead of once: "
+                            f"{old.strip()!r}; adapt it in results/edits.py")  # fmt: skip
         text = text.replace(old, new)
     return text
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Of v3: other ways to start and to train GPT-2
+# v3: other ways to initialize and train GPT-2
 # ----------------------------------------------------------------------------------------------------------
 
 HEAD_OF_ITS_OWN = (
@@ -23,7 +24,7 @@ HEAD_OF_ITS_OWN = (
 """),
     ("kernels.linear(x, self.embedding.weight)", "kernels.linear(x, self.head.weight)"),
 )
-SMALL_BRANCHES = (  # GPT-2's own: 2 * N_LAYER branches are summed, so their ends are scaled down by the root of it
+SMALL_BRANCHES = (  # as in GPT-2: 2 * N_LAYER branches are summed, so their ends are scaled by 1 / sqrt(2 * N_LAYER)
     ('name.endswith(("bias", "proj.weight", "mlp.2.weight"))', 'name.endswith("bias")'),
     ("nn.init.zeros_(p)  # at the start every branch adds nothing", "nn.init.zeros_(p)"),
     ("                nn.init.normal_(p, std=0.02)\n", """\
@@ -54,7 +55,7 @@ def beta2(value):
 
 
 def embedding_rates(tokens=1, positions=1, decay="WEIGHT_DECAY"):
-    """Edits that give the two embeddings rates of their own, as multiples of LEARNING_RATE, and a decay."""
+    """Edits that give each of the two embeddings its own rate, as a multiple of LEARNING_RATE, and a decay."""
     return (
         ("matrices = [p for p in model.parameters() if p.dim() == 2]",
          "matrices = [p for p in model.blocks.parameters() if p.dim() == 2]"),
@@ -79,7 +80,7 @@ ROPE_IN_V3 = (
 )
 
 # ----------------------------------------------------------------------------------------------------------
-# Of v3_1 and v4: AdamW for the matrices of the blocks
+# v3_1 and v4: AdamW for the matrices of the blocks
 # ----------------------------------------------------------------------------------------------------------
 
 ADAMW = (
@@ -90,7 +91,7 @@ ADAMW = (
 )
 
 # ----------------------------------------------------------------------------------------------------------
-# Of v4
+# v4
 # ----------------------------------------------------------------------------------------------------------
 
 TIED = (
@@ -106,7 +107,7 @@ DROPOUT_INSIDE = (
     ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
 )
 
-SMEAR = (  # a learned share of the token before is added to each embedding; zero at the start
+SMEAR = (  # adds a learned share of the previous token's embedding to each embedding; zero at the start
     ("    def forward(self, idx, targets=None, cache=None):\n", """\
         self.smear = nn.Parameter(torch.zeros(N_EMBD))
 
@@ -123,7 +124,7 @@ SMEAR = (  # a learned share of the token before is added to each embedding; zer
         x = self.dropout(x + self.smear * torch.cat([before, x[:, :-1]], 1))
 """),
 )
-EMBEDDING_TO_BLOCKS = (  # and of the embedding to the input of each block
+EMBEDDING_TO_BLOCKS = (  # adds a learned share of the embedding to the input of each block
     ("    def forward(self, idx, targets=None, cache=None):\n", """\
         self.share = nn.ParameterList(torch.zeros(N_EMBD) for _ in self.blocks)
 
@@ -138,7 +139,7 @@ EMBEDDING_TO_BLOCKS = (  # and of the embedding to the input of each block
 
 
 def embedding_rate(rate):
-    """Edits that give the embedding a rate of its own; LEARNING_RATE_ADAMW is then that of the head alone."""
+    """Edits that give the embedding its own rate; LEARNING_RATE_ADAMW then applies only to the output layer."""
     return (
         ("    others = [p for name, p in model.named_parameters() if not name.startswith(\"blocks\")]\n", f"""\
     others = [p for name, p in model.named_parameters() if not name.startswith(("blocks", "embedding"))]
@@ -156,11 +157,11 @@ def weight_decay(rate):
     )  # fmt: skip
 
 # ----------------------------------------------------------------------------------------------------------
-# Earlier words
+# Earlier texts of edits
 # ----------------------------------------------------------------------------------------------------------
 
-# Some results keep their edits in the words that the rungs had then. They make the same models as the edits above,
-# which follow the text of today. Each is {hash of the words then: hash of the words now} (checks.words_of).
+# Some results hold edits of a rung's earlier text. They make the same models as the edits above, which fit the current
+# text: {hash of the edits then: hash of the edits now} (checks.words_of).
 OTHER_WORDS = {
     "8d7ac03380b340c2": "633215ac8a98367d",  # two_hours: dropout in the MLP
 }

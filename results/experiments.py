@@ -1,26 +1,26 @@
 """Make the runs of the experiments, and their tables.
 
-    python results/experiments.py --list                what there is, and how many runs are done
-    python results/experiments.py ladder positions      make the runs of experiments that are missing, then their tables
-    python results/experiments.py ladder --table        only the table, of the runs that are done
+    python results/experiments.py --list                list the experiments, and how many runs are done
+    python results/experiments.py ladder positions      make the missing runs of experiments, then their tables
+    python results/experiments.py ladder --table        only the table, from the runs that are done
     python results/experiments.py ladder DEVICE=cuda    how to run: DEVICE, COMPILE and SAMPLE_TOKENS
-    python results/experiments.py ladder MAX_STEPS=20   try it out: other constants make no results (below)
-    python results/experiments.py ladder --jobs 8       eight runs at a time: small models leave a GPU room
-    python results/experiments.py ladder --gpu          with shapes for one GPU, on the text that data/ holds
+    python results/experiments.py ladder MAX_STEPS=20   try it out: other constants do not give results (below)
+    python results/experiments.py ladder --jobs 8       eight runs at a time: small models do not fill a GPU
+    python results/experiments.py ladder --gpu          with shapes for one GPU, on the text in data/
     python results/experiments.py shape --step-time     measure how long a step of each model takes here
 
-results/plan.py says what each experiment asks and which runs answer it. A run is a rung with constants, as `python
-v3.py NAME=value ...` starts it, in a folder of its own below runs/experiments/. It may be stopped at any time: the next
-start goes on from its last checkpoint. A finished run leaves a file in results/experiments/NAME/ with its summary and
-its evaluations, and is not made again; what two experiments have in common is made once. A change of a model that no
-constant makes is an edit of the rung's text (results/edits.py) on a copy in the folder of the run: `diff` shows it.
+results/plan.py says what each experiment asks and which runs answer it. A run is a rung with constants, started as
+`python v3.py NAME=value ...` in its own folder below runs/experiments/. You may stop it at any time: the next start
+continues from its last checkpoint. A finished run writes a file with its summary and evaluations to
+results/experiments/NAME/, and is not made again; a run that two experiments share is made once. A change of a model
+that no constant can make is an edit of the rung's source (results/edits.py), made to a copy in the folder of the run.
 
-A result is shown only if it is that of the planned run: same rung, constants, seed, edits and number of steps; a line
-names each that is left out. Results of different texts, or of different code of a rung, never share a table. Runs with
-other constants, and their table, are kept in runs/experiments/tried/, in a folder named by these constants.
+A result is shown only if it matches the planned run: same rung, constants, seed, edits and number of steps; a line
+names each result that is left out. Results from different texts, or from different code of a rung, never share a table.
+Runs with other constants, and their table, go to runs/experiments/tried/, into a folder named after these constants.
 
-Where runs are compared at equal seconds, the number of steps follows from results/experiments/step_time.json, which
---step-time measures. Between machines losses differ by rounding only.
+If runs are compared at equal seconds, the number of steps follows from results/experiments/step_time.json, which
+--step-time measures. Between machines, losses differ only by rounding.
 """
 
 import argparse
@@ -44,7 +44,7 @@ from harness.identity import code_hash  # noqa: E402
 from results import checks, measures, runner, step_time, store, texts  # noqa: E402
 from results.plan import EXPERIMENTS, SEEDS, all_constants, owner  # noqa: E402
 
-NOT_TO_SET = ("SEED", "OUT_DIR", "RESUME", "PROMPT")  # by the command: the plan and this program set them
+NOT_TO_SET = ("SEED", "OUT_DIR", "RESUME", "PROMPT")  # the plan and this program set them, not the user
 
 # ----------------------------------------------------------------------------------------------------------
 # Runs
@@ -52,18 +52,18 @@ NOT_TO_SET = ("SEED", "OUT_DIR", "RESUME", "PROMPT")  # by the command: the plan
 
 
 def output_folder(run, folder):
-    """Where the run in `folder` leaves its results: v4 has a folder for each scheme."""
+    """The folder to which the run in `folder` writes its results: v4 has one for each scheme."""
     return folder / "run" / run.constants.get("POSITION", "")
 
 
 def constants_of(run, seed, overrides, gpu=False):
-    """All constants that the command of a run sets: the planned ones, the steps, an eighth of these as the evaluation
-    interval, as it is by default, and those of `overrides`, {name: text}, that the rung has. Raises ValueError if a
+    """All constants that the command of a run sets: the planned ones, the number of steps, an evaluation interval of an
+    eighth of these (as by default), and those of `overrides`, {name: text}, that the rung has. Raises ValueError if a
     step time is missing."""
     rung = importlib.import_module(run.rung)
     constants = all_constants(run, seed, gpu)
     if "MAX_STEPS" in overrides:
-        pass  # neither the time of a step nor the text decides
+        pass  # it does not depend on the time of a step or on the text
     elif run.seconds:
         constants["MAX_STEPS"] = step_time.steps_within(run.seconds, run)
     elif run.megabytes:
@@ -75,7 +75,7 @@ def constants_of(run, seed, overrides, gpu=False):
 
 
 def make_run(run, seed, overrides, gpu=False, jobs=1):
-    """Make one run of an experiment, unless it is done, and keep its results. Returns what went wrong, or None."""
+    """Make one run of an experiment, unless it is done, and write its results. Returns an error message, or None."""
     path = store.result_file(run, seed, gpu, overrides)
     if path.exists() or runner.SIGNALS:
         return None
@@ -106,8 +106,8 @@ def make_run(run, seed, overrides, gpu=False, jobs=1):
         if summary["code_sha256"] != made_of["code_sha256"]:
             why = f"the code of {run.rung}.py was changed as it began"
         if why:
-            raise UserError(f"the run in {store.shown(folder)} is not the one that was to be made: {why}; the same "
-                            "command begins it anew")  # fmt: skip
+            raise UserError(f"the run in {store.shown(folder)} does not match the plan: {why}; start the same command "
+                            "again to make it from the beginning")  # fmt: skip
         store.write_text(path, json.dumps(results, indent=1) + "\n")
         if jobs > 1:
             took = time.time() - began
@@ -117,7 +117,8 @@ def make_run(run, seed, overrides, gpu=False, jobs=1):
 
 
 def make_all(todo, overrides, gpu, jobs):
-    """Make all of `todo`, [(run, seed)], `jobs` at a time. Raises ValueError if one fails, after the others."""
+    """Make all of `todo`, [(run, seed)], `jobs` at a time. If one fails, raises ValueError after the others are done.
+    """
     if jobs == 1:
         for run, seed in todo:
             if problem := make_run(run, seed, overrides, gpu):
@@ -138,7 +139,7 @@ def make_all(todo, overrides, gpu, jobs):
 
 
 def missing(names, gpu=False, overrides=None):
-    """[(run, seed)] of the experiments that are not done, each training once; all runs with their first seed first."""
+    """[(run, seed)] of all runs that are not done, each training once; the first seeds of all runs come first."""
     todo = {}
     for k in range(max(len(EXPERIMENTS[name].seeds) for name in names)):
         for name in names:
@@ -149,8 +150,8 @@ def missing(names, gpu=False, overrides=None):
 
 
 def check_code(names, todo, gpu, overrides):
-    """Raises ValueError if runs of `todo`, [(run, seed)], would be of other code than results that they are compared
-    with: what is left of them would be hours of training for a table that cannot be made."""
+    """Raises ValueError if the runs of `todo`, [(run, seed)], would be made with different code than the results with
+    which they are compared. Otherwise hours of training would end in a table that cannot be made."""
     now = {}
     for run, seed in todo:
         source, text = map(code_hash, checks.sources(owner(run)[1]))
@@ -192,8 +193,8 @@ def cell(column, run, results):
 
 
 def report(name, gpu=False, overrides=None):
-    """The finished runs of an experiment as Markdown; None if there are none. Raises ValueError if they do not belong
-    together."""
+    """A table of the finished runs of an experiment as Markdown; None if there are none. Raises ValueError if they do
+    not belong together."""
     experiment, rows, seeds, machines = EXPERIMENTS[name], [], set(), set()
     mixed = store.check_together(name, gpu, overrides)
     for run in experiment.runs:
@@ -227,8 +228,9 @@ def list_experiments(names):
 
 
 def training_hours(run):
-    """About how long a run takes with one seed on the machine of step_time.json; None if that is not known. How many
-    steps a number of megabytes is depends on a vocabulary that may not be here, so a finished run tells it."""
+    """About how many hours a run with one seed takes on the machine of step_time.json; None if that is unknown. The
+    steps for a number of megabytes depend on a vocabulary that may be missing here, so they come from a finished run.
+    """
     if run.seconds:
         return run.seconds / 3600
     steps = run.constants.get("MAX_STEPS", importlib.import_module(run.rung).MAX_STEPS)
@@ -247,11 +249,11 @@ def training_hours(run):
 def main(argv=None):
     parser = argparse.ArgumentParser(description="The experiments of this repository.", epilog=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.add_argument("names", nargs="*", metavar="NAME", help="of an experiment, or NAME=value for all of its runs")
-    parser.add_argument("--list", action="store_true", help="say what there is")
-    parser.add_argument("--table", action="store_true", help="make no run, only the table")
-    parser.add_argument("--step-time", action="store_true", help="make no run, measure how long a step takes")
-    parser.add_argument("--missing", action="store_true", help="with --step-time: only what was not measured")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="an experiment, or NAME=value for all its runs")
+    parser.add_argument("--list", action="store_true", help="list the experiments")
+    parser.add_argument("--table", action="store_true", help="make only the table, no runs")
+    parser.add_argument("--step-time", action="store_true", help="make no runs, only measure how long a step takes")
+    parser.add_argument("--missing", action="store_true", help="with --step-time: only steps not yet measured")
     parser.add_argument("--jobs", type=int, default=1, metavar="N", help="runs at a time")
     parser.add_argument("--gpu", action="store_true", help="shapes for one GPU")
     args = parser.parse_intermixed_args(argv)
@@ -260,7 +262,7 @@ def main(argv=None):
     store.LEFT_OUT.clear()
     for name in names:
         if name not in EXPERIMENTS:
-            raise UserError(f"there is no experiment {name!r}; known are {', '.join(EXPERIMENTS)}")
+            raise UserError(f"there is no experiment {name!r}; the experiments are {', '.join(EXPERIMENTS)}")
     check_options(args, names, overrides)
     if args.list or not names:
         return list_experiments(names or EXPERIMENTS)
@@ -268,7 +270,7 @@ def main(argv=None):
         runs = [run for name in names for run in EXPERIMENTS[name].runs]
         texts.prepare(runs)
         return step_time.measure(runs, again=not args.missing)
-    if not args.table and (todo := missing(names, args.gpu, overrides)):  # tables of what is done need no text
+    if not args.table and (todo := missing(names, args.gpu, overrides)):  # tables alone need no text
         check_code(names, todo, args.gpu, overrides)
         texts.prepare([run for run, _ in todo], overrides)
         texts.check_texts(todo, overrides, args.gpu)
@@ -277,7 +279,8 @@ def main(argv=None):
         store.say_unknown(name, args.gpu, overrides)
         text = report(name, args.gpu, overrides)
         if text is None:
-            say_why = "what is there is left out" if store.LEFT_OUT else "without --table they are made"
+            say_why = ("all results there were left out; see the lines above" if store.LEFT_OUT
+                       else "to make the runs, leave out --table")  # fmt: skip
             raise UserError(f"no run of {name} is done; {say_why}")
         harness.say(text, end="")
         path = store.base_folder(overrides) / (name + "_gpu" * args.gpu) / "table.md"
@@ -287,35 +290,36 @@ def main(argv=None):
 
 
 def check_options(args, names, overrides):
-    """Raises ValueError for what would be passed over: constants that no run has or that are not to be set, and options
-    that do not go together."""
+    """Raises ValueError for anything that would be ignored: constants that no run has or that the user must not set,
+    and options that cannot be combined."""
     if overrides and (args.list or args.step_time or not names):
-        raise UserError(f"{next(iter(overrides))} is a constant for runs; name an experiment, without --list and "
-                        "--step-time")  # fmt: skip
+        raise UserError(f"{next(iter(overrides))} is a constant for runs, but no runs would be made; name an "
+                        "experiment, without --list and --step-time")  # fmt: skip
     if args.gpu and args.step_time:
-        raise UserError("--step-time measures on two CPU cores; leave --gpu out")
+        raise UserError("--step-time measures on two CPU cores, not on a GPU; leave --gpu out")
     if args.missing and not args.step_time:
-        raise UserError("--missing goes with --step-time; missing runs are made without it")
+        raise UserError("--missing only works with --step-time; leave it out, since missing runs are made anyway")
     for name in overrides:
         if name in NOT_TO_SET:
-            raise UserError(f"{name} is set by the program; leave it out")
+            raise UserError(f"this program sets {name} itself; leave it out")
         known = {run.rung: (run, checks.parsed(checks.sources(run)[0])[0])
                  for experiment in names for run in EXPERIMENTS[experiment].runs}  # fmt: skip
         having = [run for run, constants in known.values() if name in constants]
         if not having:
             of_all = dict.fromkeys(constant for _, constants in known.values() for constant in constants)
-            raise UserError(f"no run of {' or '.join(names)} has a constant {name!r}; known are {', '.join(of_all)}")
+            raise UserError(f"no run of {' or '.join(names)} has a constant {name!r}; the constants are "
+                            f"{', '.join(of_all)}")  # fmt: skip
         checks.values(having[0], {name: overrides[name]})  # of the right type
 
 
 def program(argv=None):
-    """main() that ends, stopped or failed, with one line and an exit code."""
+    """main(), ending with one line and an exit code if it is stopped or fails."""
     signals.catch(signals.raise_stopped)
     harness.cli.robust_streams()
     try:
         main(argv)
     except signals.Stopped as reason:
-        harness.say("experiments.py: stopped; the same command goes on from the last checkpoint", error=True)
+        harness.say("experiments.py: stopped; the same command continues from the last checkpoint", error=True)
         sys.exit(128 + reason.number)
     except UserError as error:
         sys.exit(f"experiments.py: {error}")

@@ -1,7 +1,7 @@
-"""What is measured of a trained model, beyond what its run has measured: windows, temperature, dynamic evaluation.
+"""Measurements of a trained model beyond those of its run: windows, temperature, dynamic evaluation.
 
-Each of MEASURES takes the module of the rung, the model, the splits of its text, {"val": Tokens, ...}, and the
-tokenizer, and returns a dict that is kept under "measured".
+Each function in MEASURES takes the module of the rung, the model, the splits of its text, {"val": Tokens, ...}, and the
+tokenizer. It returns a dict that the result holds as "measured".
 """
 
 import copy
@@ -15,11 +15,11 @@ import torch.nn.functional as F
 import harness
 from data import load_tokens
 
-WINDOW_TOKENS = 65_536  # of the validation split, for what costs a pass in many windows
+WINDOW_TOKENS = 65_536  # tokens of the validation split for measurements that need many passes
 
 
 def first_part(tokens, tokenizer, n):
-    """The first `n` tokens of a split, with as many bytes and words as they have."""
+    """The first `n` tokens of a split, with the number of bytes and words in them."""
     part = copy.copy(tokens)
     part.ids = tokens.ids[:n]
     text = tokenizer.decode_bytes(part.ids[1:].tolist())
@@ -29,11 +29,12 @@ def first_part(tokens, tokenizer, n):
 
 def windows(module, model, tokens, tokenizer):
     """Bits per byte on the first 65,536 tokens of the validation split in windows of 1 to 16 times the training length,
-    side by side and sliding by half the training length, each {size: bpb}; and, in windows of 4 times, nats by place in
-    the window, the means of 32 places each. A model with learned positions has windows of the training length only.
+    side by side and sliding by half the training length, each {size: bpb}. Also, for windows of 4 times the training
+    length, the loss in nats by position in the window, averaged over 32 positions at a time. A model with learned
+    positions is measured only in windows of the training length.
 
-    Windows side by side gain from length because fewer tokens are early in a window. Sliding ones do not: all but the
-    first tokens have at least size - stride before them.
+    Longer windows side by side improve the loss in part because fewer tokens are near the start of a window. Sliding
+    windows have no such effect: all but the first tokens have at least size - stride tokens of context.
     """
     length, part = model.block_size, first_part(tokens["val"], tokenizer, WINDOW_TOKENS)
     sizes = [length * times for times in ((1,) if hasattr(model, "position_embedding") else (1, 2, 4, 8, 16))]
@@ -60,8 +61,8 @@ class Tempered(torch.nn.Module):
 
 
 def temperature(module, model, tokens, tokenizer):
-    """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2): that of the least loss on the first 65,536
-    tokens of the validation split, and the metrics of the test split before and after."""
+    """Temperature scaling (Guo et al. 2017, arXiv:1706.04599, section 4.2): the temperature with the lowest loss on the
+    first 65,536 tokens of the validation split, and the metrics of the test split before and after."""
     tried, part = [0.8 + 0.02 * k for k in range(21)], tokens["val"].ids[:WINDOW_TOKENS].long()
     T, nats = model.block_size, torch.zeros(len(tried), dtype=torch.double)
     with torch.no_grad():
@@ -75,9 +76,9 @@ def temperature(module, model, tokens, tokenizer):
 
 
 def gradient_sizes(module, model, tokens, stride=64, n=200):
-    """How large the gradient of each weight is, a tensor for each parameter: the root of its mean square over the last
-    `stride` tokens of `n` windows of the training text, and a little, so that it can be divided by (Krause et al. 2018,
-    section 5)."""
+    """The typical size of the gradient of each weight, a tensor for each parameter: the root mean square over the last
+    `stride` tokens of `n` windows of the training text, plus a small number so that it can be a divisor (Krause et al.
+    2018, section 5)."""
     ids, size, parameters = tokens.ids, model.block_size, list(model.eval().parameters())
     squares, starts = [torch.zeros_like(p) for p in parameters], torch.linspace(0, len(ids) - size - 1, n).long()
     for i in starts.tolist():
@@ -89,12 +90,13 @@ def gradient_sizes(module, model, tokens, stride=64, n=200):
 
 
 def dynamic_eval(module, model, tokens, rate, sizes, stride=64):
-    """Bits per byte and word perplexity of a model that goes on learning from the split `tokens` while it predicts it
-    (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5, without the decay to the first weights).
+    """Bits per byte and word perplexity of a model that keeps learning from the split `tokens` while it predicts it
+    (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5, without the decay to the original weights).
 
-    After every `stride` tokens, predicted with as much context as a window holds, it takes a step of gradient descent
-    on their loss; the step of each weight is divided by its number in `sizes`, a tensor for each parameter. A `rate` of
-    0 is the evaluation in sliding windows. `stride` is at most the length of a window. The model itself stays as it is.
+    After every `stride` tokens, predicted with as much context as a window holds, it takes one step of gradient descent
+    on their loss; the step of each weight is divided by its value in `sizes`, a tensor for each parameter. A `rate` of
+    0 gives the usual evaluation in sliding windows. `stride` is at most the length of a window. Only a copy of
+    the model is changed.
     """
     model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
     n, parameters = len(ids) - 1, list(model.parameters())
@@ -111,8 +113,8 @@ def dynamic_eval(module, model, tokens, rate, sizes, stride=64):
 
 
 def best_run(module, model, tokens, tokenizer):
-    """The test split in windows that slide by 64, and with dynamic evaluation, whose rate is chosen on the first 32,768
-    tokens of the validation split."""
+    """Evaluations of the test split: in windows that slide by 64, and with dynamic evaluation, whose rate is chosen on
+    the first 32,768 tokens of the validation split."""
     part = first_part(tokens["val"], tokenizer, WINDOW_TOKENS // 2)
     sizes = gradient_sizes(module, model, tokens["train"])
     rates = {r: dynamic_eval(module, model, part, r, sizes)["bpb"] for r in (0.0, 5e-5, 1e-4, 2e-4, 4e-4)}
@@ -125,7 +127,7 @@ MEASURES = {"windows": windows, "temperature": temperature, "best": best_run}
 
 
 def measure(run, folder):
-    """What run.measure finds of the model in `folder`; None if nothing is to be measured."""
+    """The measurement that run.measure names, of the model in `folder`; None if it names none."""
     if not run.measure:
         return None
     model, tokenizer = harness.load(str(folder))

@@ -5,9 +5,9 @@ committed results.
     python results/pages.py             write tables and pictures
     python results/pages.py --check     exit with code 1 if a table is not what the results say
 
-What is compared comes from results/experiments/ (one to three seeds; experiments.py makes it), what is shown of a
-single run from results/runs/, what is timed from results/benchmarks/. A page marks the place of a table with
-<!-- name --> and <!-- /name -->.
+Comparisons come from results/experiments/ (one to three seeds; made by experiments.py), details of a single run from
+results/runs/, timings from results/benchmarks/. A page marks the place of a table with <!-- name --> and
+<!-- /name -->.
 """
 
 import argparse
@@ -32,8 +32,8 @@ KEPT = ("summary.json", "log.jsonl", "steps.csv", "sample.txt", "*.png")  # of a
 
 
 def collect():
-    """Copy summaries, logs, samples and pictures of the runs in runs/ to results/runs/. Raises OSError and ValueError,
-    before anything is copied, if they do not belong together or are not what the rungs make without constants."""
+    """Copy summaries, logs, samples and pictures of the runs in runs/ to results/runs/. Before anything is copied,
+    raises OSError and ValueError if they do not belong together or were not made with the rungs' default constants."""
     for run, summary in read_summaries(ROOT / "runs").items():
         check_defaults(run, summary)
     for run in (*RUNS, V4):  # v4's own folder has the picture of the comparison
@@ -49,33 +49,33 @@ def collect():
 
 
 def check_defaults(run, summary):
-    """Raises ValueError if the run of that name was made with other constants or other code than its rung has now."""
+    """Raises ValueError if the run of that name was made with constants or code other than its rung has now."""
     rung, _, position = run.partition("/")
     planned = Run(rung, rung, {"POSITION": position} if position else {})
     wanted = checks.values(planned, planned.constants)
     differ = checks.differing_constants(planned, {"summary": summary}, wanted)
     if summary["rung"] != rung:
-        differ.append(f"it is of {summary['rung']}.py")
+        differ.append(f"it is a run of {summary['rung']}.py")
     code = code_hash(checks.sources(planned)[0])
     if summary.get("code_sha256", code) != code:
-        differ.append(f"the code of {rung}.py was another")
+        differ.append(f"the code of {rung}.py was different")
     if differ:
-        raise UserError(f"runs/{run} is not what {rung}.py makes without constants ({'; '.join(differ)}); "
-                        f"python {rung}.py makes it again")  # fmt: skip
+        raise UserError(f"runs/{run} is not what {rung}.py makes by default ({'; '.join(differ)}); make it again with "
+                        f"python {rung}.py")  # fmt: skip
 
 
 def read_summaries(folder):
-    """{run: its summary} of RUNS in `folder`. Raises FileNotFoundError if one has none, ValueError if they were trained
-    on different texts."""
+    """{run: its summary} for RUNS in `folder`. Raises FileNotFoundError if a run has none, ValueError if the runs were
+    trained on different texts."""
     for run in RUNS:
         if not (folder / run / "summary.json").exists():
-            raise MissingFileError(f"{folder.relative_to(ROOT)}/{run} has no finished run; "
-                                   f"python {run.partition('/')[0]}.py makes it")  # fmt: skip
+            raise MissingFileError(f"{folder.relative_to(ROOT)}/{run} has no finished run; make it with "
+                                   f"python {run.partition('/')[0]}.py")  # fmt: skip
     summaries = {run: store.read_json(folder / run / "summary.json") for run in RUNS}
     for run, summary in summaries.items():
         if not isinstance(summary, dict) or not {"rung", "dataset", "hyperparameters"} <= summary.keys():
-            raise UserError(f"{folder.relative_to(ROOT)}/{run}/summary.json is damaged; "
-                            f"python {run.partition('/')[0]}.py makes it again")  # fmt: skip
+            raise UserError(f"{folder.relative_to(ROOT)}/{run}/summary.json is damaged; make the run again with "
+                            f"python {run.partition('/')[0]}.py")  # fmt: skip
     datasets = {summary["dataset"] for summary in summaries.values()}
     if len(datasets) > 1:
         raise UserError(f"the runs are not comparable: they trained on {', '.join(sorted(datasets))}; train all of "
@@ -84,21 +84,22 @@ def read_summaries(folder):
         hashes = {run: summary["tokens_sha256"] for run, summary in summaries.items()
                   if summary.get("tokens_sha256") and summary["tokenizer"] == vocabulary}  # fmt: skip
         if len(set(hashes.values())) > 1:
-            raise UserError("the runs are not comparable: they trained on different texts of one name "
+            raise UserError("the runs are not comparable: they trained on different texts with the same name "
                             f"({', '.join(f'{run}: {text}' for run, text in hashes.items())}); train all of them on "
                             "one text")  # fmt: skip
     return summaries
 
 
 def write_tables(check):
-    """Write all tables into the pages, or with `check` change nothing. Returns whether they were up to date. Raises
-    ValueError if a page marks a place for a table that does not exist, or no page has a place for one that does."""
+    """Write all tables into the pages, or, with `check`, change nothing. Returns whether they were up to date. Raises
+    ValueError if a page has a place for an unknown table, or if no page has a place for a table."""
     current, used = True, set()
     for page in PAGES:
         text = new = store.read_text(ROOT / page)
         for name in re.findall(r"<!-- (\w+) -->\n", text):
             if name not in TABLES:
-                raise UserError(f"{page} asks for a table that nothing makes: {name}")
+                raise UserError(f"{page} has a place for an unknown table, {name}; remove it, or add the table to "
+                                "results/tables.py")  # fmt: skip
             place = re.compile(rf"(?<=<!-- {name} -->\n).*?(?=<!-- /{name} -->)", re.S)
             content = f"{TABLES[name]().strip()}\n"
             new = place.sub(lambda _, content=content: content, new)
@@ -118,7 +119,7 @@ def main(argv=None):
     parser.add_argument("--check", action="store_true", help="change nothing; exit with 1 if a table is not current")
     args = parser.parse_args(argv)
     if args.collect and args.check:
-        raise UserError("--check changes nothing, and --collect copies files; give one of them")
+        raise UserError("--check changes nothing, but --collect copies files; give only one of them")
     store.LEFT_OUT.clear()
     if args.collect:
         collect()

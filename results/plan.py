@@ -9,33 +9,33 @@ from results import edits
 ROOT = Path(__file__).resolve().parents[1]
 SEEDS = (1337, 1338, 1339)
 V4 = "v4_alibi_rope"
-# Shapes for one GPU, of those constants that a rung has. Their data: python data/prepare.py --dataset wikitext-103-v1
+# Shapes for one GPU, as far as a rung has these constants. Their text: python data/prepare.py --dataset wikitext-103-v1
 GPU = {"BATCH_SIZE": 64, "MICRO_BATCH_SIZE": 64, "BLOCK_SIZE": 512, "N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768,
        "MAX_STEPS": 20_000, "DEVICE": "cuda"}  # fmt: skip
 
 
-# Constants that say how a run is made and decide no loss but for rounding. Any other one that is given with a command
-# makes other runs, which are kept apart.
+# Constants that say how a run is made and affect a loss by no more than rounding. With any other constant on the
+# command line, a run does not count as a result and is kept apart.
 HOW = ("DEVICE", "COMPILE", "SAMPLE_TOKENS")
 
 
 @dataclass
 class Run:
-    """One training: a rung with constants and edits of its text."""
+    """One training: a rung with constants and edits of its source."""
 
     name: str
     rung: str
     constants: dict = field(default_factory=dict)
     edits: tuple = ()  # ((old, new), ...)
-    seconds: float = 0.0  # trained for as long on two cores, not for MAX_STEPS
-    megabytes: float = 0.0  # trained on as much text, not for MAX_STEPS
-    vocab_size: int = 0  # of a vocabulary of its own
-    measure: str = ""  # what is measured of the trained model: a name in measures.MEASURES
-    other_seeds: dict = field(default_factory=dict)  # constants of all seeds but the first
-    base: str = ""  # name of the run that its change is measured from; by default the one before
+    seconds: float = 0.0  # train for this long on two cores instead of for MAX_STEPS
+    megabytes: float = 0.0  # train on this much text instead of for MAX_STEPS
+    vocab_size: int = 0  # size of its vocabulary, if not the committed one
+    measure: str = ""  # measurement of the trained model: a name in measures.MEASURES
+    other_seeds: dict = field(default_factory=dict)  # constants for all seeds but the first
+    base: str = ""  # name of the run with which it is compared; by default the previous one
 
     def training(self):
-        """What makes it the same training as another run: everything but its name and what is measured of it."""
+        """What identifies the training: everything except the name of the run and its measurement."""
         return self.rung, sorted(self.constants.items()), self.edits, self.seconds, self.megabytes, self.vocab_size
 
 
@@ -47,20 +47,20 @@ class Experiment:
     runs: list
     seeds: tuple = SEEDS
     columns: tuple = ("val_bpb", "val_word_ppl", "test_bpb", "train_seconds")
-    search: bool = False  # something is chosen by it: its results hold no figures of the test split
-    mixed_code: str = ""  # why results of different texts of a rung may stand in one table
+    search: bool = False  # it is used to choose something, so its results have no figures for the test split
+    mixed_code: str = ""  # why results from different code of a rung may share a table
 
 
 ALIBI, ROPE = {"POSITION": "alibi"}, {"POSITION": "rope"}
 VOCABULARIES = (500, 1000, 2000, 4096, 8192, 16384)
-LADDER_MB = 18.57  # of text that every rung sees by default
-# How many steps two Zen 3 cores made with each of VOCABULARIES in five minutes, by one trial of each
+LADDER_MB = 18.57  # megabytes of text that every rung sees by default
+# How many steps two Zen 3 cores make in five minutes with each of VOCABULARIES, by one trial of each
 STEPS_IN_300_S = {"v2": (4059, 3774, 2638, 1812, 867, 488), V4: (336, 331, 321, 276, 204, 150)}
 SMALLER = {"N_LAYER": 2, "N_EMBD": 128}
 
 
-RATE = 1.4e-3  # of v3
-# v3 as a GPT-2 is usually started and trained, at the best rate for that
+RATE = 1.4e-3  # v3's learning rate
+# v3, initialized and trained as is usual for a GPT-2, at the best rate for that
 USUAL = {"BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 16, "MAX_STEPS": 1280, "WARMUP_STEPS": 60, "LEARNING_RATE": 2e-3}
 
 
@@ -78,7 +78,7 @@ def recipes():
 
 
 def parts():
-    """v3, and v3 without each part of its recipe or with another one in its place."""
+    """v3, and v3 with one part of its recipe removed or replaced."""
     larger = {"BATCH_SIZE": 16, "MICRO_BATCH_SIZE": 16, "MAX_STEPS": 1280, "LEARNING_RATE": 2e-3, "WARMUP_STEPS": 100}
     smaller = {"BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 4, "MAX_STEPS": 5120, "LEARNING_RATE": 1e-3, "WARMUP_STEPS": 400}
     changes = {
@@ -100,8 +100,8 @@ OPTIMIZERS = {"AdamW": ((2e-3, 1e-3, 4e-3), edits.ADAMW), "Muon": ((0.03, 0.015,
 
 
 def from_v3_to_v4():
-    """Three ways to know positions with three ways to train: v3, the modern block with AdamW, and with Muon; for the
-    modern block each at three rates."""
+    """Three ways of encoding positions with three ways of training: v3, the modern block with AdamW, and with Muon; the
+    modern block at three rates each."""
     places = {"at random": ("v3_1", {}, edits.RANDOM_POSITIONS_IN_V3_1), "sinusoids": ("v3_1", {}, ()),
               "RoPE": (V4, ROPE, ())}  # fmt: skip
     runs = [Run("v3, at random", "v3", {}, edits.RANDOM_POSITIONS), Run("v3, sinusoids", "v3"),
@@ -115,7 +115,7 @@ def from_v3_to_v4():
 
 
 def vocabularies():
-    """v2 and v4 with each vocabulary, on as much text as the ladder and for as many seconds."""
+    """v2 and v4 with each vocabulary: on as much text as in the ladder, and for equal seconds."""
     runs = []
     for rung, constants in (("v2", {}), (V4, ROPE)):
         title = rung.split("_")[0]
@@ -128,7 +128,7 @@ def vocabularies():
 
 
 def positions():
-    """Every scheme with windows of 256 tokens, ALiBi and RoPE with half and double, as many tokens a step."""
+    """Every scheme with windows of 256 tokens, ALiBi and RoPE also with 128 and 512, with equal tokens per step."""
     runs = [Run("learned, 256", "v3_1", measure="windows")]
     runs += [Run(f"{scheme}, 256", V4, {"POSITION": scheme}, measure="windows") for scheme in ("sinusoidal", "none")]
     for scheme in ("alibi", "rope"):
@@ -140,8 +140,8 @@ def positions():
 
 
 def dropouts():
-    """v3 on texts that it reads often: until it has long been overfitted, where it can be. On a tenth, which takes
-    longer than the sample, the first seed shows that; the others end three evaluations after their best one."""
+    """v3 on texts that it reads many times, until it clearly overfits if it can. On a tenth of the text, which takes
+    longer than the sample, only the first seed does so; the others stop three evaluations after their best one."""
     texts = {"the sample, 89 times": {"DATA": "runs/experiments/sample", "MAX_STEPS": 2000, **SMALLER},
              "a tenth, 20 times": {"DATA": "runs/experiments/tenth", "MAX_STEPS": 1480},
              "all, 5 times": {"MAX_STEPS": 3715}}  # fmt: skip
@@ -151,7 +151,7 @@ def dropouts():
 
 
 def shapes():
-    """v3 by depth and by width; at the ends also with other rates."""
+    """v3 with several depths and widths; the extremes also at other rates."""
     runs = [Run(f"{n} × 256", "v3", {} if n == 4 else {"N_LAYER": n}) for n in (1, 2, 4, 8)]
     runs += [Run(f"4 × {width}", "v3", {"N_EMBD": width}) for width in (128, 384)]
     for name, shape in {"1 × 256": {"N_LAYER": 1}, "8 × 256": {"N_LAYER": 8}, "4 × 128": {"N_EMBD": 128},
@@ -162,8 +162,8 @@ def shapes():
 
 
 def two_hours():
-    """v4 with about as many steps as two Zen 3 cores make in two hours (one trial each), each run another choice; those
-    with edits have the steps of the run without."""
+    """v4 with about as many steps as two Zen 3 cores make in two hours (one trial each), each run with one choice
+    changed; runs with edits have the number of steps of the run without."""
     base = {"POSITION": "rope", "PATIENCE": 1000, "EXTRAPOLATION": "1,"}
     mild = base | {"DROPOUT": 0.1}
     choices = {
@@ -196,7 +196,7 @@ def two_hours():
 BEST = {"POSITION": "rope", "BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "DROPOUT": 0.2, "STRIDE": 64,
         "PATIENCE": 1000, "MAX_STEPS": 20000}  # less than two hours of two Zen 5 cores  # fmt: skip
 
-# After ten minutes on two Zen 3 cores, by one trial of each
+# The steps of ten minutes on two Zen 3 cores, by one trial of each
 BESIDE = [Run("v2", "v2", {"MAX_STEPS": 3625}), usual("v3", MAX_STEPS=552),
           Run("v4, rope", V4, ROPE | {"MAX_STEPS": 552})]  # fmt: skip
 
@@ -252,7 +252,7 @@ EXPERIMENTS = {
 
 
 def owner(run):
-    """(name of an experiment, its run): the first that is the same training as `run`."""
+    """(name of an experiment, its run) for the first run with the same training as `run`."""
     training = run.training()
     for name, experiment in EXPERIMENTS.items():
         for other in experiment.runs:
@@ -262,10 +262,10 @@ def owner(run):
 
 
 def all_constants(run, seed, gpu=False):
-    """The constants of a run but for the number of its steps."""
+    """The constants of a run, except a number of steps that must be computed."""
     rung = vars(importlib.import_module(run.rung)) if gpu else {}
     constants = {k: v for k, v in GPU.items() if k in rung} | run.constants | {"SEED": seed}
     constants |= run.other_seeds if seed in SEEDS[1:] else {}
-    if run.vocab_size not in (0, 4096):  # 4,096: that of data/
+    if run.vocab_size not in (0, 4096):  # 4,096: the vocabulary in data/
         constants["VOCABULARY"] = f"bpe_vocab_{run.vocab_size}.json"
     return constants

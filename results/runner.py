@@ -1,4 +1,4 @@
-"""Starts rungs in processes of their own, and ends them with this one."""
+"""Starts each rung in its own process, and ends it with this one."""
 
 import contextlib
 import json
@@ -15,27 +15,27 @@ from results import store
 from results.edits import edited
 from results.plan import HOW, ROOT
 
-RUNNING, SIGNALS = [], []  # the rung that this process has started; the signals to stop that it has got
-# Ctrl-C reaches a rung by itself, and a second one would end it at once. Other signals may have been sent to this
-# process alone: it passes them on as SIGTERM, of which a rung may get two.
+RUNNING, SIGNALS = [], []  # the rung that this process has started; the stop signals that it has received
+# Ctrl-C reaches the rung anyway, and a second one would end it at once, so it is not passed on. Any other signal may
+# have been sent only to this process, which passes it on as SIGTERM; a rung may receive that twice.
 
 
 def stop_this_worker(number, _frame):
-    """A handler in a worker: end the rung that runs and begin no other."""
+    """A signal handler in a worker: end the running rung and start no other."""
     SIGNALS.append(number)
     for process in RUNNING if number != signal.SIGINT else ():
         process.terminate()
 
 
 def init_worker():
-    """What a process that makes one run after the other does first."""
+    """The start of a worker process, which makes one run after another."""
     signals.catch(stop_this_worker)
 
 
 def begin(folder, output, made_of):
-    """Note in `folder` what its run is made of, before it begins or goes on. A run in it, with its results in `output`,
-    that was made of something else is moved aside, so that neither its results nor its checkpoint are taken for those
-    of this one."""
+    """Note in `folder` what its run is made of, before the run begins or continues. If the folder holds a run that was
+    made of something else (results in `output`), move that run aside, so that neither its results nor its checkpoint
+    are mistaken for those of this one."""
     note, run = folder / "made_of.json", folder / "run"
     store.make_folder(folder)
     made_of = json.loads(json.dumps(made_of))
@@ -58,26 +58,26 @@ def begin(folder, output, made_of):
             run.rename(aside)
         except OSError as error:
             raise FileError(f"cannot move {run} aside ({error.strerror}); move it yourself") from None
-        harness.say(f"{store.shown(run)} holds another run ({'; '.join(differ)}); it is now in {aside.name}, and this "
-                    "one begins anew")  # fmt: skip
+        harness.say(f"{store.shown(run)} held another run ({'; '.join(differ)}); that is now in {aside.name}, and this "
+                    "run starts from the beginning")  # fmt: skip
     if before != made_of:
         store.write_text(note, json.dumps(made_of, indent=1) + "\n")
 
 
 def difference(before, now):
-    """What differs between two notes of what a run is made of, as words; empty if it makes no difference."""
+    """A list of the differences between two notes of what a run is made of; empty if they do not matter."""
     if not isinstance(before, dict) or not isinstance(before.get("constants"), dict):
-        return ["nothing says what it was made of"]
+        return ["there is no note of what it was made of"]
     then, here = before["constants"], now["constants"]
     differ = [f"{name} was {then.get(name, 'not set')} and is {here.get(name, 'not set')}"
               for name in sorted({*then, *here} - {*HOW}) if then.get(name) != here.get(name)]  # fmt: skip
     words = {"rung": "it is of another rung", "edits": "it has other edits", "text": "it read another text",
-             "code_sha256": "the code of the rung was another"}  # fmt: skip
+             "code_sha256": "the code of the rung was different"}  # fmt: skip
     return differ + [text for key, text in words.items() if before.get(key) != now[key]]
 
 
 def command(run, folder, constants):
-    """The words that start a run, whose results go to `folder`/run. Writes an edited rung to `folder`."""
+    """The command that starts a run with its results in `folder`/run, as a list. Writes an edited rung to `folder`."""
     store.make_folder(folder)
     script = ROOT / f"{run.rung}.py"
     if run.edits:
@@ -85,25 +85,25 @@ def command(run, folder, constants):
         script = folder / script.name
         store.write_text(script, text)
     arguments = [f"{name}={value}" for name, value in constants.items()]
-    out = os.path.relpath(folder / "run", ROOT)  # it is kept in the summary, where the place of this machine is no use
+    out = os.path.relpath(folder / "run", ROOT)  # relative, since the summary keeps it
     return [sys.executable, str(script), *arguments, f"OUT_DIR={out}", "RESUME=True"]
 
 
 def launch(words, jobs=1, output=None):
-    """Start a process in the repository's folder, with its share of the cores if it is one of several `jobs`. What it
-    prints goes to the file `output`, or to the screen."""
+    """Start a process in the repository's folder, with its share of the cores if there are several `jobs`. Its output
+    goes to the file `output`, or to the screen."""
     threads = {"OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // jobs))} if jobs > 1 else {}
     environment = {**os.environ, "PYTHONPATH": str(ROOT), **threads}
     return subprocess.Popen(words, cwd=ROOT, env=environment, stdout=output, stderr=output)
 
 
 def train(run, folder, constants, jobs=1):
-    """Train in a process of its own, from the last checkpoint if there is one. Raises ValueError if it fails. If this
-    process is stopped, the rung finishes its step and saves first."""
+    """Train in a separate process, from the last checkpoint if there is one. Raises ValueError if it fails. If this
+    process is stopped, the rung first finishes its step and saves."""
     words = command(run, folder, constants)
     with contextlib.ExitStack() as stack:
         screen = None
-        if jobs > 1:  # the lines of several runs would be mixed up
+        if jobs > 1:  # else the lines of several runs would mix
             screen = stack.enter_context(open(folder / "screen.txt", "w", encoding="utf-8"))
         RUNNING.clear()
         try:
@@ -119,4 +119,4 @@ def train(run, folder, constants, jobs=1):
             raise
     if process.returncode:
         place = f"in {folder / 'screen.txt'}" if screen else "above"
-        raise UserError(f"the run in {folder} has ended with exit code {process.returncode}; its message is {place}")
+        raise UserError(f"the run in {folder} ended with exit code {process.returncode}; its message is {place}")

@@ -1,8 +1,7 @@
 """How long a step of each model takes on two cores: results/experiments/step_time.json.
 
-Where runs are compared at equal seconds, the number of steps follows from it, and with it the loss, on whatever machine
-the run itself is made. All that is compared is measured on one machine that does nothing else, by short trials, one
-after the other.
+If runs are compared at equal seconds, these times give the number of steps, whatever machine then makes the run. All
+times that are compared are measured on one idle machine, in short trials, one after another.
 """
 
 import json
@@ -20,14 +19,14 @@ from harness.errors import UserError
 from results import runner, store
 from results.plan import ROOT, SEEDS, all_constants, owner
 
-TRIAL_STEPS, WARM_UP = 24, 8  # of a trial, and those of them that do not count
-TRIALS = 5  # of each run; their median counts
+TRIAL_STEPS, WARM_UP = 24, 8  # steps of a trial, and how many of them do not count
+TRIALS = 5  # per run; their median counts
 COSTS = ("VOCABULARY", "BATCH_SIZE", "MICRO_BATCH_SIZE", "BLOCK_SIZE", "N_LAYER", "N_HEAD", "N_EMBD", "POSITION",
          "DROPOUT")  # constants that the time of a step depends on  # fmt: skip
 
 
 def model_key(run):
-    """What stands for the run in step_time.json: the rung, and all that the time of a step depends on."""
+    """The key of the run in step_time.json: the rung, and everything on which the time of a step depends."""
     constants = all_constants(run, 0)
     words = [run.rung, *(f"{name}={constants[name]}" for name in COSTS if name in constants)]
     return " ".join([*words, *([f"({run.name})"] if run.edits else [])])
@@ -35,7 +34,7 @@ def model_key(run):
 
 def read():
     """{"machine", "date", "libraries_mb", "seconds": {model_key: of a step}, "peak_mb": {model_key: of the process},
-    "trials": {model_key: the seconds of each}}"""
+    "trials": {model_key: [seconds of each trial]}}"""
     path = store.RESULTS / "step_time.json"
     kept = store.read_json(path) if path.exists() else {"seconds": {}, "peak_mb": {}}
     if not isinstance(kept, dict) or not isinstance(kept.get("seconds"), dict):
@@ -44,7 +43,7 @@ def read():
 
 
 def seconds_of(run):
-    """Seconds that a step of `run` takes; None if that was not measured."""
+    """How many seconds a step of `run` takes; None if that was not measured."""
     return read()["seconds"].get(model_key(run))
 
 
@@ -57,16 +56,16 @@ def steps_within(seconds, run):
 
 
 def not_measured(run):
-    return UserError(f"how long a step of {run.name} takes was not measured yet; python results/experiments.py "
-                     f"{owner(run)[0]} --step-time measures it")  # fmt: skip
+    return UserError(f"the time of a step of {run.name} has not been measured yet; measure it with python "
+                     f"results/experiments.py {owner(run)[0]} --step-time")  # fmt: skip
 
 
 def trial(run):
-    """(seconds a step, peak memory in MB) of a run that is broken off after some steps: their median, and the most that
-    its process held. Raises ValueError if it ends by itself."""
+    """(seconds per step, peak memory in MB) of a run that is stopped after a few steps: the median step, and the peak
+    of its process. Raises ValueError if the run ends early."""
     folder = store.WORK / "step_time"
     if not Path("/proc/self/status").exists():
-        raise UserError("the memory of a process is read from /proc, which is not here; measure step times on Linux")
+        raise UserError("peak memory is read from /proc, which this system does not have; measure step times on Linux")
     shutil.rmtree(folder, ignore_errors=True)
     constants = {**all_constants(run, SEEDS[0]), "MAX_STEPS": 10_000, "DEVICE": "cpu"}
     process = runner.launch(runner.command(run, folder, constants), output=subprocess.DEVNULL)
@@ -81,22 +80,23 @@ def trial(run):
                     seconds = [float(row["tokens_seen"]) / float(row["step"]) / float(row["tokens_per_second"])
                                for row in rows]  # fmt: skip
                     return median(seconds), int(peak) * 1024 / 1e6
-        raise UserError(f"the trial of {run.name} has ended with exit code {process.returncode}")
+        raise UserError(f"the trial of {run.name} ended with exit code {process.returncode}; start the run itself to "
+                        "see why")  # fmt: skip
     finally:
         process.kill()
         process.wait()
 
 
 def libraries_mb():
-    """Memory in MB of a process that has loaded what a rung needs, before it has a model."""
+    """Memory in MB of a process that has loaded the libraries of a rung, but no model."""
     code = "import v1, torch._dynamo, harness; print(harness.peak_memory_mb('cpu'))"
     return float(subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, check=True).stdout)
 
 
 def measure(runs, again=True):
-    """Measure `runs`, each by TRIALS trials, and keep the results; without `again` only what is missing. The runs take
-    turns, since the speed of a machine changes within minutes. On another machine than before all that was kept goes.
-    Raises UserError if that would be so without `again`."""
+    """Measure `runs`, each in TRIALS trials, and keep the results; without `again`, measure only what is missing. The
+    runs take turns, since the speed of a machine changes within minutes. On a different machine than before, all
+    earlier results are discarded; without `again` that raises UserError instead."""
     kept = read()
     if kept.get("machine", machine()) != machine():
         if not again:

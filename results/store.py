@@ -1,4 +1,4 @@
-"""What finished runs have left in results/experiments/, and their numbers over the seeds."""
+"""The result files of finished runs in results/experiments/, and their figures over the seeds."""
 
 import hashlib
 import json
@@ -14,19 +14,19 @@ WORK, RESULTS = ROOT / "runs" / "experiments", ROOT / "results" / "experiments"
 
 
 def slug(text):
-    """A text as the name of a file: "+ Muon: v3_1" is plus-muon-v3_1."""
+    """Turn a text into a file name: "+ Muon: v3_1" becomes plus-muon-v3_1."""
     words = "".join(c.lower() if c.isalnum() or c in "._" else " " for c in text.replace("+", "plus").replace("×", "x"))
     return "-".join(words.split())
 
 
 def is_tried(overrides):
-    """Whether runs with these constants, {name: text}, are no results but tried out."""
+    """Whether runs with these constants, {name: text}, are only tried out and do not count as results."""
     return any(name not in HOW for name in overrides or ())
 
 
 def base_folder(overrides=None):
-    """The folder of results. Runs with constants that the plan does not give are no results: they have a folder of
-    their own below runs/, named by those constants."""
+    """The folder of results. Runs with constants that are not in the plan do not count as results: they have their own
+    folder below runs/, named after those constants."""
     if not is_tried(overrides):
         return RESULTS
     words = [f"{name}={text}" for name, text in sorted(overrides.items()) if name not in HOW]
@@ -36,13 +36,13 @@ def base_folder(overrides=None):
 
 
 def result_file(run, seed, gpu=False, overrides=None):
-    """Where a finished run is kept: in the folder of the first experiment that has it."""
+    """The result file of a run, in the folder of the first experiment that has the run."""
     experiment, run = owner(run)
     return base_folder(overrides) / f"{experiment}{'_gpu' * gpu}" / f"{slug(run.name)}-{seed}.json"
 
 
 def work_folder(path):
-    """Where the run whose result will be the file `path` is trained."""
+    """The folder in which to train the run whose result will be the file `path`."""
     below = path.relative_to(RESULTS) if path.is_relative_to(RESULTS) else path.relative_to(WORK)
     return (WORK / below).with_suffix("")
 
@@ -54,7 +54,7 @@ def command(experiment, gpu=False, overrides=None):
 
 
 def shown(path):
-    """A path as it is printed: from the repository on, if it is there."""
+    """A path for messages: relative to the repository if it is inside."""
     return path.relative_to(ROOT) if path.is_relative_to(ROOT) else path
 
 
@@ -71,7 +71,7 @@ def read_text(path):
 
 
 def read_json(path):
-    """What a JSON file holds. Raises OSError, ValueError."""
+    """The contents of a JSON file. Raises OSError, ValueError."""
     text = read_text(path)
     try:
         return json.loads(text)
@@ -79,13 +79,13 @@ def read_json(path):
         raise UserError(f"{shown(path)} is damaged; put it back, or remove it and make it again") from None
 
 
-LEFT_OUT = {}  # {file: why it is left out}: what has been said of it already
+LEFT_OUT = {}  # {file: why it is left out}, as already printed
 
 
 def read_result(run, seed, gpu=False, overrides=None):
-    """The content of the result file of a run with a seed; None if there is none. One that is not that of the run as it
-    is planned counts as none, and a line says why."""
-    from results import checks  # it needs step times, which are kept with what is in here
+    """The contents of the result file of a run with a seed; None if there is none. A file that does not match the
+    planned run counts as none, and a line says why."""
+    from results import checks  # not at the top: checks imports this file, by way of step_time
 
     path = result_file(run, seed, gpu, overrides)
     if not path.exists():
@@ -106,14 +106,14 @@ def read_result(run, seed, gpu=False, overrides=None):
 
 
 def read_results(run, seeds, gpu=False, overrides=None):
-    """The content of the result files of a run, a dict for each of `seeds` that is done."""
+    """The contents of the result files of a run, a dict for each of `seeds` that is done."""
     results = [read_result(run, seed, gpu, overrides) for seed in seeds]
     return [result for result in results if result is not None]
 
 
 def check_together(name, gpu=False, overrides=None, more=None):
-    """Raises ValueError if the results of an experiment are of different texts, or of different code of a rung without
-    a reason in the plan, which is returned; `more` results, {name: result}, would be beside them."""
+    """Raises ValueError if the results of an experiment come from different texts, or from different code of a rung
+    without a reason in the plan. Returns that reason. `more`: further results, {name: result}, to check with them."""
     from results import checks
 
     found = {}
@@ -125,46 +125,46 @@ def check_together(name, gpu=False, overrides=None, more=None):
 
 
 def say_unknown(name, gpu=False, overrides=None):
-    """Say which files in the folder of an experiment are of no run of the plan: they are left out."""
+    """Say which files in the folder of an experiment belong to no planned run: they are left out."""
     folder = base_folder(overrides) / f"{name}{'_gpu' * gpu}"
     known = {result_file(run, seed, gpu, overrides) for experiment in EXPERIMENTS.values() for run in experiment.runs
              for seed in experiment.seeds}  # fmt: skip
     for path in sorted(set(folder.glob("*.json")) - known):
-        harness.say(f"{shown(path)} is left out: the plan has no run of that name and seed; remove it, or move it "
+        harness.say(f"{shown(path)} is left out: the plan has no run with that name and seed; remove it, or move it "
                     "aside", error=True)  # fmt: skip
 
 
 class Results(dict):
-    """{name of a run: its results} of an experiment. A run without any is asked for in vain with a line."""
+    """{name of a run: its results} of an experiment. Looking up a run without results raises an error in one line."""
 
     def __init__(self, experiment, results):
         super().__init__(results)
         self.experiment = experiment
 
     def __missing__(self, name):
-        raise UserError(f"there is no result of the run {name!r} of the experiment {self.experiment}; "
-                        f"{command(self.experiment)} makes it")  # fmt: skip
+        raise UserError(f"there is no result for the run {name!r} of the experiment {self.experiment}; make it with "
+                        f"{command(self.experiment)}")  # fmt: skip
 
 
 def results_of(name):
-    """{name of a run: its results, as read_results gives them} of the runs of an experiment that are done."""
+    """{name of a run: its results, as from read_results} for the finished runs of an experiment."""
     check_together(name)
     results = {run.name: read_results(run, EXPERIMENTS[name].seeds) for run in EXPERIMENTS[name].runs}
     return Results(name, {run_name: results for run_name, results in results.items() if results})
 
 
 def full_length(results):
-    """Those results whose runs were not stopped early."""
+    """The results whose runs were not stopped early."""
     return [one for one in results if one["summary"]["steps"] == one["summary"]["hyperparameters"]["MAX_STEPS"]]
 
 
 def mean_of(results, key):
-    """The mean of a number of the summaries of some results."""
+    """The mean of a figure in the summaries of some results."""
     return mean(result["summary"][key] for result in results)
 
 
 def spread(values, form="{:.4f}"):
-    """The mean of values, and where they differ the lowest and highest, as a cell of a table; – without values."""
+    """A table cell with the mean of some values and, if they differ, the lowest and highest; – without values."""
     values = [value for value in values if value is not None]
     if not values:
         return "–"
@@ -174,17 +174,17 @@ def spread(values, form="{:.4f}"):
 
 
 def spread_of(results, key, form="{:.4f}"):
-    """A number of the summaries of some results, as a cell of a table."""
+    """`spread` for a figure in the summaries of some results."""
     return spread([result["summary"][key] for result in results], form)
 
 
 def make_folder(folder):
-    """Make a folder if it is not there. Raises OSError."""
+    """Make a folder if it does not exist. Raises OSError."""
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise FileError(f"cannot make the folder {shown(folder)} ({error.strerror}); make room for it, or let this "
-                        "user write there") from None  # fmt: skip
+        raise FileError(f"cannot make the folder {shown(folder)} ({error.strerror}); make room, or make its parent "
+                        "writable") from None  # fmt: skip
 
 
 def write_text(path, text):

@@ -15,7 +15,7 @@ TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", 
 
 
 def model_in_words(summary):
-    """A line on the model of a summary."""
+    """A short description of the model in a summary."""
     rung, constants = summary["rung"], summary["hyperparameters"]
     if rung == "v0":
         return "bigram table"
@@ -41,7 +41,7 @@ def ladder():
 
 
 def counting():
-    """The rungs of the ladder beside the best of the n-gram models: from which evaluation on all seeds are better."""
+    """The rungs of the ladder compared with the best n-gram model: from which evaluation on all seeds are better."""
     counted, of_all, rows = n_gram(), results_of("ladder"), []
     for run in EXPERIMENTS["ladder"].runs:
         results, step, below = of_all[run.name], step_time.seconds_of(run), None
@@ -63,7 +63,7 @@ def n_gram():
 
 
 def closed_form():
-    """v0's loss beside that of the counts, from the run in results/runs/."""
+    """v0's loss compared with that of the counts, from the run in results/runs/."""
     summary = read_json(ROOT / "results" / "runs" / "v0" / "summary.json")
     trained, best = summary["train_text_loss"], summary["closed_form_loss"]
     return (f"Trained by gradient descent, v0's table reaches {trained:.4f} nats per token on the training text; the "
@@ -92,8 +92,7 @@ def recipe():
 
 
 def recipe_search():
-    """What was tried on the way to v3's recipe, one seed: on half of the ladder's text, then on all of it, the best
-    first."""
+    """The trials that led to v3's recipe, one seed: on half of the ladder's text, then on all of it, the best first."""
     rows = [[f"{one['megabytes']:.1f}", f"{one['windows']}", f"{one['rate']:g}", f"{one['beta2']:g}",
              f"{one['warmup']}", one["other"] or "–", f"{one['val_bpb']:.4f}"]
             for one in read_json(ROOT / "results" / "tried" / "v3_recipe.json")]  # fmt: skip
@@ -106,8 +105,8 @@ PLACES = {"at random": "learned, random at the start", "sinusoids": "learned, si
 
 
 def at_best_rate(results, trained, place):
-    """(learning rate or "", results) of the experiment v3_to_v4: of the rate that is best for this way to train and to
-    know positions; ("", []) if there is none yet."""
+    """(learning rate or "", results) of the experiment v3_to_v4 at the best rate for this way of training and of
+    encoding positions; ("", []) if there is no result yet."""
     found = {name: results[name] for name in results if re.fullmatch(rf"{trained}[ .\d]*, {place}", name)}
     if not found:
         return "", []
@@ -116,7 +115,7 @@ def at_best_rate(results, trained, place):
 
 
 def v3_to_v4():
-    """Each way to train with each way to know positions, at the best of its rates."""
+    """Each way of training with each way of encoding positions, at its best rate."""
     results, rows = results_of("v3_to_v4"), []
     for trained, title in TRAINED.items():
         cells = []
@@ -128,7 +127,7 @@ def v3_to_v4():
 
 
 def v3_to_v4_rates():
-    """All rates of that experiment."""
+    """All rates of the experiment v3_to_v4."""
     rows, of_all = [], results_of("v3_to_v4")
     for name, results in of_all.items():
         trained, _, place = name.partition(", ")
@@ -137,7 +136,7 @@ def v3_to_v4_rates():
     return table(["block and optimizer", "positions", "rate", "seeds", "val bpb"], rows, left=(0, 1))
 
 
-WAYS = {"side_by_side": "side by side", "sliding": "sliding"}  # to lay windows over a text
+WAYS = {"side_by_side": "side by side", "sliding": "sliding"}  # of placing windows over a text
 
 
 def windows_cell(results, way, size):
@@ -145,7 +144,7 @@ def windows_cell(results, way, size):
 
 
 def positions():
-    """Every scheme trained at 256 tokens, in windows of 1, 4 and 16 times as many."""
+    """Every scheme trained at 256 tokens, in windows 1, 4 and 16 times as long."""
     columns, rows = [(size, way) for size in (256, 1024, 4096) for way in WAYS], []
     of_all = results_of("positions")
     for scheme in ("alibi", "rope", "sinusoidal", "learned", "none"):
@@ -165,7 +164,7 @@ def positions_all():
 
 
 def vocabulary():
-    """In bold the best of each column."""
+    """Each vocabulary with v2 and v4, with the best of each column in bold."""
     runs = results_of("vocabulary")
     columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", "300 s")]
     best = [min((name for name in runs if name.startswith(column)), key=lambda name: mean_of(runs[name], "val_bpb"),
@@ -179,7 +178,7 @@ def vocabulary():
 
 
 def dropout():
-    """The best validation loss on the way, and the last one."""
+    """The lowest validation loss of each run, and the last one."""
     rows = []
     for name, results in results_of("dropout").items():
         text, _, p = name.rpartition(", ")
@@ -192,7 +191,7 @@ def dropout():
 
 
 def metrics():
-    """Windows, accuracy and calibration, means of the seeds."""
+    """Windows, accuracy and calibration, averaged over the seeds."""
     rows, forms = [], {"val_bpb": ".4f", "val_bpb_sliding": ".4f", "val_word_ppl": ".1f", "val_word_ppl_sliding": ".1f",
                        "test_bpb": ".4f", "test_word_ppl": ".1f", "val_top_1": ".1%", "val_top_5": ".1%",
                        "val_calibration_error": ".1%"}  # fmt: skip
@@ -226,7 +225,7 @@ def two_hours():
 
 
 def two_hours_best():
-    """The best run among static models that have been published, the worst first."""
+    """The best run among published static models, the worst first."""
     rows = [(name, f"{val:.1f}", test) for name, (val, test) in word_perplexities().items()]
     rows += [(name, "–", test) for name, test in LITERATURE.items()]
     rows = [[name, val, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
@@ -241,7 +240,7 @@ def two_hours_best():
 
 
 def adaptive():
-    """The best run with dynamic evaluation among models that adapt to the test text as well, the worst first."""
+    """The best run with dynamic evaluation among other models that adapt to the test text, the worst first."""
     rows = [("v4, two hours, dynamic evaluation", adapted_word_perplexity()), *ADAPTIVE.items()]
     rows = [[name, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
             for name, test in sorted(rows, key=lambda row: -row[1])]  # fmt: skip
@@ -249,13 +248,13 @@ def adaptive():
 
 
 def dynamic_eval():
-    """The rates that were tried for it: 0 is the evaluation without it."""
+    """The rates that were tried for dynamic evaluation; 0 means without it."""
     rows = [[f"{float(rate):g}", f"{bpb:.4f}"] for rate, bpb in best_run()["measured"]["rates"].items()]
     return table(["rate", "bpb on the first 32,768 tokens of the validation split"], rows)
 
 
 def sample(words=110):
-    """How the sample of the best run begins, as it is but for the ends of lines."""
+    """The beginning of the best run's sample, unchanged except for its line breaks."""
     lines, left = [], words
     for paragraph in (line.split() for line in best_run()["sample"].splitlines() if line.strip()):
         lines += [*textwrap.wrap(" ".join(paragraph[:left]) + (" ..." if len(paragraph) > left else ""), 118), ""]
@@ -266,7 +265,7 @@ def sample(words=110):
 
 
 def benchmark(name):
-    """The table that a benchmark has written, its headings below those of the page."""
+    """The table that a benchmark wrote, with its headings moved below those of the page."""
     return re.sub("(?m)^#+ ", "#### ", read_text(BENCHMARKS / f"{name}.md"))
 
 

@@ -1,4 +1,4 @@
-"""The texts that runs read: parts of others are made, and only runs of one text are compared."""
+"""The texts that runs read: makes texts that are parts of others, and checks that compared runs read the same text."""
 
 import importlib
 import math
@@ -15,25 +15,25 @@ from harness.identity import tokens_hash
 from results import store
 from results.plan import EXPERIMENTS, ROOT, all_constants, owner
 
-TENTH_SPLITS = ("val", "test", "train")  # the last one is looked for
+TENTH_SPLITS = ("val", "test", "train")  # in the order of writing
 
 
 def text_of(run, constants):
-    """What identifies the text that a run with these constants reads."""
+    """The identity of the text that a run with these constants reads."""
     rung = importlib.import_module(run.rung)
     tokens = load_tokens(constants.get("VOCABULARY", rung.VOCABULARY), constants.get("DATA", rung.DATA))
     return {"dataset": tokens["train"].dataset, "tokens_sha256": tokens_hash(tokens)}
 
 
 def steps_for(megabytes, rung, constants):
-    """How many steps make so many megabytes of the text that a run of the module `rung` trains on."""
+    """How many steps a run of the module `rung` needs to read so many megabytes of its training text."""
     train = load_tokens(constants.get("VOCABULARY", rung.VOCABULARY), constants.get("DATA", rung.DATA))["train"]
     step_tokens = math.prod(constants.get(name, getattr(rung, name)) for name in ("BATCH_SIZE", "BLOCK_SIZE"))
     return max(2, round(1e6 * megabytes / (step_tokens * train.n_bytes / len(train))))
 
 
 def make_tenth(folder):
-    """The token files of data/ with the first tenth of the training text only, in `folder`."""
+    """Write the token files of data/ to `folder`, with only the first tenth of the training text."""
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer = BPETokenizer.load(ROOT / "data" / "bpe_vocab.json")
     for split in TENTH_SPLITS:
@@ -50,13 +50,13 @@ def make_tenth(folder):
 
 
 def prepare(runs, overrides=None):
-    """Make the texts of `runs` that are parts of others. Raises OSError and ValueError if tokens are missing."""
+    """Make those texts of `runs` that are parts of others. Raises OSError and ValueError if token files are missing."""
     folders = {run.constants.get("DATA", "data") for run in runs} if "DATA" not in (overrides or {}) else set()
     sample, tenth = store.WORK / "sample", store.WORK / "tenth"
     if "runs/experiments/sample" in folders and not sample.exists():
         words = ["data/prepare.py", "--sample", "--to", str(sample), "--vocabulary", "data/bpe_vocab.json"]
         if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-            raise UserError(f"python {' '.join(words)} has failed; its message is above")
+            raise UserError(f"python {' '.join(words)} failed; its message is above")
     if folders & {"data", "runs/experiments/tenth"}:
         load_tokens("bpe_vocab.json")
     if "runs/experiments/tenth" in folders and not (tenth / "bpe_vocab.json").exists():
@@ -67,7 +67,8 @@ def prepare(runs, overrides=None):
 
 
 def check_texts(todo, overrides, gpu=False):
-    """Raises ValueError if a run of `todo`, [(run, seed)], would read another text than those it is compared with."""
+    """Raises ValueError if a run of `todo`, [(run, seed)], would read another text than the results that it is compared
+    with."""
     for run, seed in todo:
         name, planned = owner(run)[0], run.constants.get("DATA", "data")
         constants = all_constants(run, seed, gpu) | overrides
@@ -83,9 +84,9 @@ def check_texts(todo, overrides, gpu=False):
                   else f"remove {here}, which is made again" if here.startswith("runs/experiments/")
                   else "leave DATA out" if not overrides else f"prepare that text in {here}")  # fmt: skip
         if done and text["dataset"] not in names:
-            raise UserError(f"{here} holds {text['dataset']!r}, and the runs in {folder} are of "
-                            f"{', '.join(map(repr, sorted(names)))}: {remedy}; or move {folder} aside to begin "
-                            "anew")  # fmt: skip
+            raise UserError(f"{here} holds {text['dataset']!r}, but the runs in {folder} read "
+                            f"{', '.join(map(repr, sorted(names)))}; {remedy}; or move {folder} aside to start "
+                            "over")  # fmt: skip
         if text and text["tokens_sha256"] and hashes and text["tokens_sha256"] not in hashes:
-            raise UserError(f"{here} holds other tokens than those that the runs in {folder} have read, under the same "
-                            f"name {text['dataset']!r}: {remedy}; or move {folder} aside to begin anew")  # fmt: skip
+            raise UserError(f"the tokens in {here} are not those that the runs in {folder} read, though both are named "
+                            f"{text['dataset']!r}; {remedy}; or move {folder} aside to start over")  # fmt: skip

@@ -623,7 +623,7 @@ FAULTS = [
      "            if False:", "trials"),
     ("results/runner.py", "what was begun otherwise goes on", "    if differ and run.exists():", "    if False:",
      "begun or kept_apart"),
-    ("results/runner.py", "another code of the rung goes on", '"code_sha256": "the code of the rung was another"}', "}",
+    ("results/runner.py", "another code of the rung goes on", '"code_sha256": "the code of the rung was different"}', "}",
      "begun"),
     ("results/runner.py", "a run at work is moved aside", "        if output.exists():\n", "        if False:\n",
      "begun"),

@@ -76,9 +76,9 @@ NOTES = [  # rung, constants that somebody sets, what is said
     (V4, {"WARMUP_STEPS": 800}, "WARMUP_STEPS=800 and COOLDOWN=0.5 overlap in MAX_STEPS=1280: .* to 89% of"),
     ("v3", {"STRIDE": 512}, "STRIDE=512 is not below BLOCK_SIZE=256: .* windows do not overlap"),
     ("v3", {"BLOCK_SIZE": 64}, "STRIDE=128 is not below BLOCK_SIZE=64"),
-    ("v0", {"TEMPERATURE": 0.0, "TOP_K": 5}, "TEMPERATURE=0 takes the likeliest token: TOP_K=5 has no effect"),
+    ("v0", {"TEMPERATURE": 0.0, "TOP_K": 5}, "TEMPERATURE=0 always takes the likeliest token: TOP_K=5 has no effect"),
     ("v3", {"TEMPERATURE": 0, "TOP_K": 5, "TOP_P": 0.5}, "TOP_K=5 and TOP_P=0.5 have no effect"),
-    ("v2", {"TOP_K": 1, "TEMPERATURE": 2.0}, "TOP_K=1 takes the likeliest token: TEMPERATURE=2 has no effect"),
+    ("v2", {"TOP_K": 1, "TEMPERATURE": 2.0}, "TOP_K=1 always takes the likeliest token: TEMPERATURE=2 has no effect"),
     (V4, {"ROPE_BASE": 500.0, "POSITION": "alibi,none"}, "ROPE_BASE=500 has no effect with POSITION=alibi,none"),
     (V4, {"POSITION": "rope,rope"}, "POSITION=rope,rope names rope twice"),
     (V4, {"EXTRAPOLATION": (1, 2, 2)}, "EXTRAPOLATION=1,2,2 names 2 twice"),
@@ -88,8 +88,8 @@ NOTES = [  # rung, constants that somebody sets, what is said
     ("v1", {"EVAL_INTERVAL": 900}, "EVAL_INTERVAL=900 is larger than MAX_STEPS=640 and has no effect"),
     ("v0", {"LEARNING_RATE": 0}, "LEARNING_RATE=0: the weights that it applies to do not change"),
     ("v3_1", {"LEARNING_RATE_ADAMW": 0.0}, "LEARNING_RATE_ADAMW=0: "),
-    ("v3", {"DROPOUT": 0.001}, "DROPOUT=0.001 is rounded .* it is 0 here, so nothing is dropped"),
-    ("v3", {"DROPOUT": 0.005}, "DROPOUT=0.005 is rounded .* it is 0.00391 here$"),
+    ("v3", {"DROPOUT": 0.001}, "DROPOUT=0.001 is rounded .* here 0, so nothing is dropped"),
+    ("v3", {"DROPOUT": 0.005}, "DROPOUT=0.005 is rounded .* here 0.00391$"),
 ]
 FINE = [
     ("v3", {"BATCH_SIZE": 8}), ("v3", {"BATCH_SIZE": 48}), ("v1_1", {"BATCH_SIZE": 50}), ("v2", {"BATCH_SIZE": 17}),
@@ -132,7 +132,7 @@ def test_the_peak_of_the_learning_rate_is_that_of_the_schedule(name, load):
 def test_contradictions_are_said_once_in_a_run(name, load, start, capsys):
     """On the command line and in a notebook, in every run anew; v4 says them for all its schemes."""
     module = load(name, TEMPERATURE=0.0, TOP_K=2, **({"POSITION": "alibi,rope"} if name == V4 else {}))
-    line = "TEMPERATURE=0 takes the likeliest token: TOP_K=2 has no effect\n"
+    line = "TEMPERATURE=0 always takes the likeliest token: TOP_K=2 has no effect\n"
     for _ in range(2):
         assert start(module)[1].count(line) == 1
         module.main()
@@ -145,7 +145,7 @@ def test_micro_batches_of_two_shapes_are_refused(name, load, start):
     module = load(name, BATCH_SIZE=6)  # micro-batches of 4 and 2
     code, _, err = start(module)
     assert code == 1 and "set MICRO_BATCH_SIZE=3, or BATCH_SIZE=8\n" in err
-    with pytest.raises(UserError, match="24, 12 for each process, is no .*; set MICRO_BATCH_SIZE=6, or BATCH_SIZE=32$"):
+    with pytest.raises(UserError, match="24, 12 for each process, is not .*; set MICRO_BATCH_SIZE=6, or BATCH_SIZE=32$"):
         list(conflicts(defaults(name) | {"BATCH_SIZE": 24, "MICRO_BATCH_SIZE": 8}, (), 2))
     with pytest.raises(UserError, match="set MICRO_BATCH_SIZE=6$"):  # the batches of a run must stay
         list(conflicts(defaults(name) | {"BATCH_SIZE": 12, "MICRO_BATCH_SIZE": 8, "RESUME": True}, ()))

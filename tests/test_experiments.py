@@ -252,7 +252,7 @@ def test_the_edits_of_v4(tmp_path):
 
 def test_an_edit_that_does_not_find_its_place_is_refused():
     for text in ("b", "a a"):
-        with pytest.raises(ValueError, match="finds its place"):
+        with pytest.raises(ValueError, match="the old text of an edit occurs"):
             edits.edited(text, (("a", "c"),))
     assert edits.edited("a b", (("a", "c"), ("c b", "d"))) == "d"
 
@@ -367,11 +367,11 @@ def test_runs_of_different_texts_are_not_compared(folders, monkeypatch, data_dir
     texts.check_texts(todo, {})
     texts.check_texts(todo, {}, gpu=True)
     make_result(other, 3, dataset="wikitext-2-v1")
-    with pytest.raises(ValueError, match="data holds 'sample', and the runs in .*results/tiny are of 'wikit"):
+    with pytest.raises(ValueError, match="data holds 'sample', but the runs in .*results/tiny read 'wikit"):
         experiments.main(["tiny"])
     texts.check_texts(todo, {}, gpu=True)  # those are kept in a folder of their own
     make_result(other, 3, gpu=True, dataset="wikitext-103-v1")
-    with pytest.raises(ValueError, match="results/tiny_gpu are of 'wikitext-103-v1'"):
+    with pytest.raises(ValueError, match="results/tiny_gpu read 'wikitext-103-v1'"):
         texts.check_texts(todo, {}, gpu=True)
     make_result(other, 3)
     tokens = data.load_tokens("bpe_vocab.json")
@@ -382,7 +382,7 @@ def test_runs_of_different_texts_are_not_compared(folders, monkeypatch, data_dir
         patch.setattr(texts, "load_tokens", lambda *_: tokens)
         texts.check_texts(todo, {})
         tokens["val"].digest = "of another text"
-        with pytest.raises(ValueError, match="data holds other tokens than those .* under the same name 'sample'"):
+        with pytest.raises(ValueError, match="tokens in .*data are not those .* both are named 'sample'"):
             texts.check_texts(todo, {})
     texts.check_texts(todo, {"DATA": "novel"})  # it is tried out, and nothing of it is done
 
@@ -405,14 +405,14 @@ def test_several_runs_at_a_time(tiny, capfd, monkeypatch):
     (folder / "b-2.json").unlink()
     shutil.rmtree(store.WORK / "tiny" / "b-2")
     plan_tiny(monkeypatch, Run("a", "v0", tiny), Run("b", "v0", {**tiny, "LEARNING_RATE": 0.25, "MAX_STEPS": 0}))
-    with pytest.raises(ValueError, match="has ended with exit code 1; its message is in .*screen.txt"):
+    with pytest.raises(ValueError, match="ended with exit code 1; its message is in .*screen.txt"):
         experiments.main(["tiny", "DEVICE=cpu", "--jobs", "2"])
     assert "MAX_STEPS=0 must be" in (store.WORK / "tiny" / "b-2" / "screen.txt").read_text()
 
 
 def test_a_run_that_fails_ends_with_a_line(tiny, capfd, monkeypatch):
     plan_tiny(monkeypatch, Run("a", "v0", {**tiny, "MAX_STEPS": 0}))
-    with pytest.raises(ValueError, match="has ended with exit code 1; its message is above"):
+    with pytest.raises(ValueError, match="ended with exit code 1; its message is above"):
         experiments.main(["tiny", "DEVICE=cpu"])
     assert "MAX_STEPS=0 must be" in capfd.readouterr().err
     with pytest.raises(ValueError, match="no run of tiny is done"):
@@ -466,7 +466,7 @@ def test_what_stops_it_stops_its_runs(signum, jobs, tmp_path, data_dir):
                 time.sleep(0.02)
     assert process.exitcode == 128 + signum
     lines = errors.read_text().splitlines()
-    assert lines[-1] == "experiments.py: stopped; the same command goes on from the last checkpoint"
+    assert lines[-1] == "experiments.py: stopped; the same command continues from the last checkpoint"
     assert "Traceback" not in errors.read_text()
     assert sorted(path.name for path in (tmp_path / "work" / "tiny").iterdir()) == [
         f"run-{k}-1337" for k in range(1, jobs + 1)]  # fmt: skip
@@ -479,7 +479,7 @@ def test_an_unknown_experiment_is_refused(launch_forked, capfd):
     """By the program itself."""
     process = runner.launch([sys.executable, ROOT / "results" / "experiments.py", "nothing"])
     assert process.wait() == 1
-    assert "experiments.py: there is no experiment 'nothing'; known are ladder, " in capfd.readouterr().err
+    assert "experiments.py: there is no experiment 'nothing'; the experiments are ladder, " in capfd.readouterr().err
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -504,23 +504,23 @@ def test_what_is_tried_out_is_kept_apart(tiny, capfd, monkeypatch):
     experiments.main(["tiny", "MAX_STEPS=2", "LEARNING_RATE=1", "--table"])  # what was tried is done, too
     assert "Tried out with MAX_STEPS=2 LEARNING_RATE=1" in capfd.readouterr().out
     shutil.copy(path, store.RESULTS / "tiny" / "a-2.json")
-    with pytest.raises(ValueError, match="what is there is left out"):
+    with pytest.raises(ValueError, match="all results there were left out"):
         experiments.main(["tiny", "DEVICE=cpu"])
     assert "LEARNING_RATE was 1.0 and is 0.03; MAX_STEPS was 2 and is 6; remove it" in capfd.readouterr().err
 
     run.constants["MAX_STEPS"] = 5  # the plan changes, the result is removed, and what is left of its run is not it
     store.result_file(run, 2).unlink()
     experiments.main(["tiny", "DEVICE=cpu"])
-    assert "holds another run (MAX_STEPS was 6 and is 5); it is now in run.1" in capfd.readouterr().out
+    assert "held another run (MAX_STEPS was 6 and is 5); that is now in run.1" in capfd.readouterr().out
     assert json.loads(store.result_file(run, 2).read_text())["summary"]["steps"] == 5
 
 
 @pytest.mark.parametrize(("words", "why"), [
     (["tiny", "MAX_STEP=2"], "no run of tiny has a constant 'MAX_STEP'"),
-    (["tiny", "SEED=3"], "SEED is set by the program"), (["tiny", "OUT_DIR=x"], "OUT_DIR is set by the program"),
+    (["tiny", "SEED=3"], "this program sets SEED itself"), (["tiny", "OUT_DIR=x"], "sets OUT_DIR itself"),
     (["tiny", "MAX_STEPS=few"], "MAX_STEPS=few: MAX_STEPS must be"), (["MAX_STEPS=2"], "name an experiment"),
     (["tiny", "MAX_STEPS=2", "--step-time"], "without --list and --step-time"),
-    (["tiny", "--gpu", "--step-time"], "leave --gpu out"), (["tiny", "--missing"], "goes with --step-time"),
+    (["tiny", "--gpu", "--step-time"], "leave --gpu out"), (["tiny", "--missing"], "only works with --step-time"),
 ])  # fmt: skip
 def test_what_would_be_passed_over_is_refused(words, why, folders, monkeypatch):
     monkeypatch.setattr(experiments, "make_all", lambda *_: pytest.fail("it has begun"))
@@ -540,13 +540,13 @@ OTHERS = {  # what is wrong with a result of PLANNED: (how it was made, what is 
     "constant that is gone": ({"constants": {"TWIST": 7}, "changes_of_result": {"command": "python v3.py TWIST=7"}},
                               "TWIST was 7 and is not set"),
     "seed": ({"seed": 3}, "its seed is 3"),
-    "rung": ({"rung": "v3_1"}, "it is of v3_1.py"),
-    "edits": ({"changes_of_result": {"edits": [["a", "b"]]}}, "other edits of the text"),
-    "end": ({"changes_of_result": {"log": [{"step": 10}]}}, "has ended after 10 of 80 steps"),
+    "rung": ({"rung": "v3_1"}, "it is a run of v3_1.py"),
+    "edits": ({"changes_of_result": {"edits": [["a", "b"]]}}, "edits that are not those"),
+    "end": ({"changes_of_result": {"log": [{"step": 10}]}}, "ended after 10 of 80 steps"),
     "early end": ({"steps": 40, "best_step": 30, "changes_of_result": {"log": [{"step": 30}, {"step": 40}]}},
-                  "has ended after 40 of 80 steps"),
-    "damage": ({"hyperparameters": None}, "damaged or no result"),
-    "no log": ({"changes_of_result": {"log": []}}, "damaged or no result"),
+                  "ended after 40 of 80 steps"),
+    "damage": ({"hyperparameters": None}, "damaged or not a result"),
+    "no log": ({"changes_of_result": {"log": []}}, "damaged or not a result"),
 }  # fmt: skip
 
 
@@ -607,7 +607,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
     make_result(run, 2)
     assert experiments.report("tiny")
     for field, value, why in (("edits", edits.HEAD_OF_ITS_OWN, "other edits"),
-                              ("measure", "windows", "'windows' was not measured")):  # fmt: skip
+                              ("measure", "windows", "lacks the measurement 'windows'")):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(run, field, value)
             assert experiments.report("tiny") is None and why in capsys.readouterr().err
@@ -623,7 +623,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
     make_result(fed, 2, constants={"MAX_STEPS": 40})
     make_result(timed, 2, constants={"MAX_STEPS": 40})
     capsys.readouterr()
-    assert "fed" in experiments.report("tiny") and "step of timed takes was not measured" in capsys.readouterr().err
+    assert "fed" in experiments.report("tiny") and "the time of a step of timed has not been measured" in capsys.readouterr().err
     for seconds, text in ((1.0, "| timed | 1 |"), (0.5, "MAX_STEPS was 40 and is 80")):
         times = {"seconds": {step_time.model_key(timed): seconds}}
         monkeypatch.setattr(step_time, "read", lambda times=times: times)
@@ -631,7 +631,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
     fed.megabytes = 0.05
     store.LEFT_OUT.clear()
     assert "| fed" not in (experiments.report("tiny") or "")
-    assert "0.04 MB, and the plan has 0.05" in capsys.readouterr().err
+    assert "0.04 MB, but the plan has 0.05" in capsys.readouterr().err
 
 
 def test_results_of_different_code_share_a_table_only_with_a_reason(folders, monkeypatch, capsys):
@@ -732,7 +732,7 @@ def test_the_step_time_is_that_of_a_run(tiny, monkeypatch):
     shape = {"N_LAYER": 1, "N_EMBD": 32, "N_HEAD": 2, "BLOCK_SIZE": 16, "BATCH_SIZE": 4, "COMPILE": False}
     run = Run("v4", V4, tiny | shape | {"POSITION": "rope"})
     plan_tiny(monkeypatch, run)
-    with pytest.raises(ValueError, match="was not measured yet; python results/experiments.py tiny --step-time"):
+    with pytest.raises(ValueError, match="measured yet; .* python results/experiments.py tiny --step-time"):
         step_time.steps_within(1, run)
     monkeypatch.setattr(step_time, "TRIALS", 1)
     step_time.measure([run], again=False)
