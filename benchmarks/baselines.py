@@ -1,19 +1,19 @@
 """What people would run instead, on the same text, the same cores, for the same time.
 
     python benchmarks/baselines.py --examples DIR --nanogpt DIR --from DIR    all of them, then the table
-    python benchmarks/baselines.py --table                                    only the table, of those that are done
+    python benchmarks/baselines.py --table                                    only the table, from finished runs
     python benchmarks/baselines.py ... "nanoGPT, small"                       one of them
 
-DIR are checkouts of https://github.com/pytorch/examples and https://github.com/karpathy/nanoGPT, and the folder with
-WikiText-2 (wiki.train.tokens, ...). Their code runs as it is, with the commands of their README files:
+The three DIR are checkouts of https://github.com/pytorch/examples and https://github.com/karpathy/nanoGPT, and the
+folder with WikiText-2 (wiki.train.tokens, ...). Their code runs unchanged, with the commands from their README files:
 
-- word_language_model has whole words as its vocabulary. It trains epoch by epoch; here an alarm saves the weights when
-  the seconds are over and ends it as Ctrl-C would. Its perplexity counts every word and end of line.
-- nanoGPT's settings for small machines (its README, "I only have a macbook"), and its model with v3's constants. It
-  gets the tokens of this repository; a short trial tells how many steps the seconds hold, and its weights are evaluated
+- word_language_model uses whole words as its vocabulary. It trains epoch by epoch; when time is up, an alarm saves
+  the weights and ends it as Ctrl-C would. Its perplexity counts every word and end of line.
+- nanoGPT runs with its settings for small machines (its README, "I only have a macbook"), and with v3's constants. It
+  gets the tokens of this repository. A short trial finds how many steps fit in the time, and its weights are evaluated
   here over whole splits, in windows side by side.
 
-v2, v3 and v4 beside them are the experiment `beside` (results/plan.py).
+v2, v3 and v4 in the same table come from the experiment `beside` (results/plan.py).
 """
 
 import argparse
@@ -53,7 +53,8 @@ LOADING = 5  # seconds that word_language_model takes to read the text, which do
 
 
 def run_words(seconds, arguments):
-    """In a process of its own, in the folder of word_language_model: main.py, stopped after `seconds` of training."""
+    """Run main.py of word_language_model, stopped after `seconds` of training. Runs in a separate process, in that
+    folder."""
 
     def stop(number, frame):
         import torch  # main.py has done so
@@ -73,7 +74,7 @@ def run_words(seconds, arguments):
 
 
 def words(name, folder, source, seconds):
-    """What word_language_model reaches. Raises ValueError if it fails."""
+    """Train and evaluate word_language_model. Raises ValueError if it fails."""
     data = WORK / "words"
     data.mkdir(parents=True, exist_ok=True)
     for ours, theirs in (("train", "train"), ("valid", "valid"), ("test", "test")):
@@ -121,7 +122,7 @@ def word_perplexity(model, tokens, size):
 
 
 def nano(name, folder, seconds):
-    """What nanoGPT reaches. Raises ValueError if it fails."""
+    """Train and evaluate nanoGPT. Raises ValueError if it fails."""
     import torch
 
     tokens, out = nano_data(folder), WORK / name.replace(", ", "-").replace(" ", "-")
@@ -156,7 +157,7 @@ def nano(name, folder, seconds):
 
 
 def commit(folder):
-    """The commit that the checkout is at, as its own file COMMIT says or git."""
+    """The commit of a checkout, from its file COMMIT or from git."""
     if (folder / "COMMIT").exists():
         return (folder / "COMMIT").read_text().strip()
     return subprocess.run(["git", "rev-parse", "HEAD"], cwd=folder, capture_output=True, text=True).stdout.strip()
@@ -200,7 +201,7 @@ def main():
                 raise ValueError(f"--{option.replace('source', 'from')} must name a folder")
     for name in () if args.table else args.names or [*WORDS, *NANO]:
         if name not in {**WORDS, **NANO}:
-            raise ValueError(f"there is no {name!r}; known are {', '.join([*WORDS, *NANO])}")
+            raise ValueError(f"there is no {name!r}; choose from {', '.join([*WORDS, *NANO])}")
         folder = (args.examples if name in WORDS else args.nanogpt).resolve()
         found = words(name, folder, args.source, args.seconds) if name in WORDS else nano(name, folder, args.seconds)
         results["peers"][name] = {"commit": commit(folder), "date": time.strftime("%Y-%m-%d"), **found}

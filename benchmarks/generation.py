@@ -1,14 +1,14 @@
-"""How fast v4 writes: with its key-value cache, and by computing the whole text again for each token.
+"""How fast v4 generates: with its key-value cache, and by computing the whole text again for each token.
 
     python benchmarks/generation.py           some minutes; the results go to results/benchmarks/
     python benchmarks/generation.py --quick   one scheme, two repetitions, under a minute; writes nothing
 
-Each contestant continues one token by 512. The plain loop is that of v3, on the same model of v4. The peer is
-`generate` of Hugging Face's transformers for a GPT-2 of the same shape, with its cache. They take turns, and what
-counts is the median of the repetitions. The weights are random, since the speed does not depend on them.
+Each contestant generates 512 tokens from a single one. The plain loop is v3's, on the same v4 model. The peer is
+`generate` of Hugging Face's transformers for a GPT-2 of the same shape, with its cache. They take turns, and the
+median of the repetitions counts. The weights are random, since the speed does not depend on them.
 
-With a cache a new token costs the same wherever it stands, but for attention, which looks back on all tokens before
-it. So the second table shows the time per token by position, and what the attention kernel alone takes of it.
+With a cache, a new token costs the same at every position, except for attention, which covers all earlier tokens. So
+the second table shows the time per token by position, and the time of the attention kernel alone.
 """
 
 import argparse
@@ -27,7 +27,7 @@ sys.path.insert(0, str(ROOT))
 import v4_alibi_rope as v4  # noqa: E402
 from benchmarks.tables import keep, machine, table  # noqa: E402
 
-TOKENS = 512  # that are generated
+TOKENS = 512  # to generate
 BIN = 128  # positions in a column of the table
 VOCAB_SIZE = 4096
 REPETITIONS, QUICK_REPETITIONS = 5, 2
@@ -35,7 +35,7 @@ TOLERANCE = 1e-3  # of logits, which are of order one
 
 
 def make_model(position):
-    """v4 with random weights; those that it sets to zero for training are made random too."""
+    """v4 with random weights, including those that it sets to zero for training."""
     torch.manual_seed(v4.SEED)
     v4.POSITION = position
     model = v4.LanguageModel(VOCAB_SIZE).to(v4.DEVICE).eval()
@@ -47,7 +47,7 @@ def make_model(position):
 
 @torch.no_grad()
 def plain_loop(model, ids, n_tokens):
-    """`generate` of v3: every new token takes a pass over the whole text."""
+    """v3's `generate`: every new token needs a pass over the whole text."""
     idx = torch.tensor([ids], device=v4.DEVICE)  # (1, T)
     for _ in range(n_tokens):
         logits = model(idx[:, -model.block_size :])[:, -1]  # (1, V)
@@ -74,7 +74,8 @@ def hugging_face():
 
 @torch.no_grad()
 def largest_difference(model):
-    """Between the logits of single tokens with a cache, and those of the whole text at once."""
+    """The largest difference between logits computed token by token with a cache and logits of the whole text at once.
+    """
     idx = torch.randint(VOCAB_SIZE, (1, TOKENS), device=v4.DEVICE)
     cache = v4.KVCache(model)
     cached = torch.cat([model(idx[:, i : i + 1], cache=cache) for i in range(TOKENS)], dim=1)
@@ -85,7 +86,7 @@ def largest_difference(model):
 
 
 def token_seconds(model, generate, n_tokens):
-    """Generate; returns the seconds that each token took, from the end of one pass through the model to the next."""
+    """Generate tokens. Returns the seconds that each took, from the end of one pass through the model to the next."""
     ends = []
     hook = model.register_forward_hook(lambda *_: ends.append(time.perf_counter()))
     start = time.perf_counter()
@@ -100,7 +101,7 @@ def token_seconds(model, generate, n_tokens):
 
 @torch.no_grad()
 def attention_seconds(position):
-    """The attention kernel alone: one query against all keys up to `position`, with memory of its own in each layer."""
+    """The attention kernel alone: one query against all keys up to `position`, with separate memory in each layer."""
     layers = torch.randn(v4.N_LAYER, 2, 1, v4.N_HEAD, v4.BLOCK_SIZE, v4.N_EMBD // v4.N_HEAD, device=v4.DEVICE)
     q = torch.randn_like(layers[0, 0, :, :, :1])
     seconds = []
@@ -156,7 +157,7 @@ def main(argv=None):
     except ModuleNotFoundError:
         print("GPT-2 of transformers is left out; to have it: pip install -r benchmarks/requirements.txt")
     for contestant in contestants.values():
-        token_seconds(*contestant, 16)  # not counted: what is only done once
+        token_seconds(*contestant, 16)  # not counted: work that is done only once
     repetitions = QUICK_REPETITIONS if args.quick else REPETITIONS
     seconds = {name: [] for name in contestants}
     for i in range(repetitions):

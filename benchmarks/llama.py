@@ -1,12 +1,12 @@
-"""Does llama.cpp compute what the runs compute, and how fast? Converts runs to GGUF and reads them there.
+"""Does llama.cpp compute the same as the runs, and how fast? Converts runs to GGUF and loads them in llama.cpp.
 
     python benchmarks/llama.py runs/v3 runs/v4_alibi_rope/rope    the results go to results/benchmarks/
     python benchmarks/llama.py --quick runs/v3                    a short text; writes nothing
 
-For each run: whether the ids of the validation text are the same, the largest difference of two logits in a window (of
-F32 at most 1e-2: llama.cpp takes GELU from a table), whether 50 tokens of greedy continuation are the same, perplexity
-per token in windows side by side, and tokens per second of generation, here and there. `pip install -r
-benchmarks/requirements.txt` builds llama-cpp-python, which takes g++, cmake and a quarter of an hour.
+For each run it compares the ids of the validation text, the logits in a window (in F32 they may differ by at most 1e-2:
+llama.cpp reads GELU from a table), 50 tokens of greedy continuation, perplexity per token in windows side by side, and
+tokens per second of generation. `pip install -r benchmarks/requirements.txt` builds llama-cpp-python, which needs g++,
+cmake and a quarter of an hour.
 """
 
 import argparse
@@ -30,7 +30,7 @@ import harness  # noqa: E402
 from benchmarks.tables import keep, machine, table  # noqa: E402
 from data import load_tokens  # noqa: E402
 
-WINDOWS, QUICK_WINDOWS = 100, 8  # that perplexity is measured on
+WINDOWS, QUICK_WINDOWS = 100, 8  # to measure perplexity on
 GREEDY = 50  # tokens
 TOLERANCE = 1e-2  # of logits in F32
 PROMPT = " The castle was"
@@ -49,7 +49,7 @@ def read_there(llama, ids):
 
 
 def continue_there(llama, ids, n_tokens):
-    """The likeliest continuation by llama.cpp."""
+    """llama.cpp's greedy continuation."""
     llama.reset()
     llama.eval(ids)
     for i in range(n_tokens):
@@ -60,7 +60,7 @@ def continue_there(llama, ids, n_tokens):
 
 
 def timed(tokens):
-    """(the tokens of an iterator, how many of them a second)."""
+    """(the tokens of an iterator, tokens per second)."""
     start = time.perf_counter()
     tokens = list(tokens)
     return tokens, len(tokens) / (time.perf_counter() - start)
@@ -68,7 +68,7 @@ def timed(tokens):
 
 @torch.no_grad()
 def compare(run, n_windows, folder):
-    """{"ours": ..., dtype: ...} of a run: dicts of what is measured."""
+    """{"ours": ..., dtype: ...} for a run: dicts of measurements."""
     from llama_cpp import Llama
 
     model, tokenizer = harness.load(run)

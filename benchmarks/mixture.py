@@ -1,12 +1,12 @@
 """What a trained network gains from counting: a mixture of its probabilities with those of an n-gram model.
 
-    python benchmarks/mixture.py                    of all rungs in runs/; results in results/benchmarks/
-    python benchmarks/mixture.py runs/v3 runs/mine  of these runs, printed
+    python benchmarks/mixture.py                    all rungs in runs/; results go to results/benchmarks/
+    python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
 
-p = (1 - w) p_network + w p_counted for every token, with one weight w for the whole text, the one that is best on the
-validation split (Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data"). The
-mixture is a static model like its parts: both give a token its probability before it is read. Windows lie side by side,
-or, with --stride N, begin every N tokens.
+For every token p = (1 - w) p_network + w p_counted, with one weight w for the whole text, chosen on the validation
+split (Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data"). The mixture is
+a static model like its parts: both give a token its probability before it is read. Windows are side by side or, with
+--stride N, begin every N tokens.
 """
 
 import argparse
@@ -31,8 +31,8 @@ from results.pages import RUNS  # noqa: E402
 
 @torch.no_grad()
 def network_probabilities(model, ids, stride=None, at_once=16):
-    """Probability that a model of any rung gives each of `ids` (n,) after the first, (n - 1,). A token counts in the
-    first window that predicts it."""
+    """The probability that a model of any rung gives each of `ids` (n,) after the first, (n - 1,). Each token is scored
+    in the first window that predicts it."""
     model.eval()
     size, n = model.block_size, len(ids) - 1
     stride = min(stride or size, size)
@@ -51,8 +51,8 @@ def network_probabilities(model, ids, stride=None, at_once=16):
 
 
 def best_weight(network, counted):
-    """The weight of `counted` in the mixture with the fewest nats; each (n,) probabilities. The sum of logarithms is
-    concave in the weight: where its slope is zero is found by halving."""
+    """The weight of `counted` in the mixture with the lowest loss. Arguments: (n,) probabilities each. The sum of
+    logarithms is concave in the weight, so bisection finds where its slope is zero."""
     low, high = 0.0, 1.0
     for _ in range(40):
         w = (low + high) / 2
@@ -64,14 +64,14 @@ def best_weight(network, counted):
 
 
 def measure(folder, order, stride):
-    """{"weight", and for each split bits per byte of the network, of the n-gram model, and of the mixture}"""
+    """{"weight", and for each split the bits per byte of the network, of the n-gram model, and of the mixture}."""
     saved, _ = read_model(find_model([folder]))
     model, tokenizer = harness.load(folder)
     constants = saved["hyperparameters"]
     tokens, metrics, weight = load_tokens(constants["VOCABULARY"], constants["DATA"]), {}, None
     if tokens["train"].fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the text in {constants['DATA']} has another vocabulary now than the model in {folder}; "
-                        "prepare it again with that of the model")  # fmt: skip
+        raise UserError(f"the text in {constants['DATA']} no longer has the vocabulary of the model in {folder}; "
+                        "prepare it again with the model's vocabulary")  # fmt: skip
     n_gram = KneserNey(tokens["train"].ids.numpy(), tokenizer.vocab_size, order)
     for split in ("val", "test"):
         of = tokens[split]
@@ -103,7 +103,7 @@ def main():
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
     args = parser.parse_args()
     if not 1 <= args.order <= 20 or args.stride is not None and args.stride < 1:
-        raise UserError("--order must be from 1 to 20, and --stride from 1 on")
+        raise UserError("--order must be from 1 to 20, and --stride at least 1")
     folders = {run: run for run in args.runs} or {run: ROOT / "runs" / run for run in RUNS}
     results = [measure(folder, args.order, args.stride) | {"run": run} for run, folder in folders.items()]
     text = report(results)

@@ -1,12 +1,12 @@
 """What counting can do: an n-gram model of the same text, which takes seconds.
 
-    python benchmarks/ngram.py               on the tokens in data/, and on its words; results in results/benchmarks/
-    python benchmarks/ngram.py --data data/novel    on another text
+    python benchmarks/ngram.py               the tokens and the words of data/; results go to results/benchmarks/
+    python benchmarks/ngram.py --data data/novel    another text
     python benchmarks/ngram.py --order 7     n-grams of up to 7 tokens
 
 The model is interpolated modified Kneser-Ney (Chen and Goodman 1999, "An empirical study of smoothing techniques for
-language modeling"), the best that counting alone is known to do. It is as static as a trained network:
-every token has a probability before it is read, and what is counted is the training split alone.
+language modeling"), the best known method that only counts. Like a trained network it is static: every token gets a
+probability before it is read, and only the training split is counted.
 """
 
 import argparse
@@ -34,33 +34,33 @@ class KneserNey:
     """
 
     def __init__(self, ids, vocab_size, order):
-        """`ids` (n,): the training text. `vocab_size`: a token that the text does not hold has a share of what is left
-        for unseen ones."""
+        """`ids` (n,): the training text. `vocab_size`: tokens that do not occur in the text share the probability that
+        is left for unseen ones."""
         ids = np.asarray(ids, dtype=np.int64)
         self.vocab_size, self.order = vocab_size, order
         self.sequences, self.tables = [], []  # of each length from 1 on
-        ending, first, n_seen = [], [], []  # of each length: the sequence that ends at a place of the text, and so on
+        ending, first, n_seen = [], [], []  # for each length: the sequence that ends at each position, ...
         for n in range(1, order + 1):
             history = ending[-1][n - 2 : -1] if n > 1 else 0  # of the sequences that end at n - 1, n, ...
             numbers = history * vocab_size + ids[n - 1 :]
             sequences, places, which, count = np.unique(numbers, True, True, True)  # where, which, and how often
             self.sequences.append(sequences)
-            ending.append(np.concatenate([np.full(n - 1, -1), which]))  # -1: too near to the beginning
+            ending.append(np.concatenate([np.full(n - 1, -1), which]))  # -1: too close to the beginning
             first.append(places + n - 1)
             n_seen.append(count)
         for n in range(1, order + 1):
             count = n_seen[-1]
-            if n < order:  # behind how many different ids a sequence was seen (equation 20): not how often
+            if n < order:  # after how many different ids a sequence occurs (equation 20), not how often
                 count = np.bincount(ending[n - 1][first[n]], minlength=len(self.sequences[n - 1]))
             history = ending[n - 2][first[n - 1] - 1] if n > 1 else np.zeros(len(count), dtype=np.int64)
             n_histories = len(self.sequences[n - 2]) if n > 1 else 1
             discount = discounts(count)[np.minimum(count, 3)]
-            total = np.bincount(history, count, n_histories)  # of all ids behind a history
-            left = np.bincount(history, discount, n_histories)  # of them for sequences that were not seen
+            total = np.bincount(history, count, n_histories)  # of all ids after a history
+            left = np.bincount(history, discount, n_histories)  # the part of it for unseen sequences
             self.tables.append((count - discount, total, left))
 
     def probabilities(self, ids):
-        """Of each of `ids` (n,) behind all before it."""
+        """The probability of each of `ids` (n,), given those before it."""
         ids = np.asarray(ids, dtype=np.int64)
         p, history = np.full(len(ids), 1 / self.vocab_size), np.zeros(len(ids), dtype=np.int64)
         for sequences, (count, total, left) in zip(self.sequences, self.tables):
@@ -68,7 +68,7 @@ class KneserNey:
             place = np.minimum(np.searchsorted(sequences, wanted), len(sequences) - 1)
             found = (history >= 0) & (sequences[place] == wanted)
             of = np.maximum(history, 0)
-            goes_on = (history >= 0) & (total[of] > 0)  # not if the text ends with it
+            goes_on = (history >= 0) & (total[of] > 0)  # false if only the end of the text has it
             seen = np.where(found, count[place], 0)
             p = np.where(goes_on, (seen + left[of] * p) / np.where(goes_on, total[of], 1), p)
             history = np.concatenate([[-1], np.where(found, place, -1)[:-1]])
@@ -76,8 +76,8 @@ class KneserNey:
 
 
 def discounts(count):
-    """What is taken from a count of 0, 1, 2, 3 and more (Chen and Goodman 1999, equation 26). Where too few sequences
-    have these counts for the estimate to make sense, it is half of one, one, and one and a half, as in KenLM."""
+    """The discounts for counts of 0, 1, 2 and 3 or more (Chen and Goodman 1999, equation 26). If too few sequences have
+    these counts for a sensible estimate, the discounts are 0.5, 1 and 1.5, as in KenLM."""
     n = [np.count_nonzero(count == k) for k in range(1, 5)]
     if 0 not in n:
         share = n[0] / (n[0] + 2 * n[1])
@@ -88,7 +88,7 @@ def discounts(count):
 
 
 def words_of(text):
-    """The words of a text, with an end-of-line each line: what word perplexity counts."""
+    """The words of a text, with one end-of-line per line, as word perplexity counts them."""
     return text.replace("\n", " \n ").replace("\n", "<eol>").split()
 
 
@@ -106,8 +106,8 @@ def measure_tokens(tokens, vocab_size, order):
 
 
 def measure_words(splits, order):
-    """The same of a model of words; None if a held-out split has words that the training split has not: then a number
-    would depend on how they are treated."""
+    """The same for a model of words; None if a held-out split has words that the training split lacks, since the result
+    would then depend on how those are treated."""
     start = time.perf_counter()
     number = {word: i for i, word in enumerate(dict.fromkeys(splits["train"]))}
     if not number.keys() >= {*splits["val"], *splits["test"]}:

@@ -1,16 +1,16 @@
-"""What several devices give: v3 in one and in two processes here, and an estimate for GPUs.
+"""How much several devices gain: v3 in one and in two processes here, and an estimate for GPUs.
 
     python benchmarks/scaling.py         two processes of one thread each on the CPU, and the estimate: a minute
-    python benchmarks/scaling.py --gpu   one process for each GPU, at GPT-2's size; the estimate starts from its step
+    python benchmarks/scaling.py --gpu   one process per GPU, at GPT-2's size; the estimate uses the measured step
 
-Every process has the same number of windows however many there are, so the batch grows with them (weak scaling). A
-step then takes as long as alone, and longer by the exchange of gradients. In a ring (Patarasuk and Yuan 2009,
-"Bandwidth Optimal All-reduce Algorithms for Clusters of Workstations"), each of N processes sends
+Every process has the same number of windows, so the batch grows with the number of processes (weak scaling). A step
+then takes as long as in one process, plus the exchange of gradients. In a ring (Patarasuk and Yuan 2009, "Bandwidth
+Optimal All-reduce Algorithms for Clusters of Workstations"), each of N processes sends per step
 
     2 (N - 1) / N * 4 bytes * parameters
 
-a step, whatever N is. The estimate divides that by the speed of the slowest link. It gives two efficiencies: if the
-exchange waits for the backward pass, and if the backward pass, two thirds of a step, hides as much of it as it can.
+The estimate divides that by the speed of the slowest link. It gives two efficiencies: one if the exchange waits for the
+backward pass, and one if the backward pass, two thirds of a step, hides as much of the exchange as it can.
 """
 
 import argparse
@@ -40,10 +40,10 @@ SHAPE = {  # constants of v3, beside its defaults
     "cuda": {"N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768, "BLOCK_SIZE": 1024, "MICRO_BATCH_SIZE": 32},
 }
 WARM_UP, STEPS = 5, 20
-# GPT-2's size on an H100, where none was measured: its step is estimated from 40% of the dense bf16 rate that NVIDIA's
-# data sheet gives, 989 TFLOP/s, for 32 windows of 1,024 tokens and 0.80 GFLOPs per token.
+# GPT-2's size on an H100, if no GPU was measured: the step is estimated at 40% of the dense bf16 rate in NVIDIA's data
+# sheet, 989 TFLOP/s, for 32 windows of 1,024 tokens and 0.80 GFLOPs per token.
 GPU_PARAMETERS, GPU_TOKENS, GPU_STEP = 124_000_000, 32 * 1024, 32 * 1024 * 0.80e9 / (0.4 * 989e12)
-LINKS = {  # bytes per second that a process can send, 80% of what the makers say, and the number of processes
+LINKS = {  # bytes per second that a process can send, 80% of the makers' figures, and the number of processes
     "8 GPUs of one machine, NVLink (450 GB/s)": (8, 0.8 * 450e9),
     "8 machines of 8 GPUs, 400 Gbit/s for each GPU": (64, 0.8 * 50e9),
     "8 machines of 1 GPU, 100 Gbit/s": (8, 0.8 * 12.5e9),
@@ -52,7 +52,7 @@ LINKS = {  # bytes per second that a process can send, 80% of what the makers sa
 
 
 def work():
-    """Of one process: seconds of its steps and of the exchange alone. The first process prints them."""
+    """The work of one process: time its steps and the exchange alone. The first process prints the seconds."""
     kind = torch.device(v3.DEVICE).type
     harness.set_constants(vars(v3), [f"{name}={value}" for name, value in SHAPE[kind].items()])
     v3.BATCH_SIZE = v3.MICRO_BATCH_SIZE * int(os.environ["WORLD_SIZE"])
@@ -83,7 +83,7 @@ def work():
 
 
 def measure(n, device):
-    """Results of `work` in `n` processes."""
+    """The results of `work` in `n` processes."""
     command = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={n}", __file__]
     done = subprocess.run([*command, "--work", device], env={**os.environ, "OMP_NUM_THREADS": "1"},
                           capture_output=True, text=True)  # fmt: skip
@@ -93,7 +93,7 @@ def measure(n, device):
 
 
 def volume(n, parameters):
-    """Bytes that each of `n` processes sends to average its gradients with the others'."""
+    """How many bytes each of `n` processes sends to average the gradients of all."""
     return 2 * (n - 1) / n * 4 * parameters
 
 
@@ -132,7 +132,7 @@ def main(argv=None):
         v3.DEVICE = args.work
         return work()
     if args.gpu and not torch.cuda.is_available():
-        raise ValueError("--gpu needs a GPU that torch can use, and there is none")
+        raise ValueError("--gpu needs a GPU that torch can use, but there is none; leave it out")
     device = "cuda" if args.gpu else "cpu"
     most = torch.cuda.device_count() if args.gpu else 2
     runs = [(n, measure(n, device)) for n in sorted({1, most})]

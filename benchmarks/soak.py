@@ -1,14 +1,14 @@
-"""Half an hour of v3, with an evaluation and a checkpoint every 100 steps: does its memory stay where it is?
+"""Half an hour of v3, with an evaluation and a checkpoint every 100 steps: does its memory use stay constant?
 
     python benchmarks/soak.py               30 minutes; the results go to results/benchmarks/
     python benchmarks/soak.py --minutes 2   a first look; writes nothing
     python benchmarks/soak.py --rung v4_alibi_rope
 
-The resident memory and the open files of the run are read from /proc (Linux only). Between two evaluations a run keeps
-the memory that it frees, so what is resident then depends on where the C library happened to put things. After each
-evaluation it gives back what is free: the lowest value of some minutes is what the run holds. The first five minutes,
-or the first sixth of a shorter run, are for warming up. The table shows the rest in five equal parts, which hold only
-a few evaluations each; so it is from the first half of the rest to the second that the mean should not grow by 2%.
+Resident memory and open files of the run are read from /proc (Linux only). Between two evaluations a run keeps freed
+memory, so its resident memory depends on where the C library happened to place blocks. After each evaluation it returns
+freed memory, so the lowest value within some minutes shows how much the run holds. The first five minutes, or the first
+sixth of a shorter run, are warm-up. The table shows the rest in five equal parts. Each has only a few evaluations, so
+the test is that the mean grows by less than 2% from the first half of the rest to the second.
 """
 
 import argparse
@@ -27,11 +27,11 @@ sys.path.insert(0, str(ROOT))
 
 from benchmarks.tables import keep, machine, table  # noqa: E402
 
-LIMIT, INTERVAL = 0.02, 0.1  # growth that is allowed; seconds between two looks
+LIMIT, INTERVAL = 0.02, 0.1  # the largest growth allowed; seconds between two readings
 
 
 def watch(rung, minutes):
-    """A list of (seconds, resident MB, open files) of a run, and how many evaluations it made."""
+    """(a list of (seconds, resident MB, open files) of a run, how many evaluations it made)."""
     looks, page = [], os.sysconf("SC_PAGE_SIZE")
     with tempfile.TemporaryDirectory() as out:
         constants = ["MAX_STEPS=100000000", "EVAL_INTERVAL=100", "PATIENCE=1000000", f"OUT_DIR={out}"]

@@ -1,9 +1,9 @@
-"""How long a rung takes to answer --help, and to make its first step: with nothing compiled yet, and after that.
+"""How long a rung takes to answer --help and to make its first step, with nothing compiled yet and later.
 
     python benchmarks/startup.py    some minutes; the results go to results/benchmarks/
 
-Every time is that of a whole process, from its start on, on the tokens in data/. "First" is with an empty cache of
-compiled code, as after installation; v0 to v2 compile nothing. The best of three stands for the others.
+All times count from the start of the process, on the tokens in data/. "First" means with an empty cache of compiled
+code, as after installation; v0 to v2 compile nothing. The best of three repetitions counts.
 """
 
 import os
@@ -23,14 +23,14 @@ REPETITIONS = 3
 
 
 def seconds(*command):
-    """Of a whole command that ends by itself."""
+    """The seconds of a whole command that ends on its own."""
     start = time.perf_counter()
     subprocess.run([sys.executable, *command], cwd=ROOT, check=True, stdout=subprocess.DEVNULL)
     return time.perf_counter() - start
 
 
 def seconds_to_first_step(rung, cache):
-    """Until the first row stands in steps.csv; `cache` is the folder of compiled code."""
+    """The seconds until steps.csv has its first row. `cache`: the folder of compiled code."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         process = subprocess.Popen(

@@ -13,8 +13,8 @@ from data import Tokens
 
 
 class StepBehind:
-    """Keeps a program one step ahead of a GPU: it never waits for the step that it has just asked for, only for the one
-    before. (To read a number of that one would wait for both: a copy takes its turn behind all that was asked for.)"""
+    """Keeps a program one step ahead of a GPU: it never waits for the step that it has just queued, only for the one
+    before. (Reading a number of that earlier step would wait for both, since a copy is queued behind all work.)"""
 
     def __init__(self, device):
         self.on_gpu, self.before = torch.device(device).type == "cuda", None
@@ -29,7 +29,7 @@ class StepBehind:
 
 
 class Steps(harness.Run):
-    """A run without evaluations and files. After each step it calls `on_step(run)`, whose `seconds` are those of all
+    """A run without evaluations and files. After each step it calls `on_step(run)`; run.seconds is the time of all
     steps so far; training ends when that returns False."""
 
     def __init__(self, rung, on_step):
@@ -49,11 +49,11 @@ class Steps(harness.Run):
         now = time.perf_counter()
         self.seconds, self.step_began = self.seconds + now - self.step_began, now
         if not self.on_step(self):
-            self.rung["MAX_STEPS"] = self.state.step  # where the loop of the rung ends
+            self.rung["MAX_STEPS"] = self.state.step  # ends the rung's loop
 
 
 def run_steps(rung, model, tokens, on_step):
-    """Train `model` of a rung on `tokens`, a tensor of ids, as its `train` does, until `on_step` returns False."""
+    """Train the `model` of a rung with its own `train` on `tokens`, a tensor of ids, until `on_step` returns False."""
     kernels.keep_freed_memory()
     with (
         tempfile.TemporaryDirectory() as folder,
@@ -65,7 +65,7 @@ def run_steps(rung, model, tokens, on_step):
 
 
 def random_tokens(rung, vocab_size):
-    """Random ids that are enough for some different batches, (n,)."""
+    """Enough random ids for a few different batches, (n,)."""
     random = torch.Generator().manual_seed(rung.SEED)
     n = (4 * rung.BATCH_SIZE + 1) * rung.BLOCK_SIZE + 1
     return torch.randint(vocab_size, (n,), generator=random).to(torch.uint16)

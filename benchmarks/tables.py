@@ -1,4 +1,4 @@
-"""Tables, the words for a machine, and where the results of benchmarks go."""
+"""Tables, a description of the machine, and the place of benchmark results."""
 
 import json
 import platform
@@ -23,7 +23,7 @@ def keep(name, results, text, indent=1, folder=RESULTS):
 
 
 def machine(device="cpu"):
-    """Processor, number of cores, and versions; of a run on a GPU its name."""
+    """A description of the machine: processor, number of cores, and versions; for a run on a GPU, its name."""
     import torch
 
     if device.startswith("cuda"):

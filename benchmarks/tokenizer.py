@@ -1,15 +1,15 @@
-"""The tokenizer side by side with compiled ones: training, encoding, texts of many kinds, streams, preparing a corpus.
+"""The tokenizer compared with compiled ones: training, encoding, texts of many kinds, streams, preparing a corpus.
 
     python benchmarks/tokenizer.py               the bundled sample
     python benchmarks/tokenizer.py --from DIR    from a folder that holds wiki.{train,valid,test}.tokens
     python benchmarks/tokenizer.py --quick       small texts and few repeats: a minute, and no file is written
 
 The peers are rustbpe, Hugging Face tokenizers, sentencepiece and tiktoken: pip install -r benchmarks/requirements.txt.
-Ours and theirs take turns. Each run is a process of its own, so nothing is cached; its clock starts when packages, text
-and vocabulary are loaded. A peer that computes what we compute must give our result before its time counts.
+Ours and theirs take turns. Each run has its own process, so nothing is cached; its clock starts once packages, text and
+vocabulary are loaded. A peer that computes the same must give our result before its time counts.
 
-Prints Markdown tables, and writes them and all timings to results/benchmarks/tokenizer.{md,json}. Needs Linux, where
-/proc tells the peak memory, and 3 GB for temporary files (in TMPDIR, if that is set).
+It prints Markdown tables, and writes them and all timings to results/benchmarks/tokenizer.{md,json}. It needs Linux,
+where /proc has the peak memory, and 3 GB for temporary files (in TMPDIR, if that is set).
 """
 
 import argparse
@@ -68,7 +68,7 @@ class Clock:
 
     def __enter__(self):
         gc.collect()
-        Path("/proc/self/clear_refs").write_text("5")  # the peak starts again from what is in use now
+        Path("/proc/self/clear_refs").write_text("5")  # reset the peak to the memory in use now
         self.memory, self.start = -self._peak(), time.perf_counter()
 
     def __exit__(self, *_):
@@ -81,7 +81,7 @@ class Clock:
 
 
 def run_job():
-    """What the child process does: job and arguments come on standard input, the answer goes to standard output."""
+    """The child process: job and arguments arrive on standard input, the answer goes to standard output."""
     job, arguments = pickle.load(sys.stdin.buffer)
     clock = Clock()
     result = job(clock, *arguments)
@@ -89,7 +89,7 @@ def run_job():
 
 
 def measure(job, arguments, limit):
-    """Run job(clock, *arguments) in a child process: (seconds, memory, result), or a word why there are none."""
+    """Run job(clock, *arguments) in a child process: (seconds, memory, result), or a word that says why it failed."""
     try:
         child = subprocess.run([sys.executable, __file__, "--job"], input=pickle.dumps((job, arguments)),
                                capture_output=True, timeout=limit)  # fmt: skip
@@ -135,14 +135,14 @@ def say(text):
 
 
 def show(value):
-    """Fractions to three digits."""
+    """Round fractions to three digits."""
     if isinstance(value, float):
         return f"{value:,.{0 if value >= 100 else 1 if value >= 10 else 2 if value >= 1 else 3}f}"
     return f"{value:,}" if isinstance(value, int) else value
 
 
 def table(rows, *columns):
-    """Say a Markdown table of the rows' `columns`; those of numbers are aligned to the right."""
+    """Print a Markdown table of the rows' `columns`; columns of numbers are aligned to the right."""
     left = [i for i, column in enumerate(columns) if isinstance(rows[0][column], str)]
     say(tables.table(columns, [[show(row.get(column, "–")) for column in columns] for row in rows], left).rstrip())
 
@@ -180,8 +180,8 @@ def gather(folder, target, settings):
 
 
 def write_long_text(path, source, size):
-    """Repeat the text `source` up to `size` bytes. In each copy another 1 in 500 words gives way to an invented one,
-    since a longer text has more distinct words."""
+    """Repeat the text `source` up to `size` bytes. In each copy, a different 1 in 500 words is replaced by an invented
+    one, since a longer text has more distinct words."""
     draw = random.Random(0)
     words = sorted(word for word in set(read(source).split()) if word.isalpha())
     with open(path, "wb") as file:
@@ -196,8 +196,8 @@ def write_long_text(path, source, size):
 
 
 def words_and_stops(characters, lengths, stops, size):
-    """About `size` bytes of invented words of these `lengths`, without spaces, one of `stops` after every few of them.
-    Characters and words are as frequent as Zipf's law has it."""
+    """About `size` bytes of invented words of these `lengths`, without spaces, with one of `stops` after every few.
+    Frequencies of characters and words follow Zipf's law."""
     draw = np.random.default_rng(0)
 
     def zipf(n, count, exponent):
@@ -269,7 +269,7 @@ def train_ours(clock, path, vocab_size):
 
 
 def train_rustbpe(clock, path, vocab_size):
-    """The same algorithm: of two equally frequent pairs it too merges the one of smaller ids."""
+    """The same algorithm: of two equally frequent pairs it also merges the one with smaller ids."""
     import rustbpe
 
     text, theirs = read(path), rustbpe.Tokenizer()
@@ -286,7 +286,7 @@ def byte_alphabet():
 
 
 def train_tokenizers(clock, path, vocab_size):
-    """The same algorithm, but bytes have other ids, and so ties are broken otherwise. Lines let it use all threads."""
+    """The same algorithm, but bytes have other ids, so ties are broken differently. Lines let it use all threads."""
     from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 
     lines, theirs, alphabet = lines_of(read(path)), Tokenizer(models.BPE()), byte_alphabet()
@@ -299,7 +299,7 @@ def train_tokenizers(clock, path, vocab_size):
 
 
 def train_sentencepiece(clock, path, vocab_size):
-    """Another algorithm: it merges characters, inside words that are cut at spaces only."""
+    """Another algorithm: it merges characters inside words, which are cut only at spaces."""
     from sentencepiece import SentencePieceTrainer
 
     lines = lines_of(read(path))
@@ -362,7 +362,7 @@ def encode_stream(clock, path, size):
 
 
 def run_python(clock, folder, *arguments):
-    """A whole command; its memory is the peak of its process."""
+    """Run a whole command; its memory is the peak of its process."""
     with clock:
         subprocess.run([sys.executable, *arguments], cwd=folder, stdout=subprocess.DEVNULL, check=True)
     clock.memory = 1024 * resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
@@ -398,7 +398,7 @@ def encoding(settings, path):
 
 
 def kinds(settings, folder):
-    """Encoding of every kind of text, with the committed vocabulary and with one of its own; learning from some."""
+    """Encode every kind of text, with the committed vocabulary and with its own; learn vocabularies from some kinds."""
     folder.mkdir()
     encoded, learned = [], []
     for name, text in kinds_of_text(int(settings.kind_mb * MB)).items():
@@ -440,7 +440,7 @@ def streams(settings, path):
 
 
 def preparing(settings, text, long, copy):
-    """Runs data/prepare.py in a copy of what it needs, so that the token files of this checkout stay as they are."""
+    """Run data/prepare.py in a copy of the files that it needs, so that this checkout's token files do not change."""
     for pattern in ("bpe_tokenizer.py", "bpe/*.py", "harness/*.py", "data/*.py", "data/*.json"):
         for path in ROOT.glob(pattern):
             (copy / path.relative_to(ROOT)).parent.mkdir(parents=True, exist_ok=True)

@@ -1,32 +1,32 @@
-"""How fast v3 trains beside other implementations of the same model, and v4's ALiBi beside its RoPE.
+"""How fast v3 trains compared with other implementations of the same model, and v4's ALiBi compared with its RoPE.
 
     python benchmarks/training.py           all of it, about 30 minutes; the results go to results/benchmarks/
     python benchmarks/training.py --quick   a first look at the small shape in about a minute; writes nothing
     python benchmarks/training.py --gpu --nanogpt DIR    v3 and v4 at GPT-2's size on a GPU, about 6 minutes
     python benchmarks/training.py --gpu --quick          the same with one size of micro-batch: about 3 minutes
 
-The others are GPT-2 of Hugging Face's transformers, torch.nn.TransformerEncoder, and a GPT as small repositories write
-it: qkv in one product, fused attention, the head tied to the embedding. Each is trained plainly, with torch.optim.AdamW
-in float32 without compilation, and at its best: compiled, in v3's type of numbers, with fused AdamW and, as v3 does,
-without giving freed memory back. What counts is v3 against the better of both. All take the same batch of random
-tokens, clip gradients and step.
+The peers are GPT-2 of Hugging Face's transformers, torch.nn.TransformerEncoder, and a GPT as in small repositories: qkv
+in one product, fused attention, the output layer tied to the embedding. Each is trained plainly, with torch.optim.AdamW
+in float32 without compilation, and at its best: compiled, in v3's number type, with fused AdamW and, like v3, without
+returning freed memory. v3 is compared with the better of both. All take the same batch of random tokens, clip gradients
+and step.
 
-Every contestant lives in a process of its own. In each round each of them works for some seconds while the others
-wait, so what slows the machine down for a while hits all of them. What counts is the median of the rounds.
+Every contestant has its own process. In each round, each works for some seconds while the others wait, so anything that
+slows the machine for a while affects all of them. The median of the rounds counts.
 
-On a GPU the others are nanoGPT's model (DIR is a checkout of https://github.com/karpathy/nanoGPT) and GPT-2 of
-transformers, compiled, in bfloat16, with fused AdamW and the vocabulary padded to a multiple of 64. All make steps of
-as many windows, each in micro-batches of the size that is the fastest for it of those that are tried. The aim is an MFU
-of 45% on an H100 or H200.
+On a GPU the peers are nanoGPT's model (DIR is a checkout of https://github.com/karpathy/nanoGPT) and GPT-2 of
+transformers, compiled, in bfloat16, with fused AdamW and the vocabulary padded to a multiple of 64. All make steps with
+the same number of windows, each in micro-batches of the size that was fastest for it in a trial. The goal is an MFU of
+45% on an H100 or H200.
 
-The model's work is counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B):
+FLOPs are counted as in PaLM (Chowdhery et al. 2022, arXiv:2204.02311, appendix B):
 
     FLOPs per token = 6 * (parameters in matrix products) + 12 * N_LAYER * BLOCK_SIZE * N_EMBD
 
-Parameters in matrix products are those of the blocks and the head, not the looked up embeddings of tokens and
-positions. On a GPU that is divided by what the maker gives as its peak, which is the model FLOPs utilization (MFU). On
-a CPU attention counts half, as much as a causal model needs, and the peak is the fastest of some products of square
-matrices, which take their turns in the same rounds.
+Parameters in matrix products are those of the blocks and the output layer, not the embeddings of tokens and positions,
+which are looked up. On a GPU the rate is divided by the maker's figure for the peak, which gives the model FLOPs
+utilization (MFU). On a CPU, attention counts half, as much as a causal model needs, and the peak is the fastest of some
+products of square matrices, which take turns in the same rounds.
 """
 
 import argparse
@@ -62,21 +62,21 @@ SHAPES = {  # constants of v3, and the vocabulary
     "large": {"N_LAYER": 6, "N_HEAD": 4, "N_EMBD": 256, "BLOCK_SIZE": 256, "BATCH_SIZE": 16, "vocabulary": 4096},
     GPT2: {"N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768, "BLOCK_SIZE": 1024, "BATCH_SIZE": 64, "vocabulary": 50257},
 }
-MICRO_BATCHES, TRIAL_SECONDS = (32, 16, 64), 150  # tried on a GPU, none after that many seconds
-MEMORY = 1.3e6  # bytes for each token of a micro-batch that are enough at GPT-2's size
+MICRO_BATCHES, TRIAL_SECONDS = (32, 16, 64), 150  # sizes to try on a GPU; no new one after this many seconds
+MEMORY = 1.3e6  # bytes per token of a micro-batch that suffice at GPT-2's size
 WINDOWS, TOKENS = (128, 256, 512, 1024), 4096  # ALiBi against RoPE: values of BLOCK_SIZE, tokens a step
 SQUARES = {"cpu": (1024, 2048, 4096), "cuda": (4096, 8192, 16384)}  # sizes of the products that show the peak
 ROUNDS, SECONDS = 5, 1.2  # of work in a turn
 QUICK_ROUNDS, QUICK_SECONDS = 4, 0.5
-WARM_UP = 2  # rounds before, which do not count: a fresh process is slower until its memory is all in use
+WARM_UP = 2  # first rounds, which do not count: a new process is slower until it uses all its memory
 HF, ENCODER, PLAIN, NANO = "GPT-2 of transformers", "nn.TransformerEncoder", "a plain GPT", "nanoGPT"
 DROPPED = ", dropout 0.1"
-BEST = ", compiled"  # and all else that makes a peer fast
+BEST = ", compiled"  # and everything else that makes a peer fast
 QUICK_LEAVES_OUT = ("COMPILE=False", "everywhere", DROPPED + BEST, "product 1024", "product 4096")
 
 
 def random_batch(shape, device):
-    """Inputs (B, T) and, one token later, targets (B, T)."""
+    """Inputs (B, T), and targets (B, T), which are the inputs shifted by one token."""
     torch.manual_seed(1337)
     windows = torch.randint(shape["vocabulary"], (shape["BATCH_SIZE"], shape["BLOCK_SIZE"] + 1)).to(device)
     return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
@@ -98,8 +98,8 @@ def rung_steps(turns, rung, shape):
 
 
 def hugging_face(shape, dropout, everywhere, attention="sdpa"):
-    """GPT-2 of transformers; by its own default dropout is `everywhere`, so on attention weights too. Compiled, "sdpa"
-    computes with a mask, for which there is no flash kernel; as "causal" it is the same function without a mask."""
+    """GPT-2 of transformers. By default it has dropout `everywhere`, also on attention weights. When compiled, "sdpa"
+    uses a mask, for which there is no flash kernel; "causal" is the same function without a mask."""
     from transformers import AttentionInterface, GPT2Config, GPT2LMHeadModel
 
     AttentionInterface.register("causal", AttentionInterface()["sdpa"])
@@ -111,7 +111,7 @@ def hugging_face(shape, dropout, everywhere, attention="sdpa"):
 
 
 class Encoder(nn.Module):
-    """torch.nn.TransformerEncoder as a language model; `everywhere`: with dropout inside of attention and MLP too."""
+    """torch.nn.TransformerEncoder as a language model. `everywhere`: with dropout inside attention and MLP, too."""
 
     def __init__(self, shape, dropout, everywhere):
         super().__init__()
@@ -132,8 +132,8 @@ class Encoder(nn.Module):
 
 
 class GPT(nn.Module):
-    """A GPT-2 in few lines: LayerNorm first, qkv in one product, fused attention, GELU, the head tied to the embedding;
-    `everywhere`: with dropout of attention weights."""
+    """A GPT-2 in few lines: LayerNorm first, qkv in one product, fused attention, GELU, the output layer tied to the
+    embedding. `everywhere`: with dropout of attention weights."""
 
     def __init__(self, shape, dropout, everywhere):
         super().__init__()
@@ -162,7 +162,7 @@ class GPT(nn.Module):
 
 
 def nano_gpt(folder, shape, dropout, everywhere):
-    """The model of nanoGPT, a checkout of which is in `folder`, without biases as its train.py has it."""
+    """nanoGPT's model, from the checkout in `folder`, without biases, as in its train.py."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", Path(folder) / "model.py")
     module = sys.modules[spec.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
@@ -173,7 +173,7 @@ def nano_gpt(folder, shape, dropout, everywhere):
 
 
 def peer_steps(turns, make, shape, dropout=0.0, everywhere=False, device="cpu", best=None, compiled=True):
-    """Steps of the model that `make` makes: eager, in float32, or at its best, compiled with numbers of type `best`."""
+    """Steps of the model from `make()`: eager in float32, or at its best: compiled, with numbers of type `best`."""
     if best:
         kernels.keep_freed_memory()
     x, y = random_batch(shape, device)
@@ -207,22 +207,22 @@ def peer_steps(turns, make, shape, dropout=0.0, everywhere=False, device="cpu", 
 
 
 def product_steps(turns, n, dtype, device):
-    """A product of square matrices, which shows what the machine can do at most; counted in FLOPs."""
+    """A product of square matrices, which shows the peak of the machine; counted in FLOPs."""
     a, b, c = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(3))
     while turns.done(2 * n**3):
         torch.mm(a, b, out=c)
 
 
 class Turns:
-    """What a contestant calls after each step. It says whether the first steps fit into memory, then waits for messages
-    of how many seconds a turn takes, and answers each with tokens (or FLOPs) per second."""
+    """A contestant calls this after each step. It reports whether the first steps fit in memory. Then it waits for
+    messages with the seconds of a turn, and answers each with tokens (or FLOPs) per second."""
 
     def __init__(self, connection):
         self.connection, self.seconds, self.n = connection, None, 0
-        self.facts = {}  # that go with the first answer
+        self.facts = {}  # sent with the first answer
 
     def done(self, amount):
-        """Count a step of `amount` tokens; between two turns wait. Returns True."""
+        """Count a step of `amount` tokens, and wait between two turns. Returns True."""
         self.n += 1
         if self.seconds is None:  # the first steps, which also compile and fill caches
             if self.n == 1 and torch.cuda.is_available():
@@ -231,7 +231,7 @@ class Turns:
                 self.synchronize()
                 memory = harness.peak_memory_mb("cuda" if torch.cuda.is_available() else "cpu")
                 self.wait_for_turn({"memory_mb": memory, **self.facts})
-        elif self.n == 0:  # not timed: the caches, or the memory of the GPU, were in other hands
+        elif self.n == 0:  # not timed: another contestant has used the caches or the GPU's memory
             self.synchronize()
             self.start = time.perf_counter()
         elif time.perf_counter() - self.start >= self.seconds:
@@ -251,9 +251,9 @@ class Turns:
 
 
 def serve(connection, work, arguments):
-    """What a contestant's process does: work in turns until nobody asks any more."""
+    """The process of a contestant: work in turns until no more are requested."""
     try:
-        with contextlib.redirect_stdout(sys.stderr):  # the tables alone go to stdout
+        with contextlib.redirect_stdout(sys.stderr):  # only the tables go to stdout
             work(Turns(connection), *arguments)
     except torch.OutOfMemoryError:
         connection.send(False)
@@ -262,16 +262,16 @@ def serve(connection, work, arguments):
 
 
 def processes():
-    """Where contestants' processes come from: each is started anew."""
-    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would tell of what a stopped process left behind
+    """The context that starts contestants' processes, each from scratch."""
+    os.environ["PYTHONWARNINGS"] = "ignore:resource_tracker"  # it would warn of what a stopped process left behind
     return multiprocessing.get_context("spawn")
 
 
 def start(work, *arguments):
-    """Start a contestant in a process of its own; returns the connection to it, over which its first answer comes."""
+    """Start a contestant in its own process. Returns the connection over which its first answer will arrive."""
     context = processes()
     connection, theirs = context.Pipe()
-    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # the process inherits it: Ctrl-C is for this one alone
+    usual = signal.signal(signal.SIGINT, signal.SIG_IGN)  # inherited by the process: Ctrl-C must reach only this one
     context.Process(target=serve, args=(theirs, work, arguments), daemon=True).start()
     signal.signal(signal.SIGINT, usual)
     theirs.close()
@@ -283,8 +283,8 @@ def say(text):
 
 
 def prepare(makers, at_once):
-    """Start contestants, {name: function and arguments}, some at once: {name: (connection, facts)}. One that fails or
-    does not fit into memory is left out, with a line that says so."""
+    """Start contestants, {name: function and arguments}, several at once. Returns {name: (connection, facts)}. One that
+    fails or does not fit in memory is left out, and a line says so."""
     ready, names = {}, list(makers)
     for i in range(0, len(names), at_once):
         say(f"preparing {', '.join(names[i : i + at_once])}")
@@ -325,7 +325,7 @@ def compete(title, makers, rounds, seconds):
     say(title)
     ready = prepare(makers, len(makers))
     if len(ready) < len(makers):
-        raise ValueError("a contestant is missing, so the others were not measured")
+        raise ValueError("a contestant failed (see above), so the others were not measured")
     return take_turns(title, {name: connection for name, (connection, _) in ready.items()}, rounds, seconds)
 
 
@@ -349,7 +349,7 @@ def measure_shape(name, dtype, peers, quick, *duration):
 
 
 def gpu_peers(nanogpt):
-    """{name: function that makes the model} of those that are there, with a line on each that is not."""
+    """{name: function that makes the model} for the peers that are installed. A line names each that is not."""
     peers = {}
     if nanogpt:
         peers[NANO] = functools.partial(nano_gpt, str(nanogpt))
@@ -363,7 +363,8 @@ def gpu_peers(nanogpt):
 
 
 def gpu_makers(shape, device, dtype, peers, compiled):
-    """Contestants of `shape`: the rungs, as they train, and the peers at their best, {name: function and arguments}."""
+    """The contestants for a shape, {name: function and arguments}: the rungs as they train, the peers at their best.
+    """
     own = {**shape, "DEVICE": device, "DTYPE": dtype, "DROPOUT": 0.0, "COMPILE": compiled}
     padded = {**shape, "vocabulary": -(-shape["vocabulary"] // 64) * 64}
     makers = {"v3": (rung_steps, "v3", own)}
@@ -375,8 +376,8 @@ def gpu_makers(shape, device, dtype, peers, compiled):
 
 
 def measure_gpu(device, dtype, peers, micro_batches, compiled, rounds, seconds):
-    """The rungs and the peers, each with the micro-batches that are the fastest for it; and products of matrices.
-    Returns ({name: facts}, {name: rates})."""
+    """Measure the rungs and the peers, each with the micro-batches fastest for it, and matrix products. Returns
+    ({name: facts}, {name: rates})."""
     contestants, began = {}, time.perf_counter()  # {name: (rate, connection, facts)}
     for micro_batch in micro_batches:
         if contestants and time.perf_counter() - began > TRIAL_SECONDS:
@@ -407,13 +408,13 @@ def measure_gpu(device, dtype, peers, micro_batches, compiled, rounds, seconds):
 
 
 def flops_per_token(shape, attention=1.0):
-    """Of a forward and backward pass; `attention`: the share of its products that counts."""
+    """FLOPs of a forward and backward pass. `attention`: the share of its products that counts."""
     L, C = shape["N_LAYER"], shape["N_EMBD"]
     return 6 * (12 * L * C**2 + C * shape["vocabulary"]) + 12 * L * shape["BLOCK_SIZE"] * C * attention
 
 
 def gpu_table(results):
-    """Of each contestant on a GPU: tokens per second, times the first peer's, MFU, memory, micro-batch."""
+    """For each contestant on a GPU: tokens per second, speed relative to the first peer, MFU, memory, micro-batch."""
     rates, rows = results["training"][GPT2], []
     base = next((name for name in (NANO, HF, PLAIN) if name in rates), next(iter(results["contestants"])))
     for name, facts in results["contestants"].items():
@@ -442,7 +443,7 @@ def gpu_report(results):
 
 
 def speed_table(training):
-    """Tokens per second, and how many times as many v3 reaches with the same dropout."""
+    """Tokens per second, and how many times as fast v3 is with the same dropout."""
     names = [name for name in next(iter(training.values())) if not name.startswith("product")]
     head, rows = ["training step"], {name: [name] for name in names}
     for shape, rates in training.items():
@@ -454,7 +455,7 @@ def speed_table(training):
 
 
 def best_table(training, dtype):
-    """How many times as fast as each peer at its best v3 is."""
+    """How many times as fast v3 is as each peer at its best."""
     rows = []
     for peer in (peer + dropped for dropped in ("", DROPPED) for peer in (HF, ENCODER, PLAIN)):
         row = [peer]
@@ -536,14 +537,14 @@ def main(argv=None):
     parser.add_argument("--eager", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.gpu and args.device == "cuda" and not torch.cuda.is_available():
-        raise ValueError("--gpu needs a GPU that torch can use, and there is none")
+        raise ValueError("--gpu needs a GPU that torch can use, but there is none; leave it out")
     if args.nanogpt and not (args.nanogpt / "model.py").is_file():
-        raise ValueError(f"--nanogpt {args.nanogpt} is no checkout of nanoGPT: it has no model.py")
+        raise ValueError(f"--nanogpt {args.nanogpt} has no model.py; name a checkout of nanoGPT")
     micro_batches, batch = args.micro_batches or MICRO_BATCHES[: 1 if args.quick else None], SHAPES[GPT2]["BATCH_SIZE"]
     if uneven := [n for n in micro_batches if n < 1 or batch % n]:
         raise ValueError(f"--micro-batches {uneven[0]}: a step has {batch} windows; name a divisor of that")
     device = args.device if args.gpu else "cpu"
-    dtype = harness.resolve_dtype(device, "auto")  # found out here and now, while nothing else runs
+    dtype = harness.resolve_dtype(device, "auto")  # measured now, while nothing else runs
     duration = (QUICK_ROUNDS, QUICK_SECONDS) if args.quick else (ROUNDS, SECONDS)
     results = {"machine": machine(device), "date": time.strftime("%Y-%m-%d"), "dtype": dtype, "rounds": duration[0],
                "seconds": duration[1]}  # fmt: skip

@@ -176,7 +176,7 @@ def texts_of(result):
 
 
 def groups(found, of):
-    """{what: {text or code: [names of results]}} for `found`, {name: result}, if there is more than one text or code."""
+    """{what: {text or code: [names of results]}} for `found`, {name: result}, where there is more than one."""
     together = {}
     for name, result in found.items():
         for key, value in of(result).items():

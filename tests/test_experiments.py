@@ -623,7 +623,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
     make_result(fed, 2, constants={"MAX_STEPS": 40})
     make_result(timed, 2, constants={"MAX_STEPS": 40})
     capsys.readouterr()
-    assert "fed" in experiments.report("tiny") and "the time of a step of timed has not been measured" in capsys.readouterr().err
+    assert "fed" in experiments.report("tiny") and "step of timed has not been measured" in capsys.readouterr().err
     for seconds, text in ((1.0, "| timed | 1 |"), (0.5, "MAX_STEPS was 40 and is 80")):
         times = {"seconds": {step_time.model_key(timed): seconds}}
         monkeypatch.setattr(step_time, "read", lambda times=times: times)
