@@ -210,8 +210,8 @@ class BPETokenizer:
     def train(cls, texts, vocab_size, special_tokens=("<|endoftext|>",), progress=None, pattern="gpt2"):
         """Learn a vocabulary of `vocab_size` tokens: bytes, merges and special tokens together.
 
-        texts: an iterable of str, each pre-tokenized on its own, or one str. In place of a str, an iterator of str
-        gives a long text in pieces.
+        texts: an iterable of str, each pre-tokenized on its own, or one str. A long text may be an iterator of str,
+        its pieces.
         progress: called with the number of merges learned so far, after each of them. pattern: "gpt2" or "gpt4".
         Among equally frequent pairs the smallest is merged first, so the same text always gives the same vocabulary.
         The vocabulary is smaller if the text runs out of pairs.
@@ -382,7 +382,7 @@ class BPETokenizer:
             if not isinstance(stored, dict) or stored.get("format") != _FORMAT:
                 raise ValueError("it is not a vocabulary of this tokenizer")
             if stored.get("version") != _VERSION:
-                raise ValueError(f"its version is {shown(stored.get('version'))}, and this program reads {_VERSION}")
+                raise ValueError(f"its version is {shown(stored.get('version'))}, but this program reads {_VERSION}")
             pattern = [name for name, pattern in PATTERNS.items() if pattern == stored.get("pattern")]
             if not pattern:
                 raise ValueError(f"its pattern, {shown(stored.get('pattern'))}, is none of {', '.join(PATTERNS)}")
@@ -400,8 +400,8 @@ class BPETokenizer:
             raise FileError(f"the vocabulary {path} cannot be read ({error.strerror})") from None
         except (ValueError, RecursionError) as error:  # json and UTF-8 errors are ValueErrors too
             reason = str(error) if isinstance(error, ValueError) else "it is nested too deeply"
-            raise UserError(f"cannot use the vocabulary {path}: {reason}; make it again or take the committed one "
-                            "(git checkout)") from None
+            raise UserError(f"cannot use the vocabulary {path}: {reason}; make it again, or restore the committed "
+                            "one (git checkout)") from None
         return tokenizer
 
     @classmethod

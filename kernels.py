@@ -114,7 +114,7 @@ def flex_parts(slopes, T, device):
 
 def alibi_by_flex_attention(q, k, v, slopes, seen):
     """ALiBi by a compiled kernel that adds the bias to each score as it is computed (FlexAttention, Dong et al. 2024,
-    arXiv:2412.05496), so heads keep their width, and a fast kernel. `q`, `k`, `v` (B, H, T, D), `q` scaled."""
+    arXiv:2412.05496), so heads keep their width and a fast kernel. `q`, `k`, `v` (B, H, T, D), `q` scaled."""
     return flex_attention(q, k, v, lambda score, b, h, i, j: score + slopes[h] * (j - i), seen, scale=1.0)
 
 
@@ -124,9 +124,9 @@ def alibi_by_flex_attention(q, k, v, slopes, seen):
 
 
 class Dropout(nn.Module):
-    """nn.Dropout(p), except that on a CPU the share `p` is rounded to n / 256, and 1 / (1 - p) with it.
+    """nn.Dropout(p), except that on a CPU `p` is rounded to n / 256, and the factor 1 / (1 - p) accordingly.
 
-    There, a random number for each element costs more than a layer: one of 64 bits serves eight elements, a byte each.
+    On a CPU, drawing a random number for each element costs more than a layer, so one of 64 bits serves eight elements.
     """
 
     def __init__(self, p):
@@ -171,26 +171,26 @@ def multinomial(p):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# Products of matrices on a GPU
+# Matrix products on a GPU
 # ----------------------------------------------------------------------------------------------------------
 
 
 def linear(x, weight):
-    """F.linear(x, weight), (..., V) for `x` (..., C) and `weight` (V, C), except that a GPU computes it with rows of
-    zeros up to a multiple of 64: its fast kernels need that, and vocabularies have any size."""
+    """F.linear(x, weight), (..., V) for `x` (..., C) and `weight` (V, C). On a GPU, rows of zeros are added up to a
+    multiple of 64, which its fast kernels need: a vocabulary may have any size."""
     return F.linear(x, weight) if x.device.type == "cpu" else padded_linear(x, weight)
 
 
 def padded_linear(x, weight):
-    """F.linear(x, weight) by a product with rows of zeros up to a multiple of 64."""
+    """F.linear(x, weight), computed with rows of zeros added up to a multiple of 64."""
     V = weight.size(0)
     return F.linear(x, F.pad(weight, (0, 0, 0, -V % 64)))[..., :V]
 
 
 @functools.lru_cache(maxsize=None)
 def compiled_on_gpu(function):
-    """`function` of a tensor, compiled for a GPU: many small operations become few. On a CPU, or where it cannot be
-    compiled, it is as it was."""
+    """`function` of a tensor, compiled for a GPU: many small operations become few. On a CPU, or if it cannot be
+    compiled, `function` runs unchanged."""
     compiled = None
 
     def call(x, *arguments):
@@ -199,7 +199,7 @@ def compiled_on_gpu(function):
             try:
                 compiled = compiled or torch.compile(function, dynamic=False)
                 return compiled(x, *arguments)
-            except Exception:  # a missing compiler shows in many ways; a mistake in the function shows again
+            except Exception:  # a missing compiler raises many kinds; a mistake in the function raises again
                 compiled = function
         return function(x, *arguments)
 
@@ -219,13 +219,13 @@ def keep_freed_memory():
     global _keeps_freed_memory
     with contextlib.suppress(OSError, TypeError, AttributeError):  # not glibc
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(-4, 0)  # M_MMAP_MAX: no block of its own for large arrays, which would be returned at once
+        mallopt(-4, 0)  # M_MMAP_MAX: large arrays get no separate blocks, which would be returned at once
         mallopt(-1, 2**31 - 1)  # M_TRIM_THRESHOLD
         _keeps_freed_memory = True
 
 
 def trim_memory():
-    """Return what is free, if freed memory is kept: the pieces that evaluations and checkpoints leave would add up."""
+    """If freed memory is kept, return what is free now: pieces left by evaluations and checkpoints would add up."""
     if _keeps_freed_memory:
         with contextlib.suppress(OSError, TypeError, AttributeError):
             ctypes.CDLL(None).malloc_trim(0)

@@ -400,7 +400,7 @@ def main(argv=None):
                                      usage="%(prog)s TEXT MODEL ...  or  %(prog)s --file FILE MODEL ...")  # fmt: skip
     parser.add_argument("--file", metavar="FILE", help="a file that holds the text, in UTF-8")
     parser.add_argument("--to", metavar="FILE", default="look.html", help="the page to write (default: look.html)")
-    parser.add_argument("words", metavar="TEXT MODEL", nargs="*", help="the text (- for standard input), then folders "
+    parser.add_argument("words", metavar="TEXT MODEL", nargs="*", help="the text, or - for standard input, and folders "
                         "of runs; with --file only the folders")  # fmt: skip
     parser.error = lambda message: sys.exit(f"look.py: {message}; see --help")
     args = parser.parse_intermixed_args(argv)

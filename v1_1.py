@@ -5,7 +5,7 @@ training memory above the imported libraries falls to less than a quarter. Where
 about it:
 
 1. Logits: with V = 4,096, those of a batch outweigh all else. The loss is summed over chunks of tokens, and the
-   gradient of a chunk is computed beside its loss, so only one chunk's logits exist at any time, in memory made once.
+   gradient of a chunk is computed with its loss, so only one chunk's logits exist at any time, in memory made once.
 2. Activations: a batch is processed in micro-batches whose gradients add up (gradient accumulation).
 3. Token ids: 16 bits instead of 64, and memory-mapped: only what a batch touches is read.
 4. Optimizer: `fused=True` updates weights and moments in place, without temporary copies of them.
@@ -228,7 +228,7 @@ def return_freed_memory():
 
 
 def print_memory(model, tokens, run):
-    """Print where the memory goes, counted from the shapes, beside the same count for v1, and what was measured."""
+    """Print where the memory goes: as computed from the shapes, next to the same for v1, and as measured."""
     n_params, vocab_size = run.n_params, model.head.out_features
     n_ids = sum(len(split) for split in tokens.values())
     per_token = 4 * (N_EMBD + CONTEXT_SIZE * N_EMBD + N_HIDDEN)  # embedding, window, hidden layer, in float32

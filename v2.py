@@ -110,7 +110,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a small MLP for each token by itself; after each, residual connection and LayerNorm."""
+    """Attention, then a small MLP for each token separately; after each, residual connection and LayerNorm."""
 
     def __init__(self):
         super().__init__()

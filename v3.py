@@ -122,7 +122,7 @@ class Attention(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a small MLP for each token by itself; LayerNorm before each, residual connection around."""
+    """Attention, then a small MLP for each token separately; LayerNorm before each, residual connection around."""
 
     def __init__(self):
         super().__init__()

@@ -124,7 +124,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """For each token by itself: widen, ReLU squared, narrow."""
+    """For each token separately: widen, ReLU squared, narrow."""
 
     def __init__(self):
         super().__init__()
@@ -136,7 +136,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a small MLP for each token by itself; RMSNorm before each, residual connection around."""
+    """Attention, then a small MLP for each token separately; RMSNorm before each, residual connection around."""
 
     def __init__(self):
         super().__init__()
@@ -278,7 +278,7 @@ class Muon(torch.optim.Optimizer):
     change a layer's output for an input of length 1.
 
     Matrices of one shape are orthogonalized together. Where a weight holds several matrices, one below the other, as
-    that of queries, keys and values does, its group's `split` says how many: each is orthogonalized by itself.
+    that of queries, keys and values does, its group's `split` says how many: each is orthogonalized separately.
     """
 
     def __init__(self, params, lr, momentum):

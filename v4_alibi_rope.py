@@ -135,7 +135,7 @@ def apply_rope(x, table):
 def alibi_slopes(n_head):
     """Slope of each head, H numbers: 2^(-8/H), 2^(-16/H), ..., 2^-8 (Press et al. 2021, section 3).
 
-    If H is no power of two, the slopes of the power of two below it, then every other one of that above it, as in the
+    If H is not a power of two: the slopes for the power of two below it, then every other one for that above, as in the
     authors' code.
     """
     power = 2 ** math.floor(math.log2(n_head))
@@ -197,7 +197,7 @@ class Attention(nn.Module):
 
 
 class MLP(nn.Module):
-    """For each token by itself: widen, ReLU squared, narrow."""
+    """For each token separately: widen, ReLU squared, narrow."""
 
     def __init__(self):
         super().__init__()
@@ -209,7 +209,7 @@ class MLP(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention, then a small MLP for each token by itself; RMSNorm before each, residual connection around."""
+    """Attention, then a small MLP for each token separately; RMSNorm before each, residual connection around."""
 
     def __init__(self, layer):
         super().__init__()
@@ -365,7 +365,7 @@ class Muon(torch.optim.Optimizer):
     change a layer's output for an input of length 1.
 
     Matrices of one shape are orthogonalized together. Where a weight holds several matrices, one below the other, as
-    that of queries, keys and values does, its group's `split` says how many: each is orthogonalized by itself.
+    that of queries, keys and values does, its group's `split` says how many: each is orthogonalized separately.
     """
 
     def __init__(self, params, lr, momentum):
@@ -549,7 +549,7 @@ def run_scheme():
 
 
 def main():
-    """Train every scheme of POSITION in a folder of its own, OUT_DIR/<scheme>, and compare those that are there.
+    """Train every scheme of POSITION in its own folder, OUT_DIR/<scheme>, and compare all that are there.
     Returns {scheme: its summary}; with PROMPT the text."""
     harness.check_constants(globals())
     positions = list(dict.fromkeys(name.strip() for name in POSITION.split(",")))
@@ -557,7 +557,7 @@ def main():
         raise harness.UserError(f"POSITION={POSITION}: there is no scheme {unknown[0]}; known are {', '.join(SCHEMES)}")
     if PROMPT is not None:
         folders = [f"{OUT_DIR}/{position}" for position in dict.fromkeys((*positions, *SCHEMES))]
-        return harness.continue_prompt(globals(), OUT_DIR, *folders)  # of the first that is there
+        return harness.continue_prompt(globals(), OUT_DIR, *folders)  # by the first that is there
     summaries = {}
     for position in positions:
         with harness.override(globals(), POSITION=position, OUT_DIR=f"{OUT_DIR}/{position}"):

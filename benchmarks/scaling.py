@@ -35,7 +35,7 @@ from benchmarks.tables import keep, machine, table  # noqa: E402
 from harness import distributed  # noqa: E402
 
 VOCAB_SIZE = {"cpu": 4096, "cuda": 50304}
-SHAPE = {  # constants of v3, beside its defaults
+SHAPE = {  # constants of v3 that are not its defaults
     "cpu": {"MICRO_BATCH_SIZE": 8},
     "cuda": {"N_LAYER": 12, "N_HEAD": 12, "N_EMBD": 768, "BLOCK_SIZE": 1024, "MICRO_BATCH_SIZE": 32},
 }

@@ -293,7 +293,7 @@ def prepare(makers, at_once):
             try:
                 facts = connection.recv()
             except (EOFError, ConnectionError):
-                say(f"{name} is left out: it failed, and its error stands above")
+                say(f"{name} is left out: it failed; its error is above")
                 continue
             if facts:
                 ready[name] = connection, facts
@@ -525,7 +525,7 @@ def measure_all(dtype, quick, *duration):
 
 
 def main(argv=None):
-    parser = argparse.ArgumentParser(description="Training speed of v3 and v4 beside plain implementations.")
+    parser = argparse.ArgumentParser(description="Training speed of v3 and v4 compared with plain implementations.")
     parser.add_argument("--quick", action="store_true", help="a first look: less is measured; write nothing without "
                         "--to")  # fmt: skip
     parser.add_argument("--gpu", action="store_true", help="v3, v4 and others at GPT-2's size on a GPU")
@@ -569,6 +569,6 @@ if __name__ == "__main__":
         print("training.py: stopped; nothing was written", file=sys.stderr)
         sys.exit(130)
     except (EOFError, ConnectionError):
-        sys.exit("training.py: a contestant failed; its error stands above")
+        sys.exit("training.py: a contestant failed; its error is above")
     except (OSError, ValueError) as error:
         sys.exit(f"training.py: {error}")

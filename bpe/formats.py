@@ -60,7 +60,7 @@ def _find_gpt2(path, patterns):
             for names in (_MERGES_FILES, _IDS_FILES)]
     if None in pair or not path.exists():
         raise MissingFileError(f"no vocabulary at {path}: neither a tokenizer.json nor {' or '.join(_MERGES_FILES)} "
-                               f"with {' or '.join(_IDS_FILES)} beside it")
+                               f"with {' or '.join(_IDS_FILES)} next to it; name the folder that holds them")
     return " and ".join(map(str, pair)), lambda: _read_merges_and_ids(*pair)
 
 

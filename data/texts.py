@@ -384,7 +384,7 @@ def _check_held_out(places):
             continue
         others = [place for place in by_folder.get(folder, ()) if place not in named]
         if len(named) < len(places) and not all(place.parts[:-1] == folder for place in named):
-            continue  # folders beside other folders
+            continue  # folders next to other folders
         whole = re.sub(r"[\W_]*\*[\W_]*", "", pattern)  # x.txt is the training text of x.test.txt
         beside = any(whole in ("", place.stem.lower()) for place in others)
         if len(set(named.values())) > 1 or beside:
