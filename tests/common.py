@@ -111,7 +111,7 @@ def tiny_tokens(n, vocab_size, seed=0):
 
 
 def short_tokens(module, n_val=600):
-    """The splits of the rung's text, that of validation cut to `n_val` tokens."""
+    """The splits of the rung's text, with the validation split cut to `n_val` tokens."""
     tokens = module.load_tokens(module.VOCABULARY)
     val = tokens["val"]
     tokens["val"] = Tokens(val.ids[:n_val], val.n_bytes * n_val // len(val), val.n_words * n_val // len(val), "sample",

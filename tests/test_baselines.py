@@ -1,4 +1,4 @@
-"""benchmarks/baselines.py, with stand-ins for the programs of others that say what those say."""
+"""benchmarks/baselines.py, with stand-ins for the other programs that print the same lines."""
 
 import importlib.util
 import json

@@ -130,14 +130,14 @@ def test_the_peak_of_the_learning_rate_is_that_of_the_schedule(name, load):
 
 @pytest.mark.parametrize("name", ["v1", "v3", V4])
 def test_contradictions_are_said_once_in_a_run(name, load, start, capsys):
-    """On the command line and in a notebook, in every run anew; v4 says them for all its schemes."""
+    """On the command line and in a notebook, once in every run; v4 prints them once for all its schemes."""
     module = load(name, TEMPERATURE=0.0, TOP_K=2, **({"POSITION": "alibi,rope"} if name == V4 else {}))
     line = "TEMPERATURE=0 always takes the likeliest token: TOP_K=2 has no effect\n"
     for _ in range(2):
         assert start(module)[1].count(line) == 1
         module.main()
         assert capsys.readouterr().out.count(line) == 1
-    assert start(module, "PROMPT=a")[2] == line  # beside the text
+    assert start(module, "PROMPT=a")[2] == line  # to standard error, not into the text
 
 
 @pytest.mark.parametrize("name", LATE_RUNGS)
@@ -353,7 +353,7 @@ def test_compiled_code_has_no_check(name, load):
 
 
 def test_a_gpu_does_not_wait_in_training_and_generation(load):
-    """Ids on the device without memory have no values: whoever looks at one fails."""
+    """Ids on the device "meta" have no values: reading one raises an error."""
     model, ids = random_model(load("v3"), 50).to("meta"), random_ids(1, 8).to("meta")
     model.train()
     assert model(ids, ids).device.type == "meta"
@@ -442,7 +442,7 @@ def test_files_that_hide_modules_are_named(tmp_path):
     assert found == [str(tmp_path / name) for name in ("data.py", "look", "random.py")]
     assert harness.hidden_modules(ROOT) == []
     (tmp_path / "random.py").unlink()
-    (tmp_path / "copy.py").write_text("import harness")  # a program beside it, which hides one itself
+    (tmp_path / "copy.py").write_text("import harness")  # a program in the same folder that hides a module itself
     done = subprocess.run([sys.executable, str(tmp_path / "copy.py")], env={**os.environ, "PYTHONPATH": str(ROOT)},
                           capture_output=True, text=True, timeout=60)  # fmt: skip
     lines = [f"{tmp_path / name} hides a module of the same name that is needed here; rename it" for name in

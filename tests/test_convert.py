@@ -135,7 +135,7 @@ def distance(ours, theirs, size, vocab_size):
 
 
 def greedy(theirs, start, n_tokens):
-    theirs.generation_config.eos_token_id = None  # the rungs go on after the end of a document
+    theirs.generation_config.eos_token_id = None  # the rungs continue after the end of a document
     x = torch.tensor([start])
     mask = torch.ones_like(x)
     out = theirs.generate(x, attention_mask=mask, max_new_tokens=n_tokens, do_sample=False, pad_token_id=0)
@@ -412,7 +412,7 @@ def test_a_gpt2_becomes_a_run_of_v3(kind, load, tmp_path, gpt2_vocabulary, text)
 
 
 def test_names_and_buffers_of_old_files_are_understood(load, tmp_path, gpt2_vocabulary):
-    """GPT-2 as it was published: no prefix, no head, and the causal mask beside the weights."""
+    """GPT-2 as it was published: no prefix, no head, and the causal mask among the weights."""
     load("v3")
     theirs = write_gpt2(tmp_path / "hf", gpt2_vocabulary)
 
@@ -582,7 +582,7 @@ class Bomb:
 def test_a_pickle_is_not_opened(tmp_path, gpt2_vocabulary):
     write_gpt2(tmp_path / "hf", gpt2_vocabulary)
     (tmp_path / "hf" / "pytorch_model.bin").write_bytes(pickle.dumps(Bomb(str(tmp_path / "exploded"))))
-    convert("--from", tmp_path / "hf", tmp_path / "run")  # from the weights beside it
+    convert("--from", tmp_path / "hf", tmp_path / "run")  # from the weights in the same folder
     (tmp_path / "hf" / "model.safetensors").unlink()
     message = refusal("--from", tmp_path / "hf", tmp_path / "other")
     assert "save_pretrained" in message and "safetensors" in message

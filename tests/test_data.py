@@ -67,7 +67,7 @@ def no_network(monkeypatch, tmp_path):
     monkeypatch.setattr(socket, "getaddrinfo", local_only)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
-    monkeypatch.setenv("no_proxy", "*")  # the local sockets of these tests are asked directly
+    monkeypatch.setenv("no_proxy", "*")  # connect directly to the local sockets of these tests
     # These packages read the environment only once, when they are imported.
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
@@ -1267,7 +1267,7 @@ def test_data_may_be_a_symbolic_link(tmp_path):
     done = forks.run(["-c", code], cwd=tmp_path, env=OFFLINE)
     assert (done.returncode, done.stderr) == (0, "")
     assert done.stdout.splitlines()[0] == str(root / "data")
-    # Called by the link's target, it cannot know what stands beside the link.
+    # Called by the link's target, it cannot know what is next to the link.
     done = subprocess.run([sys.executable, "prepare.py"], cwd=root / "data", capture_output=True, text=True)
     assert done.returncode == 1 and len(done.stderr.splitlines()) == 1
     assert AGAIN in done.stderr
@@ -1331,7 +1331,7 @@ def test_a_signal_stops_it_in_one_line_and_changes_nothing(tmp_path, made, numbe
     assert snapshot(root / "data") == before
 
 
-# In a mount namespace of its own: a small disk on which data/ lies, and a copy of what is left there afterwards.
+# In its own mount namespace: a small disk that holds data/, and a copy of what is left there afterwards.
 ON_A_SMALL_DISK = """
 mount -t tmpfs -o size=$SIZE tmpfs "$DISK" || exit 99
 cp data/* "$DISK"

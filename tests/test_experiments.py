@@ -1,4 +1,4 @@
-"""results/: the plan of the experiments, the edits that lead from v3 to v4, runs that stop and go on, step times, what
+"""results/: the plan of the experiments, the edits that lead from v3 to v4, runs that stop and resume, step times, what
 is measured of a model, tables."""
 
 import copy
@@ -162,7 +162,7 @@ def test_embeddings_may_have_rates_and_a_decay_of_their_own(tmp_path):
 
 
 def test_rope_in_v3(tmp_path, monkeypatch):
-    """There is no table of positions; without the turning it is v3 whose positions are all zero."""
+    """It has no position embeddings; without the rotation it equals v3 with all positions zero."""
     v3, roped, idx = variant("v3", (), tmp_path), variant("v3", edits.ROPE_IN_V3, tmp_path), torch.randint(50, (2, 32))
     model, plain = roped.LanguageModel(50), v3.LanguageModel(50)
     plain.load_state_dict(randomize(model, 0.3).state_dict(), strict=False)
@@ -311,7 +311,7 @@ def tiny(folders, launch_forked, monkeypatch, data_dir):
 
 
 def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
-    """Edited and plain; what is there is not made again, and a run that had begun goes on from its checkpoint."""
+    """Edited and plain. Finished runs are not made again, and a run that had begun resumes from its checkpoint."""
     plan_tiny(monkeypatch, Run("v3: cosine", "v3", tiny, edits.COSINE),
               Run("v4", V4, {**tiny, "POSITION": "rope"}, measure="windows"))  # fmt: skip
     trained, train = [], runner.train
@@ -606,7 +606,7 @@ def test_a_plan_that_has_changed_leaves_results_out(folders, monkeypatch, capsys
     plan_tiny(monkeypatch, run)
     make_result(run, 2)
     assert experiments.report("tiny")
-    for field, value, why in (("edits", edits.HEAD_OF_ITS_OWN, "other edits"),
+    for field, value, why in (("edits", edits.HEAD_OF_ITS_OWN, "made with edits that are not those"),
                               ("measure", "windows", "lacks the measurement 'windows'")):  # fmt: skip
         with monkeypatch.context() as patch:
             patch.setattr(run, field, value)
@@ -648,7 +648,7 @@ def test_results_of_different_code_share_a_table_only_with_a_reason(folders, mon
     for changed, how in zip((runs[1], runs[3]), other):
         make_result(changed, 2, **how)
         with pytest.raises(ValueError, match=f"different code of v3.py .*{now}: a-2.json.*beef: {changed.name}-2.json.*"
-                                             "; move those of one of them aside"):  # fmt: skip
+                                             "; move those of one code aside"):  # fmt: skip
             experiments.main(["tiny", "--table"])
         monkeypatch.setattr(EXPERIMENTS["tiny"], "mixed_code", "the words of a comment")
         assert "Made with different code: the words of a comment.\n" in experiments.report("tiny")
@@ -682,7 +682,7 @@ def test_what_was_begun_otherwise_does_not_go_on(folders, tmp_path, capsys):
         assert (output / "checkpoint.pt").exists()
         runner.begin(folder, output, made_of)
         assert not output.exists() and (folder / f"run.{k + 1}" / "checkpoint.pt").read_text() == "begun"
-        assert f"it is now in run.{k + 1}" in capsys.readouterr().out
+        assert f"that is now in run.{k + 1}" in capsys.readouterr().out
     output.mkdir()
     runner.begin(folder, output, made_of | {"constants": {"MAX_STEPS": 80, "DEVICE": "cuda"}})
     assert output.exists() and capsys.readouterr().out == ""
@@ -711,7 +711,7 @@ def test_steps_for_as_much_text(data_dir):
 
 
 def test_a_tenth_is_the_beginning_of_the_text(monkeypatch, tmp_path, data_dir):
-    """Its counts are those of its text, and it is loaded like any other."""
+    """Its counts match its text, and it is loaded like any other."""
     monkeypatch.setattr(texts, "token_file", lambda split, vocabulary: data_dir / f"{split}_ids_500.pt")
     monkeypatch.setattr(texts, "ROOT", tmp_path)
     (tmp_path / "data").mkdir()

@@ -185,7 +185,7 @@ def test_without_one_of_the_two_the_cell_is_empty(unknown, load, monkeypatch):
 
 
 def test_rows_of_a_run_without_the_column_are_kept(load):
-    """A run that was begun before there was one goes on; a row that was cut is left out."""
+    """A run that began before there was such a column can be resumed; an incomplete row is dropped."""
     module, rows = run_of(load)
     path = f"{module.OUT_DIR}/steps.csv"
     with open(path, "w") as file:

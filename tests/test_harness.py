@@ -788,7 +788,7 @@ def test_resuming_with_another_text_or_tokenizer_is_refused(name, trained, start
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_the_type_that_auto_chose_is_kept(dtype, trained, load, start, monkeypatch):
-    """On another machine, or at another load, auto would choose anew."""
+    """On another machine, or under another load, auto could choose differently."""
     monkeypatch.setattr(harness.distributed, "auto_dtypes", {"cpu": dtype})
     module = trained("v3", DTYPE="auto")
     other = {"float32": "bfloat16", "bfloat16": "float32"}[dtype]
@@ -994,7 +994,7 @@ def test_a_prompt_is_continued_by_the_model_as_trained(name, prompt, trained, lo
 
 
 def test_several_samples_of_a_prompt(trained, start):
-    """The first is that of a single one; each has a seed of its own."""
+    """The first equals a single sample; each has its own seed."""
     module = trained("v2", SAMPLE_TOKENS=12)
     code, out, err = start(module, "PROMPT= The", "SAMPLES=3", "STOP_AT_END=False")
     assert (code, err) == (0, "")
@@ -1042,7 +1042,7 @@ def test_special_tokens_are_no_text():
 
 
 def test_a_prompt_finds_the_scheme_that_was_trained(trained, load, start, monkeypatch):
-    """The first of those that POSITION names, or else any other."""
+    """The first scheme that POSITION names, or else any other."""
     module, read, found = trained(V4, POSITION="rope"), harness.models.read_model, []
     folder = run_folder(module)
     monkeypatch.setattr(samples, "read_model", lambda folder: found.append(folder.name) or read(folder))
@@ -1164,7 +1164,7 @@ def test_a_run_starts_from_the_weights_of_another(name, trained, load, start):
     module = trained(name)
     kept, folder = kept_weights(module, *(["alibi"] if name == V4 else [])), module.OUT_DIR
     best = json.loads((run_folder(module) / "summary.json").read_text())["val_loss"]
-    for out in (folder + " tuned", folder):  # beside the other run, or in its place
+    for out in (folder + " tuned", folder):  # next to the other run, or in its place
         still = {"LEARNING_RATE": 0.0} | ({"LEARNING_RATE_ADAMW": 0.0} if name in MODERN else {})
         load(name, **SHORT, **still, INIT_FROM=folder, OUT_DIR=out)
         code, text, err = start(module)
@@ -1268,7 +1268,7 @@ def test_no_clipping_without_grad_clip(load, monkeypatch):
 
 
 def test_the_process_is_left_as_it_was(load):
-    """A notebook or a test goes on in it, after a run and after one that failed."""
+    """A notebook or a test continues in the same process, after a run and after a failed one."""
 
     def state():
         signals = [signal.getsignal(number) for number in harness.signals.ENDING], threading.active_count()

@@ -27,7 +27,7 @@ SPLITS = data.SPLITS
 
 @pytest.fixture
 def here(tmp_path, monkeypatch):
-    """A folder to work in, as the current one, beside a copy of data/."""
+    """The current folder for a test, next to a copy of data/."""
     folder = tmp_path / "here"
     folder.mkdir()
     monkeypatch.chdir(folder)

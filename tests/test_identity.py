@@ -198,7 +198,7 @@ def model_of(tmp_path):
     "__main__", "v9", "v3.py", 7, None, ["v3"], "words", "broken", "v3\0",
 ])  # fmt: skip
 def test_nothing_but_a_rung_is_imported(name, model_of, tmp_path, monkeypatch):
-    """Whatever name stands in a model's file."""
+    """Whatever name a model's file contains."""
     monkeypatch.syspath_prepend(tmp_path)
     leave_a_mark = f"open({str(tmp_path / 'executed')!r}, 'w')\n"
     (tmp_path / "words.py").write_text(f"{leave_a_mark}class LanguageModel: pass\n# harness.start(globals())\n")
@@ -211,7 +211,7 @@ def test_nothing_but_a_rung_is_imported(name, model_of, tmp_path, monkeypatch):
 
 
 def test_a_copy_of_a_rung_is_loaded(model_of, tmp_path, monkeypatch, load):
-    """From a file beside the others, or wherever Python finds it; the model knows its vocabulary."""
+    """From a file next to the others, or wherever Python finds it; the model knows its vocabulary."""
     v3 = load("v3", N_EMBD=48, N_HEAD=3)
     weights = v3.LanguageModel(500).state_dict()
     folder = model_of("v3_mine", weights, harness.constants(vars(v3)))
@@ -226,7 +226,7 @@ def test_a_copy_of_a_rung_is_loaded(model_of, tmp_path, monkeypatch, load):
     assert type(model).__module__ == "v3_mine" and same_weights(model.state_dict(), weights)
     assert model.fingerprint == tokenizer.fingerprint == BPETokenizer.load(folder / "vocabulary.json").fingerprint
     (tmp_path / "v3_mine.py").write_text("import nosuchmodule\n" + (ROOT / "v3.py").read_text(encoding="utf-8"))
-    with pytest.raises(ModuleNotFoundError):  # a mistake in it is no error of the user: it keeps its traceback
+    with pytest.raises(ModuleNotFoundError):  # a mistake in it is not the user's: it keeps its traceback
         harness.load(folder)
 
 

@@ -24,7 +24,7 @@ def gradients(y, x):
 @pytest.mark.parametrize("scale", [None, 0.3])
 @pytest.mark.parametrize("T", [1, 5, 128, 200, 512, 513])
 def test_attention_in_blocks_of_queries_is_that_of_torch(T, scale, monkeypatch):
-    """The code that is compiled on a CPU, run as it is."""
+    """The code for compilation on a CPU, run without compilation."""
     q, k, v = inputs(3, 2, 3, T, 8, dtype=torch.double).requires_grad_().unbind()
     theirs = F.scaled_dot_product_attention(q, k, v, is_causal=True, scale=scale)
     monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
@@ -258,7 +258,7 @@ def test_rows_of_zeros_change_no_product(V):
     for ours, theirs in zip(*results):
         close(ours, theirs)
     assert kernels.linear(x, weight).shape == (2, 3, V)
-    product = kernels.linear(x.to("meta"), weight.to("meta"))  # of a device that is no CPU
+    product = kernels.linear(x.to("meta"), weight.to("meta"))  # on a device other than the CPU
     assert product.stride(-2) % 64 == 0 and product.shape == (2, 3, V)
 
 

@@ -394,14 +394,14 @@ def point_at(browser, element):
 
 
 def tip(browser):
-    """The rows (rank, token, probability) of what is shown beside a token, whose own rank and text come first."""
+    """The rows (rank, token, probability) of the tip of a token, whose own rank and text come first."""
     (shown,) = find(browser, "#tip:not([hidden])")
     (own, *_), rows = shown.text.split("\n"), find(shown, "tr")
     return own, [[cell.text for cell in find(row, "td")][:3] for row in rows]
 
 
 def alone(text):
-    """As a token is shown that stands alone."""
+    """How a token is shown on its own."""
     return text.replace(" ", "␣").replace("\n", "↵")
 
 

@@ -792,7 +792,7 @@ def newton_schulz(G):
 @pytest.mark.parametrize("scale", [1e-3, 1.0, 1e6])
 @pytest.mark.parametrize("shape", [(48, 16), (16, 48), (32, 32), (24, 20), (1, 8)])
 def test_orthogonalize_changes_the_singular_values_alone(shape, scale, load):
-    """Each matrix of the stack by itself, whatever the scale of the others."""
+    """Each matrix of the stack separately, whatever the scale of the others."""
     G = inputs(4, *shape) * scale * torch.tensor([1, 10, 0.1, 1000])[:, None, None]
     result = load("v3_1").orthogonalize(G)
     assert result.dtype == G.dtype and result.shape == G.shape

@@ -1,4 +1,4 @@
-"""The notebooks: as committed, with what they show; and executed anew in quick form, on the bundled sample."""
+"""The notebooks: as committed, with their outputs; and executed again in a quick form, on the bundled sample."""
 
 import ast
 import base64

@@ -189,7 +189,7 @@ def test_processes_make_as_many_passes(n, world, monkeypatch):
 
 
 # ----------------------------------------------------------------------------------------------------------
-# What a GPU does while the program goes on
+# What a GPU does while the program continues
 # ----------------------------------------------------------------------------------------------------------
 
 

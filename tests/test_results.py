@@ -139,7 +139,7 @@ def test_committed_results_are_those_of_the_plan():
 
 
 def test_a_constant_that_a_rung_gets_leaves_its_results_valid(monkeypatch):
-    """At its default; a result that was made with another value is not that of the plan."""
+    """At its default value; a result that was made with another value does not match the plan."""
     read = checks.sources
     grown = {rung: tuple(text.replace("MAX_STEPS = ", "SHARD = False\nMAX_STEPS = ", 1) for text in read(run))
              for rung, run in {rung: plan.Run(rung, rung) for rung in RUNGS}.items()}  # fmt: skip

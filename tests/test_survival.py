@@ -212,7 +212,7 @@ class Child:
         os.kill(self.pid, number)
 
     def let_go(self):
-        """Let a child that holds go on."""
+        """Let a waiting child continue."""
         Path(f"{self.output}.go").touch()
 
     def finish(self):
@@ -409,7 +409,7 @@ class Watch:
 
 
 def run_watched(name, arguments, folder, output, copies, resume):
-    """In a child: train while what kills would leave is copied; or else go on from each of the copies."""
+    """In a child: train, and copy what a kill would leave at each moment; or else resume from each of the copies."""
     os.dup2(os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND), 1)
     os.dup2(1, 2)
     torch.set_num_threads(1)
@@ -540,7 +540,7 @@ def test_a_signal_that_is_ignored_stays_so(run, straight, tmp_path):
     [signal.SIGTERM, signal.SIGTERM], [signal.SIGINT, signal.SIGINT], [signal.SIGTERM, signal.SIGINT, signal.SIGHUP],
 ])  # fmt: skip
 def test_signals_that_come_together_are_one(numbers, run, tmp_path):
-    """torchrun passes on what a scheduler also sends to each process by itself."""
+    """torchrun forwards a signal that a scheduler also sends to each process directly."""
     code, _, err = run("v3", tmp_path, at={"batch 13": numbers}, twice=1e9)
     assert code == 128 + numbers[0]
     assert "stopped after 14 steps; RESUME=True" in err and len(err.splitlines()) == 1
@@ -591,7 +591,7 @@ def begin_in_terminal(begin):
 
 @pytest.mark.parametrize(("event", "step"), [("batch 13", 14), ("evaluation 2", 20), ("evaluation 7", STEPS)])
 def test_a_terminal_that_is_closed_ends_the_run(event, step, begin_in_terminal, run, straight, tmp_path):
-    """The kernel sends SIGHUP, and every write fails from then on, also those of the bar."""
+    """The kernel sends SIGHUP, and from then on every write fails, also writes of the progress bar."""
     child, shown = begin_in_terminal(event, "v3", tmp_path)
     assert b"\rtraining:  " in shown
     if event != "evaluation 7":  # which is one after training
@@ -623,7 +623,7 @@ def killed(run, tmp_path_factory):
 
 
 def test_a_run_that_is_being_moved_aside_has_its_newest_checkpoint_or_none(killed, tmp_path, monkeypatch):
-    """Else RESUME=True after a kill would go on from an older one."""
+    """Otherwise RESUME=True after a kill would resume from an older one."""
     shutil.copytree(killed, tmp_path / "run")
     rename, left = Path.rename, []
 
@@ -673,7 +673,7 @@ def test_a_damaged_checkpoint_gives_way_to_the_one_before(cut, gone, step, kille
 
 @pytest.fixture
 def passes(monkeypatch):
-    """passes(seconds, computing): so much time passes, and so much computing is done. There is no other time."""
+    """passes(seconds, computing): so much time passes, with so much computing. Time passes in no other way."""
     now = [100.0, 7.0]
     times = SimpleNamespace(perf_counter=lambda: now[0], process_time=lambda: now[1])
     monkeypatch.setattr(harness.clock, "time", times)
@@ -948,7 +948,7 @@ def assert_finite(out, name):
     (V4, "LEARNING_RATE_ADAMW", 0.01),
 ])  # fmt: skip
 def test_a_loss_that_is_not_finite_ends_the_run_and_a_lower_rate_trains(name, rate, lower, run, tmp_path):
-    """Before the first checkpoint there is nothing to go on from."""
+    """Before the first checkpoint there is nothing to resume."""
     code, _, err = run(name, tmp_path, EVAL_INTERVAL=5, **{rate: 1e30})
     assert_one_line(code, err, "loss is", "at step", f"{rate}=1e+30")
     assert "RESUME" not in err
@@ -1026,7 +1026,7 @@ def test_too_little_memory_to_load_a_checkpoint_is_not_called_damage(run, tmp_pa
 
 
 def test_to_resume_takes_no_more_memory_than_to_train(run, tmp_path):
-    """Nothing of a checkpoint is kept beside what it is for."""
+    """Nothing of a checkpoint stays in memory once it has been loaded."""
     peaks = []
     for more in ({}, {"RESUME": True, "MAX_STEPS": 2}):
         code, _, err = run("v3", tmp_path, **{**LARGE, **more})

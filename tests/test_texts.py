@@ -773,7 +773,7 @@ def test_separators_in_pieces_of_any_size(separator):
 
 
 def test_files_are_read_in_chunks_of_any_size(here, monkeypatch):
-    """With characters, lines, quotes and bytes that are no text across the ends of chunks."""
+    """With characters, lines, quotes and invalid bytes across the ends of chunks."""
     for name in ("x.csv", "x.json", "x.NDJSON"):
         TABLES[name](here / name)
     text = story(9) + "天地😀"
@@ -887,7 +887,7 @@ def test_no_standard_input(here, monkeypatch, capfd):
 
 
 def test_text_in_the_dataset_folder_itself(here, capfd):
-    """What was made there before is no text."""
+    """Files that were made there before do not count as text."""
     (here / "own").mkdir()
     (here / "own" / "novel.txt").write_text(story(60))
     for _ in range(2):
@@ -1040,7 +1040,7 @@ def test_a_vocabulary_from_elsewhere(here, data_dir):
         assert "".join(texts_of("own").values()) == story(200)
     prepare.main(["--from", "novel.txt", "--to", "own", "--vocabulary", str(data_dir / "bpe_vocab.json")])
     assert tokens_of("own")[1].vocab_size == 4096
-    prepare.main(["--from", "novel.txt", "--vocabulary", "run/vocabulary.json"])  # into data/, beside its own
+    prepare.main(["--from", "novel.txt", "--vocabulary", "run/vocabulary.json"])  # into data/, next to its own
     assert tokens_of("data", "bpe_vocab_run.json")[1].fingerprint == tokenizer.fingerprint
     assert BPETokenizer.load(data_dir / "bpe_vocab.json").vocab_size == 4096
 

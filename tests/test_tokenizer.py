@@ -166,7 +166,7 @@ def tiktoken_encoder(tokenizer):
 
 
 def hugging_face_encoder(tokenizer):
-    """Its tokens are text: GPT-2's alphabet writes the bytes that are no printable Latin-1 as U+0100 and up."""
+    """Its tokens are text: GPT-2's alphabet writes bytes that are not printable Latin-1 as U+0100 and up."""
     printable = [*range(33, 127), *range(161, 173), *range(174, 256)]
     alphabet = {byte: chr(byte) for byte in printable}
     alphabet |= {byte: chr(256 + k) for k, byte in enumerate(sorted(set(range(256)) - set(printable)))}
@@ -445,7 +445,7 @@ def test_a_text_may_be_cut_before_every_space_that_a_non_space_follows(text, pat
 @given(texts, st.sampled_from([1, 7, 64]), st.sampled_from(list(PATTERNS)))
 @example("a \n  b\n ", 64, "gpt4")
 def test_counts_of_pretokens(text, block, pattern):
-    """The counts that training starts from, each text by itself, with blocks so small that a text has many."""
+    """The counts from which training starts, each text separately, with blocks so small that a text has many."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(bpe.pretokens, "BLOCK_BYTES", block)
         several = [text, text[:5], "", text[5:]]
@@ -460,7 +460,7 @@ def starts_of(block, starts=bpe.pretokens.gpt2_starts):
 
 
 def ends_of(pieces):
-    """Where each of `pieces`, bytes that stand end to end, starts."""
+    """Where each of `pieces`, bytes placed end to end, starts."""
     return list(itertools.accumulate(map(len, pieces[:-1]), initial=0)) if pieces else []
 
 
@@ -644,7 +644,7 @@ def test_many_pieces_equal_textbook_encoding(merges, pieces):
 
 
 def test_equal_pairs_are_merged_from_the_left_also_if_the_first_is_made_last():
-    """In the second round xa, xaxa and qq stand side by side, and the first xa is not yet a token."""
+    """In the second round xa, xaxa and qq are side by side, and the first xa is not yet a token."""
     q, v, w, x, a = b"qvwxa"
     merges = [(q, q), (v, w), (257, x), (x, a), (259, 259)]
     expected = [w, 260, 259, 256]

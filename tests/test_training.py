@@ -50,7 +50,7 @@ def results_folder(module):
 
 
 def run(module):
-    """The summary of what main() trains; of v4 that of its one scheme."""
+    """The summary of what main() trains; for v4, the summary of its one scheme."""
     return module.main()["alibi"] if module.__name__ == V4 else module.main()
 
 
@@ -130,7 +130,7 @@ FAST = {  # learning rates with which a few windows are soon learned by heart
 
 @pytest.mark.parametrize("name", RUNGS)
 def test_what_a_run_reports_is_of_its_best_weights(name, load, monkeypatch):
-    """A text of 800 tokens is soon learned by heart. The run ends early, when the last weights are no longer the best.
+    """A text of 800 tokens is soon overfitted. The run ends early, when the last weights are no longer the best.
     Each split has its own loss."""
     module = load(name, PATIENCE=2, MAX_STEPS=500, EVAL_INTERVAL=2, SAMPLE_TOKENS=40, **FAST[name])
     tokens = module.load_tokens(module.VOCABULARY)
@@ -252,7 +252,7 @@ def test_when_evaluations_come_and_what_they_say_of_training(load):
 
 @pytest.mark.parametrize("name", RUNGS)
 def test_a_diverged_training_ends_early_and_without_an_error(name, load):
-    """As long as its losses are finite. A word perplexity that no float can hold is no reason to lose a run."""
+    """As long as its losses are finite. A word perplexity too large for a float must not end a run."""
     rates = {"LEARNING_RATE": 1e4, **({"LEARNING_RATE_ADAMW": 1e4} if name in MODERN else {})}
     if name == "v3":
         rates |= {"LEARNING_RATE": 30.0, "WEIGHT_DECAY": 0.0}
@@ -272,7 +272,7 @@ def epoch(module, ids, number):
 
 
 def places(n):
-    """A text whose tokens say where they stand."""
+    """A text whose tokens tell their own positions."""
     return torch.arange(n).to(torch.uint16)
 
 
