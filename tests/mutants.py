@@ -1,14 +1,14 @@
-"""Which faults do the tests notice? Plants them one at a time in a copy of the tree and runs the tests there.
+"""Which faults do the tests notice? Plants faults one at a time in a copy of the tree and runs the tests there.
 
-    python tests/mutants.py                    all of them: an hour and more
-    python tests/mutants.py v3 harness         those of these files
+    python tests/mutants.py                    all faults: more than an hour
+    python tests/mutants.py v3 harness         the faults in these files
     python tests/mutants.py --jobs 2           two at a time
-    python tests/mutants.py --list             say which there are
+    python tests/mutants.py --list             list the faults
 
-A fault is noticed if a test fails; without any, all pass, which is tried before. First the tests run that should
-notice a fault, then, if they do not, all those of models, training and the harness, or all those of data. A fault
-marked as equivalent changes nothing that a test could see, for the reason given. "harness" and "data" are all files of
-the folder.
+A fault is noticed if a test fails; first a run without faults checks that all tests pass. The tests that should notice
+a fault run first; if they do not notice it, all tests of models, training and the harness follow, or all tests of data.
+A fault marked as equivalent changes nothing that a test could see, for the reason given. "harness" and "data" mean all
+files in the folder.
 Exit code 1: a fault was not noticed, or could not be planted.
 """
 
@@ -234,7 +234,7 @@ FAULTS = [
     (V31, "the attention branch has no norm", "self.attention(norm(x))", "self.attention(x)"),
     (V31, "the MLP branch has no norm", "self.mlp(norm(x))", "self.mlp(x)"),
     (V31, "no last norm", "x = norm(self.blocks(self.dropout(x)))", "x = self.blocks(self.dropout(x))"),
-    (V31, "no dropout behind attention", "x + self.dropout(self.attention(norm(x)))", "x + self.attention(norm(x))"),
+    (V31, "no dropout after attention", "x + self.dropout(self.attention(norm(x)))", "x + self.attention(norm(x))"),
     (V31, "embeddings are not dropped", "self.blocks(self.dropout(x))", "self.blocks(x)"),
     (V31, "layers have biases", "3 * N_EMBD, bias=False)", "3 * N_EMBD)"),
     (V31, "the head starts at random", 'if name.endswith("proj.weight") or name == "head.weight":',
@@ -251,7 +251,7 @@ FAULTS = [
     (V31, "products in float32 always", "X = G.to(dtype)", "X = G.float()"),
     (V31, "no look ahead", 'p.grad.lerp(state["momentum"], momentum)', 'state["momentum"].clone()'),
     (V31, "momentum of another share", "lerp_(p.grad, 1 - momentum)", "lerp_(p.grad, 0.05)"),
-    (V31, "momentum starts anew", "                if not state:\n", "                if True:\n"),
+    (V31, "momentum starts again from zero", "                if not state:\n", "                if True:\n"),
     (V31, "thirds are orthogonalized together", '{"params": [a.qkv.weight for a in attention], "split": 3}',
      '{"params": [a.qkv.weight for a in attention]}'),
     (V31, "tall matrices get no longer steps", "scale = max(1, rows / columns) ** 0.5", "scale = 1.0"),
@@ -295,7 +295,7 @@ FAULTS = [
     (V4, "the cache writes at its beginning", "memory[:, :, self.length : T] = x", "memory[:, :, : x.size(2)] = x"),
     (V4, "the cache does not count", "cache.length += idx.size(1)", "cache.length += 1"),
     (V4, "all layers share a cache", "cache.extend(self.layer, k, v)", "cache.extend(0, k, v)"),
-    (V4, "no dropout behind the MLP", "x + self.dropout(self.mlp(norm(x)))", "x + self.mlp(norm(x))"),
+    (V4, "no dropout after the MLP", "x + self.dropout(self.mlp(norm(x)))", "x + self.mlp(norm(x))"),
     (V4, "embeddings are not dropped", "        x = self.dropout(x)\n", ""),
     (V4, "the attention branch has no norm", "self.attention(norm(x), rope, cache)", "self.attention(x, rope, cache)"),
     (V4, "embeddings have no norm", "x, rope = norm(self.embedding(idx)), None", "x, rope = self.embedding(idx), None"),
@@ -305,7 +305,7 @@ FAULTS = [
     (V4, "too many tokens at once", "max(1, MICRO_BATCH_SIZE * model.block_size // size)", "MICRO_BATCH_SIZE"),
     (V4, "test metrics of the validation split", 'evaluate(model, tokens["test"])', 'evaluate(model, tokens["val"])'),
     (V4, "the cache is never emptied", "cache is None or cache.length == size:", "cache is None:"),
-    (V4, "a quarter of the window is read anew", "max(1, size // 2)", "max(1, size // 4)"),
+    (V4, "a quarter of the window is read again", "max(1, size // 2)", "max(1, size // 4)"),
     (V4, "a long prompt loses its end", "ids[-size if cache is None",
      "ids[:size] if cache is None else ids[-size if False"),
     (V4, "no temperature", "(logits / TEMPERATURE)", "logits"),
@@ -390,7 +390,7 @@ FAULTS = [
     (LOOK, "weights of the first tokens for all", "[:, start : start + D]", "[:, : min(D, T - start)]"),
     (LOOK, "weights of the first layer for all", "zip(modules, inputs)", "zip(modules, inputs[:1] * len(inputs))"),
     (LOOK, "weights with dropout", "    model.eval()\n", ""),
-    (LOOK, "a model goes on with unit vectors",
+    (LOOK, "a model keeps unit vectors as values",
      "            for hook in hooks:\n                hook.remove()\n", ""),
     (LOOK, "windows do not overlap", "new = start + max(1, size // 2), stop", "new = stop, stop", "windows_have"),
     (LOOK, "a token counts in two windows", "yield start, new, stop", "yield start, start, stop", "windows_have"),
@@ -558,11 +558,11 @@ FAULTS = [
     (MODELS, "a loaded model has the constants' shape", "    with override(rung, **shape):", "    if True:",
      "loaded or prompt"),
     (MODELS, "a loaded model trains", "    return model.eval()", "    return model", "loaded"),
-    (MODELS, "another vocabulary beside the model", '    if saved["fingerprint"] != tokenizer.fingerprint:',
+    (MODELS, "another vocabulary next to the model", '    if saved["fingerprint"] != tokenizer.fingerprint:',
      "    if False:", "prompt or damaged"),
     (MODELS, "the model of another rung is taken", '    if saved["rung"] != Path(rung["__file__"]).stem:',
      "    if False:", "another_rung"),
-    (SAMPLES, "a sample goes on behind its end", "if id == end and stop_at_end:", "if False:", "prompt or special"),
+    (SAMPLES, "a sample continues after its end", "if id == end and stop_at_end:", "if False:", "prompt or special"),
     (SAMPLES, "the mark is shown", "if id not in special else tokenizer", "if True else tokenizer",
      "prompt or special"),
     (SAMPLES, "all samples are alike", 'rung["SEED"] + k', 'rung["SEED"]', "several_samples"),
@@ -574,7 +574,7 @@ FAULTS = [
     (MODELS, "too little memory is a file of another version",
      "if isinstance(error, UserError) or is_out_of_memory(error):", "if isinstance(error, UserError):",
      "too_little_memory or cannot_be_read"),
-    (MODELS, "no checksum is looked at", "return archive.testzip() is None", "return True", "damaged"),
+    (MODELS, "no checksum is checked", "return archive.testzip() is None", "return True", "damaged"),
     (MODELS, "a disk that fails is called damage", "            while file.read(1 << 20):  #",
      "            while False:  #", "cannot_be_read"),
     (MODELS, "runs of the repository are not found", "dict.fromkeys((Path.cwd(), Path(__file__).resolve().parents[1]))",
@@ -621,9 +621,9 @@ FAULTS = [
     ("results/step_time.py", "one trial counts", "median(trials), round", "trials[0], round", "trials"),
     ("results/step_time.py", "trials that were made are made again", "            if len(trials) > turn:",
      "            if False:", "trials"),
-    ("results/runner.py", "what was begun otherwise goes on", "    if differ and run.exists():", "    if False:",
+    ("results/runner.py", "a run that began otherwise is resumed", "    if differ and run.exists():", "    if False:",
      "begun or kept_apart"),
-    ("results/runner.py", "another code of the rung goes on",
+    ("results/runner.py", "a run of other code is resumed",
      '"code_sha256": "the code of the rung was different"}', "}", "begun"),
     ("results/runner.py", "a run at work is moved aside", "        if output.exists():\n", "        if False:\n",
      "begun"),
@@ -683,7 +683,7 @@ FAULTS = [
     (FLOPS, "ALiBi's wider heads count", "kernels.ALiBiAttention.__call__ = lambda", "unused = lambda",
      "flops_of and alibi"),
     (FLOPS, "ALiBi stays replaced", "        kernels.ALiBiAttention.__call__ = usual", "        pass", "flops_of"),
-    (FLOPS, "tensors that are no buffers keep their values", "for value in vars(module).values() if torch.is_tensor",
+    (FLOPS, "tensors that are not buffers keep their values", "for value in vars(module).values() if torch.is_tensor",
      "for value in () if torch.is_tensor", "edited"),
     (FLOPS, "the model itself is counted and keeps what it makes",
      'copy.deepcopy(model, {id(tensor): torch.empty_like(tensor, device="meta") for tensor in tensors})',
@@ -774,7 +774,7 @@ FAULTS = [
     (RESUME, "constants that changed are not named", "    if changed:\n", "    if False:\n", "may_change"),
     (RESUME, "a run has more steps than it may", 'if saved["step"] > now["MAX_STEPS"]:', "if False:",
      "more_steps or may_change"),
-    (RESUME, "the type is chosen anew", 'distributed.auto_dtypes[run.device] = saved["dtype"]', "pass", "auto_chose"),
+    (RESUME, "the type is chosen again", 'distributed.auto_dtypes[run.device] = saved["dtype"]', "pass", "auto_chose"),
     (RUN, "the last weights instead of the best",
      '        set_weights(model, read_file(self.out_dir / "model.pt", ("model",))["model"]', "        (lambda *_: 0)(0",
      "what_a_run and v2"),
@@ -804,8 +804,8 @@ FAULTS = [
     (RESUME, "weights of another rung", '    if saved["rung"] != run.name:', "    if False:", "weights"),
     (RESUME, "a resumed run starts from other weights again", "INIT_FROM has no effect\")\n        return\n",
      "INIT_FROM has no effect\")\n", "weights"),
-    (RUN, "a loss that is not finite is no error", "        if not loss < DIVERGED:", "        if False:", "finite"),
-    (RUN, "a validation loss that is not finite is no error", '        if not metrics["loss"] < DIVERGED:',
+    (RUN, "a loss that is not finite raises no error", "        if not loss < DIVERGED:", "        if False:", "finite"),
+    (RUN, "a validation loss that is not finite raises no error", '        if not metrics["loss"] < DIVERGED:',
      "        if False:", "finite"),
     (RUN, "Ctrl-C saves nothing", "otherwise it has just been saved\n                self.checkpoint()",
      "otherwise it has just been saved\n                pass", "signal"),
@@ -855,7 +855,7 @@ FAULTS = [
     ("data/prepare.py", "a second process does not wait", "            except Locked as error:\n",
      "            except Locked as error:\n                locked = False\n                break\n"),
     ("data/prepare.py", "half-written files of a killed process stay", "left.unlink(missing_ok=True)", "pass"),
-    ("data/prepare.py", "those of a process at work go too", "if locked:  # a killed", "if True:  # a killed"),
+    ("data/prepare.py", "those of a running process are removed", "if locked:  # a killed", "if True:  # a killed"),
     ("data/prepare.py", "what was made while waiting is made again", "if only_missing:  #", "if False:  #"),
     ("data/prepare.py", "a file may change while it is read", "            if then != now:", "            if False:"),
     ("data/prepare.py", "a word in two pieces counts twice", ' + text.count("\\n") - goes_on', ' + text.count("\\n")'),
@@ -888,7 +888,7 @@ FAULTS = [
     ("data/formats.py", "a parquet column of numbers is text", "check_row(row, file.name, column)", "pass"),
     ("data/formats.py", "a damaged parquet file raises what pyarrow raises",
      "except (pyarrow.ArrowException, OSError, UnicodeDecodeError) as error", "except ZeroDivisionError as error"),
-    ("data/texts.py", "max_bytes has no end", "if len(piece) > self.left:", "if False:", "budget or max_bytes"),
+    ("data/texts.py", "max_bytes sets no limit", "if len(piece) > self.left:", "if False:", "budget or max_bytes"),
     ("data/texts.py", "max_bytes cuts a character", "cut_place(piece, self.left, 0)", "self.left", "budget"),
     ("data/texts.py", "a held-out split takes all of max_bytes", 'HELD_OUT if split in ("val", "test") else', "0 +",
      "max_bytes"),
@@ -902,7 +902,7 @@ FAULTS = [
     ("data/hub.py", "a data set is fetched whole", "elif options.max_bytes is not None and online:", "elif False:"),
     ("data/hub.py", "names of formats read files here", "elif (path := name) in", "elif not (path := name) and"),
     ("data/hub.py", "code may be run", "HF_DATASETS_TRUST_REMOTE_CODE = False", "HF_DATASETS_TRUST_REMOTE_CODE = True"),
-    ("data/hub.py", "splits of which none says train are one text", "        if len(train) != 1:", "        if False:"),
+    ("data/hub.py", "splits without one named train are one text", "        if len(train) != 1:", "        if False:"),
     ("data/hub.py", "a single training split loses its name", '"train" if split in train else None', "None"),
     ("data/hub.py", "splits of text files lose their names", "found.append(named_after)", "found.append(None)"),
     ("data/hub.py", "numbers are text", '"string" in str(getattr(feature, "dtype", ""))', "True"),
@@ -923,7 +923,7 @@ FAULTS = [
      "        with uninterrupted():\n            for aside, path", "        if True:\n            for aside, path"),
     ("harness/files.py", "two processes hold a lock", "        if held is False:", "        if False:"),
     ("harness/files.py", "a lock names nobody", "os.write(descriptor, f", "len(f"),
-    ("harness/files.py", "whoever asks for a lock cuts its file", "os.O_RDWR | os.O_CREAT |",
+    ("harness/files.py", "asking for a lock empties its file", "os.O_RDWR | os.O_CREAT |",
      "os.O_RDWR | os.O_CREAT | os.O_TRUNC |"),
     ("harness/files.py", "a file system without locks ends the program", "            held = None\n",
      "            raise\n"),
