@@ -804,7 +804,7 @@ FAULTS = [
     (RESUME, "weights of another rung", '    if saved["rung"] != run.name:', "    if False:", "weights"),
     (RESUME, "a resumed run starts from other weights again", "INIT_FROM has no effect\")\n        return\n",
      "INIT_FROM has no effect\")\n", "weights"),
-    (RUN, "a loss that is not finite raises no error", "        if not loss < DIVERGED:", "        if False:", "finite"),
+    (RUN, "a loss that is not finite does not raise", "        if not loss < DIVERGED:", "        if False:", "finite"),
     (RUN, "a validation loss that is not finite raises no error", '        if not metrics["loss"] < DIVERGED:',
      "        if False:", "finite"),
     (RUN, "Ctrl-C saves nothing", "otherwise it has just been saved\n                self.checkpoint()",
