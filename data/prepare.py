@@ -598,7 +598,7 @@ def main(argv=None):
     args.folder = os.path.expanduser(args.folder)
     args.vocabulary = args.vocabulary and os.path.expanduser(args.vocabulary)
     if args.sample and (args.paths is not None or args.dataset):
-        parser.error("--sample is a text of its own: give neither --from nor --dataset with it")
+        parser.error("--sample is a text of its own: leave --from and --dataset out")
     of_hub = _choose_dataset(parser, args)
     given = {name: value for name in ("separator", "column", "encoding", "errors", "max_bytes")
              if (value := vars(args)[name]) is not None}  # fmt: skip

@@ -196,8 +196,8 @@ def check_options(options, files):
     for option, some in uses.items():
         if getattr(options, option) is not None and not some & kinds:
             others = f" and {len(files) - 1} more" * (len(files) > 1)
-            raise UserError(f"--{option} is for {what[option]}, but there is none in {files[0].name}{others}; leave "
-                            "the option out")  # fmt: skip
+            raise UserError(f"--{option} is for {what[option]}, but there is none in {files[0].name}{others}; leave it "
+                            "out")  # fmt: skip
 
 
 # ----------------------------------------------------------------------------------------------------------

@@ -381,7 +381,7 @@ ERRORS = {
               "gated.*https://huggingface.co/datasets/a/b.*hf auth login"),
     "script": (RuntimeError("Dataset scripts are no longer supported, but found b.py"), "program.*--from DIR"),
     "script, datasets 3": (ValueError("It contains custom code.\nPass `trust_remote_code=True`"), "program"),
-    "files": (DataFilesNotFoundError("No (supported) data files found"), "no files of.*--from DIR"),
+    "files": (DataFilesNotFoundError("No (supported) data files found"), "no text files.*--from DIR"),
     "disk": (OSError(28, "No space left on device"), "disk.*--max-bytes"),
     "space": (OSError("Not enough disk space. Needed: 3 TB"), "disk.*--max-bytes"),
     "server": (HfHubHTTPError.__new__(HfHubHTTPError), "could not be loaded"),

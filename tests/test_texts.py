@@ -420,7 +420,7 @@ def test_files_of_a_folder_are_documents(here):
     expected = [text.encode() for text in contents.values() if text]
     assert sorted(d for some in splits.values() for d in some) == sorted(expected)
     left_out = next(line for line in lines if line.startswith("Left out: "))
-    assert re.search(r"around \(a link .*, .*nowhere \(no file\), .* and 3 more$", left_out)
+    assert re.search(r"around \(a link .*, .*nowhere \(not a file\), .* and 3 more$", left_out)
     assert any("given twice: " in line and "x.md" in line for line in lines)
 
 
