@@ -366,7 +366,7 @@ def fetch(given, name):
             raise
         offline = offline or isinstance(error, LocalEntryNotFoundError)
         why = "the hub cannot be reached" if offline else f"the download failed ({first_line(error)})"
-        raise _missing(given, name, f"{why}; try again, or download it on a computer with a network") from None
+        raise _missing(given, name, f"{why}; try again, or where there is a network, download it") from None
 
 
 def _read_json(path):

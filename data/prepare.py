@@ -593,7 +593,7 @@ def main(argv=None):
     parser.add_argument("--column", metavar="NAME", help="the column with the text, in tables (.jsonl, .parquet) and "
                         "in data sets of the hub (default: text)")  # fmt: skip
     parser.add_argument("--encoding", metavar="NAME", help="encoding of text files (default: utf-8)")
-    parser.add_argument("--errors", choices=("strict", "replace"), help="replace: replace bytes that are not text")
+    parser.add_argument("--errors", choices=("strict", "replace"), help="replace: replace invalid bytes by U+FFFD")
     args = parser.parse_args(argv)
     args.folder = os.path.expanduser(args.folder)
     args.vocabulary = args.vocabulary and os.path.expanduser(args.vocabulary)

@@ -42,7 +42,7 @@ def _text(h):
     folder, here, own = Path(h.get("DATA", "data")), Path.cwd() / "data", Path(__file__).absolute().parents[1] / "data"
     if folder.is_file():
         new = f"data/{folder.name.partition('.')[0]}"
-        raise UserError(f"DATA={folder} is a file, but DATA must name a dataset folder; make one, python "
+        raise UserError(f"DATA={folder} is a file, but DATA must name a dataset folder; make one with python "
                         f"data/prepare.py --from {shlex.quote(str(folder))} --to {new}, and set DATA={new}")
     if folder == Path("data") and here.is_dir() and not here.samefile(own) and any(here.glob("bpe_vocab*.json")):
         yield f"DATA=data always means {own}; to use the folder data/ in the current folder, write DATA={here}"
