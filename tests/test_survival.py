@@ -1180,7 +1180,7 @@ def test_signals_to_torchrun_and_to_a_process_of_it_save(folder, tmp_path):
 def test_what_several_processes_cannot_do_is_refused_in_one_line(begin, begin_together, tmp_path):
     alone = {"LOCAL_RANK": "0", "RANK": "0", "WORLD_SIZE": "2"}
     code, _, err = begin("v3", tmp_path, environ=alone, BATCH_SIZE=3).finish()
-    assert_one_line(code, err, "v3.py: BATCH_SIZE=3 must be a multiple of the 2 processes")
+    assert_one_line(code, err, "v3.py: BATCH_SIZE=3 must be a multiple of 2, the number of processes")
     for name in ("v0", "v1", "v1_1", "v2"):
         code, _, err = begin(name, tmp_path, environ=alone).finish()
         assert_one_line(code, err, f"{name}.py: this rung trains in one process only; start it with python {name}.py")
