@@ -336,7 +336,7 @@ def test_neighbouring_seeds_share_no_batches(name, load):
 def test_a_text_that_is_too_short_is_refused(name, load):
     module = load(name, BATCH_SIZE=4, BLOCK_SIZE=8)
     for n in (2, 8) if name == "v0" else (2, 8, 39):
-        with pytest.raises(ValueError, match=rf"text has only {n}\b"):
+        with pytest.raises(ValueError, match=rf"text has (only )?{n}\b"):
             module.get_batch(places(n), 0)
 
 
