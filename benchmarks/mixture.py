@@ -1,6 +1,7 @@
 """What a trained network gains from counting: a mixture of its probabilities with those of an n-gram model.
 
-    python benchmarks/mixture.py                    all rungs in runs/; results go to results/benchmarks/
+    python benchmarks/mixture.py                    all rungs in runs/, and results/best; results go to
+                                                    results/benchmarks/
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
 
 For every token p = (1 - w) p_network + w p_counted, with one weight w for the whole text, chosen on the validation
@@ -27,6 +28,8 @@ from data import load_tokens  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.models import find_model, read_model  # noqa: E402
 from results.pages import RUNS  # noqa: E402
+
+BEST = ROOT / "results" / "best"
 
 
 @torch.no_grad()
@@ -98,14 +101,19 @@ def report(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of all rungs)")
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of all rungs, "
+                                                               "and results/best)")  # fmt: skip
     parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
     args = parser.parse_args()
     if not 1 <= args.order <= 20 or args.stride is not None and args.stride < 1:
         raise UserError("--order must be from 1 to 20, and --stride at least 1")
-    folders = {run: run for run in args.runs} or {run: ROOT / "runs" / run for run in RUNS}
-    results = [measure(folder, args.order, args.stride) | {"run": run} for run, folder in folders.items()]
+    folders = {run: (run, args.stride) for run in args.runs}
+    if not folders:
+        folders = {run: (ROOT / "runs" / run, args.stride) for run in RUNS}
+        folders["results/best"] = BEST, args.stride
+        folders["results/best, windows slide by 64"] = BEST, 64
+    results = [measure(folder, args.order, stride) | {"run": run} for run, (folder, stride) in folders.items()]
     text = report(results)
     print(text, end="")
     if not args.runs and (args.order, args.stride) == (6, None):
