@@ -2,10 +2,11 @@
 
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
-from common import ROOT, V4, random_ids
+from common import ROOT, V4, random_ids, short_tokens
 from safetensors.torch import load_file
 from test_convert import convert, write_run
 
@@ -48,6 +49,21 @@ def test_a_kept_model_is_exported(load, tmp_path):
     weights = load_file(tmp_path / "exported/model.safetensors")
     head = read_file(tmp_path / "kept/model.pt", ("model",))["model"]["head.weight"]
     assert torch.equal(weights["lm_head.weight"], head.float()) and (tmp_path / "exported.gguf").exists()
+
+
+def test_a_kept_model_is_fine_tuned(load, tmp_path):
+    """The first evaluation is that of the weights it starts from."""
+    module = load(V4, MAX_STEPS=1, EVAL_INTERVAL=1, POSITION="rope", EXTRAPOLATION=(1,), SAMPLE_TOKENS=1,
+                  INIT_FROM=str(tmp_path / "kept"))  # fmt: skip
+    finished_run(module, tmp_path / "run")
+    keep_best.keep(tmp_path / "run", tmp_path / "kept")
+    kept, tokens = harness.load(tmp_path / "kept")[0], short_tokens(module)
+    tokens["test"] = tokens["val"]
+    with harness.override(vars(module), load_tokens=lambda *_: tokens):
+        module.main()
+    first = json.loads(next(Path(module.OUT_DIR).rglob("log.jsonl")).read_text(encoding="utf-8").splitlines()[0])
+    assert first["step"] == 0
+    assert first["val_loss"] == pytest.approx(module.evaluate(kept, tokens["val"])["loss"], rel=1e-5)
 
 
 def test_a_run_that_has_not_finished_is_not_kept(load, tmp_path):
