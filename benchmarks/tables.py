@@ -23,13 +23,17 @@ def keep(name, results, text, indent=1, folder=RESULTS):
 
 
 def machine(device="cpu"):
-    """A description of the machine: processor, number of cores, and versions; for a run on a GPU, its name."""
+    """A description of the machine: processor, threads that torch uses, and versions; for a run on a GPU, its name.
+    Cloud machines hide the processor's full name, but its family and model tell generations apart."""
     import torch
 
     if device.startswith("cuda"):
         return f"{torch.cuda.get_device_name(device)}, torch {torch.__version__}, Python {platform.python_version()}"
     try:
-        cpu = re.search(r"model name\s*: (.*)", Path("/proc/cpuinfo").read_text())[1]
+        text = Path("/proc/cpuinfo").read_text()
+        name, family, model = (re.search(rf"{key}\s*: (.*)", text)[1] for key in ("model name", "cpu family", "model"))
+        cpu = f"{name} (family {family}, model {model})"
     except (OSError, TypeError):  # not Linux, or a processor without a name
         cpu = platform.processor() or platform.machine()
-    return f"{cpu}, {torch.get_num_threads()} cores, torch {torch.__version__}, Python {platform.python_version()}"
+    cores = torch.get_num_threads()
+    return f"{cpu}, {cores} core{'s' * (cores > 1)}, torch {torch.__version__}, Python {platform.python_version()}"
