@@ -23,7 +23,8 @@ def expect(condition, words):
 def compare(answer, right, mistakes=None, what="the result", tolerance=1e-4):
     """Fail unless `answer` equals `right`: a number, a tensor, a list, a text, or a tuple of them.
 
-    mistakes: {words: what the function would return if it made this mistake}.
+    mistakes: {words: what the function would return if it made this mistake}. what: a name of the result, in the
+    singular; that of a tuple may be "(a, b)", with a name for each part.
     """
     if isinstance(right, (list, tuple)) and isinstance(answer, torch.Tensor) and answer.dim():
         answer = tuple(answer)  # a tensor can be unpacked as well
@@ -61,15 +62,19 @@ def difference(answer, right, what, tolerance):
     """In words, how `answer` differs from `right`."""
     if answer is None:
         return f"{what} {NOTHING}"
-    if isinstance(right, (list, tuple)) and isinstance(answer, (list, tuple)) and len(str(right)) > 80:
+    if isinstance(right, (list, tuple)) and not isinstance(answer, (list, tuple)):
+        return f"{what} is of type {type(answer).__name__}; it should be a {type(right).__name__}"
+    if isinstance(right, (list, tuple)) and len(str(right)) > 80:
         k = next((k for k, pair in enumerate(zip(answer, right)) if not equal(*pair, tolerance)), None)
         if k is None:
             return f"{what} should have {len(right)} values, and has {len(answer)}"
-        return difference(answer[k], right[k], f"{what}[{k}]", tolerance)
-    if isinstance(right, (list, tuple)) and not isinstance(answer, (list, tuple)):
-        return f"{what} is of type {type(answer).__name__}; it should be a {type(right).__name__}"
+        names = what.strip("()").split(", ") if what.startswith("(") else []
+        part = names[k] if len(names) == len(right) else f"{what}[{k}]"
+        return difference(answer[k], right[k], part, tolerance)
     if not isinstance(right, torch.Tensor):
-        return f"{what} is not right\n  yours: {answer!r}\n  right: {right!r}"
+        if isinstance(right, (int, float)) and isinstance(answer, torch.Tensor) and answer.numel() != 1:
+            return f"{what} has the shape {tuple(answer.shape)}; it should be one number"
+        return f"{what} is not right\n  yours: {short(answer)}\n  right: {short(right)}"
     if not isinstance(answer, torch.Tensor):
         return f"{what} is of type {type(answer).__name__}; it should be a tensor of shape {tuple(right.shape)}"
     if answer.shape != right.shape:
@@ -86,6 +91,10 @@ def difference(answer, right, what, tolerance):
             f"{list(place)}, is {rounded(answer[place])} and should be {rounded(right[place])}")  # fmt: skip
 
 
+def short(x):
+    return text if len(text := repr(x)) <= 300 else text[:300] + " ..."
+
+
 def rounded(x):
     """The numbers of a tensor, to four decimals, in lists."""
     return (x.detach().double() * 1e4).round().div(1e4).tolist() if x.dtype.is_floating_point else x.tolist()
@@ -93,9 +102,9 @@ def rounded(x):
 
 def check_causal(function, x):
     """Fail if an output of `function`, of tokens x (..., T, C), changes when a later token changes."""
-    before, T = function(x), x.size(-2)
-    expect(isinstance(before, torch.Tensor) and before.shape[:-1] == x.shape[:-1],
-           "there should be one output for each token" if before is not None else "the result " + NOTHING)  # fmt: skip
+    before, T = function(x.clone()), x.size(-2)
+    if not isinstance(before, torch.Tensor) or before.shape[:-1] != x.shape[:-1]:
+        return  # `compare` says what is wrong with it
     for later in range(1, T):
         changed = x.clone()
         changed[..., later, :] += 1

@@ -34,6 +34,10 @@ def pytest_runtest_makereport(item, call):
         if places and call.excinfo.errisinstance(NotImplementedError) and str(call.excinfo.value) == "your turn":
             report.unwritten = places[-1].lineno, places[-1].name
             report.longrepr = f"{UNWRITTEN}: {places[-1].name}"
+        elif call.excinfo.errisinstance(SyntaxError) and Path(call.excinfo.value.filename or "").name == answers:
+            error = call.excinfo.value
+            line = (error.text or "").strip()
+            report.longrepr = f"{type(error).__name__}: {error.msg}\nin {answers}, line {error.lineno}: {line}"
         elif places:
             line = str(places[-1].statement).strip()
             report.longrepr = f"{call.excinfo.exconly()}\nin {answers}, line {places[-1].lineno + 1}: {line}"
