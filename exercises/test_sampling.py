@@ -19,17 +19,20 @@ def drawn_from(logits, **constants):
 
 def test_with_temperature(my):
     for temperature in (0.5, 1.0, 2.0):
-        compare(my.with_temperature(LOGITS, temperature), drawn_from(LOGITS, TEMPERATURE=temperature), {
+        compare(my.with_temperature(LOGITS.clone(), temperature), drawn_from(LOGITS, TEMPERATURE=temperature), {
             "the logits are multiplied by the temperature, not divided": (LOGITS * temperature).softmax(-1),
             "the temperature has no influence": LOGITS.softmax(-1),
             "the probabilities are divided by the temperature; it should be the logits, before the softmax":
                 LOGITS.softmax(-1) / temperature,
             "these are logits: the softmax is missing": LOGITS / temperature,
         }, f"with_temperature(logits, {temperature})")  # fmt: skip
-    answer = my.with_temperature(LOGITS, 0)
+    answer = my.with_temperature(LOGITS.clone(), 0)
     if has_nan(answer):
         fail("at temperature 0 the logits become infinite, and the result nan: it needs a case of its own")
-    compare(answer, torch.eye(6)[2], what="with_temperature(logits, 0)")
+    compare(answer, torch.eye(6)[2], {
+        "at temperature 0 the likeliest token should have the probability 1": LOGITS.softmax(-1),
+        "this is the place of the likeliest token; the result should be probabilities, 1 at this place": 2,
+    }, "with_temperature(logits, 0)")  # fmt: skip
 
 
 def test_top_k(my):
@@ -37,9 +40,12 @@ def test_top_k(my):
     for k in (1, 3, 6):
         right = drawn_from(LOGITS, TOP_K=k, TEMPERATURE=1.0)
         smallest = torch.where(p <= p.sort().values[k - 1], p, 0)
+        others, largest = p - smallest, torch.where(right > 0, 0, p)
         compare(my.top_k(p.clone(), k), right, {
             "the rest does not sum to 1: divide by its sum": torch.where(right > 0, p, 0),
             "the smallest probabilities are kept, not the largest": smallest / smallest.sum(),
+            "the k smallest are set to 0; all but the k largest should be": others / others.sum(),
+            "the k largest are set to 0; they should stay, and the others not": largest / largest.sum(),
             "the probabilities have lost their places: they are sorted": right.sort(descending=True).values,
             "the softmax of probabilities is not what scales them: divide by their sum":
                 torch.where(right > 0, p, -torch.inf).softmax(-1),
@@ -58,15 +64,26 @@ def test_top_p(my):
             return kept / kept.sum()
 
         short = first(n - 1) if n > 1 else torch.full((5,), torch.nan)
+        rising = p.sort()
+        unlikely = torch.zeros(5)
+        unlikely[rising.indices] = torch.where(rising.values.cumsum(0) - rising.values < share, rising.values, 0)
         answer = my.top_p(p.clone(), share)
-        if n == 1 and has_nan(answer):
-            fail("nothing is left where the likeliest token alone exceeds `share`: it should always stay")
+        if has_nan(answer):
+            fail("nothing is left where the likeliest token alone exceeds `share`: it should always stay" if n == 1 else
+                 "nothing is left: what is compared with `share` is the sum from the likeliest token on")  # fmt: skip
         compare(answer, right, {
             "the token with which the sum reaches `share` should stay": short,
             "the rest does not sum to 1: divide by its sum": torch.where(right > 0, p, 0),
             "the probabilities have lost their places: they are sorted": right.sort(descending=True).values,
             "tokens with a probability above 1 - share are kept; what counts is the sum from the likeliest on":
                 torch.where(p > 1 - share, p, 0) / p[p > 1 - share].sum(),
+            "the sum begins with the least likely token; sort in descending order": unlikely / unlikely.sum(),
+            "to bring what stays back to its place, write kept[order] = ...; x[order] sorts once more":
+                right.sort(descending=True).values[order],
+            "the softmax of probabilities is not what scales them: divide by their sum":
+                torch.where(right > 0, p, 0).softmax(-1),
+            "the softmax of probabilities is not what scales them; divide by their sum":
+                torch.where(right > 0, p, -torch.inf).softmax(-1),
         }, f"top_p(p, {share})")  # fmt: skip
 
 
@@ -85,8 +102,13 @@ def test_generate_greedily(my):
         text.append(int(model(torch.tensor([text[-4:]]))[0, -1].argmax()))
     first = int(model(torch.tensor([prompt]))[0, 0].argmax())
     stuck = int(model(torch.tensor([prompt]))[0, -1].argmax())
+    flat = int(model(torch.tensor([prompt]))[0].argmax())
+    start = list(prompt)
+    while len(start) < 12:
+        start.append(int(model(torch.tensor([start[:4]]))[0, -1].argmax()))
     compare(my.generate_greedily(model, prompt, 1, block_size), [stuck], {
         "the next token comes from the logits of the last place, not of the first": [first],
+        "argmax runs over the logits of all places; the next token comes from those of the last": [flat],
         "the result should be the new tokens alone, without the prompt": [*prompt, stuck],
     }, "the continuation by one token")  # fmt: skip
     answer = my.generate_greedily(model, prompt, 9, block_size)
@@ -95,4 +117,5 @@ def test_generate_greedily(my):
         "the result should be the new tokens alone, without the prompt": text,
         "each new token should become part of the text before the next one is predicted": [stuck] * 9,
         "a token too few": text[3:-1],
+        "a text that is too long is cut to its start; it should be cut to its end": start[3:],
     }, "the continuation")  # fmt: skip

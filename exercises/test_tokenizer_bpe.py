@@ -17,9 +17,16 @@ def test_pretokenize(my):
         "contractions are not cut off: 's is one pre-token": r" ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
         "of several spaces the last belongs to the word that follows":
             r"'(?:[stmd]|ll|ve|re)| ?[A-Za-z]+| ?[0-9]+| ?[^\sA-Za-z0-9]+|\s+",
+        "only a space belongs to the word that follows it; a tab or the end of a line is a pre-token of its own":
+            r"'(?:[stmd]|ll|ve|re)|\s?[A-Za-z]+|\s?[0-9]+|\s?[^\sA-Za-z0-9]+|\s+(?!\S)|\s+",
+        "of all the white space before a word only one space belongs to it":
+            r"'(?:[stmd]|ll|ve|re)|\s*[A-Za-z]+|\s*[0-9]+|\s*[^\sA-Za-z0-9]+|\s+",
     }  # fmt: skip
-    for text in ("We'll meet at 5pm in room 12b,   he'd said -- or didn't he?\n\n Yes! ", "\n a_b  ", TEXT[:3000]):
+    talk = "We'll meet at 5pm in room 12b,   he'd said -- or didn't he?\n\n Yes! "
+    for text in (talk, "a\tb\n1\n-", "\n a_b  ", TEXT[:3000]):
         answer = my.pretokenize(text)
+        expect(not isinstance(answer, list) or all(answer), "there are empty pieces: with a group in (...) re.findall "
+               "returns the group alone, not the whole match: write (?:...)")  # fmt: skip
         if isinstance(answer, list) and all(isinstance(piece, str) for piece in answer):
             joined = "".join(answer)
             expect(len(joined) >= len(text), f"characters are lost: {text[:60]!r} becomes {answer[:12]}")
@@ -50,6 +57,7 @@ def test_merge(my):
         "the last id is lost": [256, 3, 256],
         "every occurrence should be merged, not only the first": [256, 3, 1, 2, 1],
         "the new id is put in, but the right half of the pair stays": [256, 2, 3, 256, 2, 1],
+        "nothing is merged; is a list compared with a tuple? They are never equal: tuple(ids[i : i + 2])": ids,
     })  # fmt: skip
     for n in range(2, 6):
         compare(my.merge([7] * n, (7, 7), 256), [256] * (n // 2) + [7] * (n % 2), {
@@ -64,6 +72,8 @@ def test_learn_merges(my):
     compare(my.learn_merges({b"ab": 2, b"abc": 3, b"d": 9}, 10), [(97, 98), (256, 99)], {
         "after the first merge its token, 256, should take part in pairs": [(97, 98), (98, 99)],
         "the first merge makes id 256, the second 257, and so on": [(97, 98), (257, 99)],
+        "each round finds the same pair: keep the merged ids for the next round": [(97, 98)] * 10,
+        "where no pair is left there are fewer merges: stop": [(97, 98), (256, 99)] + [None] * 8,
     })  # fmt: skip
     counts = bpe_tokenizer.count_pretokens(TEXT[:4000])
     right = bpe_tokenizer.learn_merges(counts, 30)
@@ -73,10 +83,12 @@ def test_learn_merges(my):
 
 def test_encode_pretoken(my):
     compare(my.encode_pretoken(b"abc", {(98, 99): 256, (97, 98): 257}), [97, 256], {
-        "the merge that was learned first comes first, not the leftmost": [257, 99],
+        "of the pairs in `merge_id` that with the smallest id comes first: not the leftmost, not the last learned":
+            [257, 99],
     })  # fmt: skip
     compare(my.encode_pretoken(b"abab", {(97, 98): 256, (256, 256): 257}), [257], {
-        "merged tokens merge again": [256, 256],
+        "merged tokens merge again: go on until no pair of neighbours is in `merge_id`": [256, 256],
+        "the pair should be merged wherever it occurs; here it is merged once": [256, 97, 98],
     })  # fmt: skip
     compare(my.encode_pretoken(b"x", {}), [120], what="encode_pretoken(b'x', {})")
     tokenizer = bpe_tokenizer.BPETokenizer.load(ROOT / "data" / "bpe_vocab_500.json")
@@ -91,8 +103,11 @@ def test_decode(my):
     compare(my.decode([195, 169, 33], []), "é!", {
         "a character may need several tokens: join the bytes of all ids first, then decode": "\ufffd\ufffd!",
         "a byte is not a character: join the bytes of all ids, then decode them as UTF-8": "Ã©!",
+        "bytes(3) is three bytes of 0; bytes([3]) is the one byte 3": "\0" * (195 + 169 + 33),
     })  # fmt: skip
-    compare(my.decode([256, 32, 257, 258], merges), "Hi é é", what="decode([256, 32, 257, 258], ...)")
+    compare(my.decode([256, 32, 257, 258], merges), "Hi é é", {
+        "left and right are exchanged: a token is its left half, then its right half": "iH \ufffdé\ufffd ",
+    }, "decode([256, 32, 257, 258], ...)")  # fmt: skip
     try:
         answer = my.decode([195, 33], [])
     except UnicodeDecodeError:

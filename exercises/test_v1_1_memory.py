@@ -40,6 +40,10 @@ def test_accumulated_gradient(my):
         "the last micro-batch is smaller, and should count less than the others": parts.mean(0),
         "only the last micro-batch counts: the gradients should be added": parts[-1] * 0.2,
         "the last micro-batch, which is smaller, is missing": 0.4 * (parts[0] + parts[1]),
+        "the last micro-batch is smaller: its share is len(its rows) / len(x), not micro_batch_size / len(x)":
+            0.4 * parts.sum(0),
+        "the gradients count by their rows, but are not divided by the number of all rows":
+            4 * parts[0] + 4 * parts[1] + 2 * parts[2],
     }
     [right] = gradients(10)
     rows.clear()
@@ -64,6 +68,9 @@ def test_loss_in_chunks(my):
         "the chunks' means are added; the loss is a mean over all tokens": sum(p.mean() for p in each.split(4)).item(),
         "this is the sum over the tokens: divide by N": each.sum().item(),
         "the last chunk, which is smaller, is missing": each[:8].sum().item() / 10,
+        "the last chunk, which is smaller, is missing; the mean should be over all tokens": each[:8].mean().item(),
+        "the last chunk is smaller: its mean counts by its own length, not by `chunk_size`":
+            sum(part.mean() for part in each.split(4)).item() * 0.4,
         "the bias is missing": F.cross_entropy(x @ weight.T, targets).item(),
     }, "the loss")  # fmt: skip
     expect(rows.most <= 4, f"{rows.most} rows of logits exist at once; a chunk has 4")
@@ -72,6 +79,7 @@ def test_loss_in_chunks(my):
 def test_gradients_in_chunks(my):
     x, weight, bias, targets = example()
     d = (torch.softmax(x @ weight.T + bias, -1) - F.one_hot(targets, V)) / len(x)
+    one_hot, no_bias = F.one_hot(targets, V), (x @ weight.T).softmax(-1)
     chunk_mean = d * torch.tensor([2.5] * 8 + [5.0] * 2)[:, None]
 
     def gradients(d, x=x):
@@ -84,6 +92,10 @@ def test_gradients_in_chunks(my):
         "the division by N is missing": gradients(10 * d),
         "what the chunks give for weight and bias should be added; here the last chunk replaces it":
             (d @ weight, *gradients(d[8:], x[8:])[1:]),
-        "the one-hot of the target is missing": gradients(d + F.one_hot(targets, V) / len(x)),
+        "the one-hot of the target is missing": gradients(d + one_hot / len(x)),
+        "the gradient with respect to the bias is the sum of the rows of d, not their mean":
+            (*gradients(d)[:2], sum(part.mean(0) for part in d.split(4))),
+        "the bias is missing in the logits": gradients((no_bias - one_hot) / len(x)),
     }, "(d_x, d_weight, d_bias)")  # fmt: skip
-    expect(rows.most <= 4, f"{rows.most} rows of logits or of their gradients exist at once; a chunk has 4")
+    expect(rows.most <= 4, f"{rows.most} rows of logits, or of their gradients or one-hot vectors, exist at once; "
+           "a chunk has 4")  # fmt: skip

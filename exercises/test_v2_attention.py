@@ -35,7 +35,8 @@ def test_one_head(my):
 
     scores = q @ k.T / math.sqrt(D)
     answer = my.one_head(x, w_q, w_k, w_v)
-    expect(not has_nan(answer), "the output contains nan: does every token see itself at least?")
+    expect(not has_nan(answer),
+           "the output contains nan: does every token see itself at least? And 0 * -inf is nan")  # fmt: skip
     notice(answer, {
         "the mask puts 0 in place of the scores of the future; exp(0) is 1, so it needs -inf":
             scores.masked_fill(future, 0).softmax(-1) @ v,
@@ -43,6 +44,8 @@ def test_one_head(my):
             scores.softmax(-1).masked_fill(future, 0) @ v,
         "the softmax runs over the queries; it should run over the keys, the last dimension": head(dim=0),
         "the past is hidden, and the future is seen: the mask is transposed": head(hidden=future.T),
+        "the softmax is missing: the scores are divided by their sum":
+            scores.tril() / scores.tril().sum(1, keepdim=True) @ v,
     })  # fmt: skip
     check_causal(lambda x: my.one_head(x, w_q, w_k, w_v), x)
     compare(answer, head(), {
@@ -51,6 +54,8 @@ def test_one_head(my):
         "the scores were divided by D; the root is missing": head(scale=D),
         "the scores were multiplied by sqrt(D), not divided": head(scale=1 / math.sqrt(D)),
         "queries and keys are exchanged: row i should belong to query i": head(q=k, k=q),
+        "the scores should be divided by sqrt(D) before the softmax, not the weights after it":
+            head(scale=1) / math.sqrt(D),
     }, "the output")  # fmt: skip
 
 
@@ -60,7 +65,7 @@ def test_split_heads(my):
     right = qkv.view(B, T, 3, H, D).permute(2, 0, 3, 1, 4)
     by_head = qkv.view(B, T, H, 3, D).permute(3, 0, 2, 1, 4)
     interleaved = qkv.view(B, T, 3, D, H).permute(2, 0, 4, 1, 3)
-    compare(my.split_heads(qkv, H), tuple(right), {
+    compare(my.split_heads(qkv.clone(), H), tuple(right), {
         "heads and tokens are exchanged: the shape should be (B, H, T, D)": tuple(right.transpose(2, 3)),
         "a head gets numbers of several tokens: view does not move numbers; transpose or permute after it":
             tuple(part.reshape(B, H, T, D) for part in qkv.chunk(3, -1)),
@@ -74,10 +79,10 @@ def test_split_heads(my):
 def test_join_heads(my):
     B, H, T, D = 2, 3, 4, 5
     y = random(B, H, T, D)
-    compare(my.join_heads(y), y.transpose(1, 2).reshape(B, T, H * D), {
+    compare(my.join_heads(y.clone()), y.transpose(1, 2).reshape(B, T, H * D), {
         "tokens are mixed: bring the dimensions into the order (B, T, H, D) before reshape": y.reshape(B, T, H * D),
         "the numbers of the heads alternate; each head should be in one piece": y.permute(0, 2, 3, 1).flatten(2),
-    }, "the joined heads")  # fmt: skip
+    }, "the tensor of joined heads")  # fmt: skip
 
 
 def test_layer_norm(my):
@@ -88,7 +93,7 @@ def test_layer_norm(my):
         return (x - mean) / (x.var(-1, keepdim=True, **how) + eps).sqrt()
 
     plain = norm(correction=0)
-    compare(my.layer_norm(x, weight, bias), F.layer_norm(x, (4,), weight, bias), {
+    compare(my.layer_norm(x.clone(), weight, bias), F.layer_norm(x, (4,), weight, bias), {
         "the variance divides by C - 1; here by C: var(-1, correction=0)": norm() * weight + bias,
         "1e-5 is missing under the root": norm(correction=0, eps=0) * weight + bias,
         "1e-5 belongs under the root, to the variance":
@@ -96,10 +101,17 @@ def test_layer_norm(my):
         "the mean is not subtracted": norm(mean=0, correction=0) * weight + bias,
         "x is divided by the variance: the root is missing":
             (x - x.mean(-1, True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5) * weight + bias,
+        "the standard deviation divides by C - 1, and 1e-5 belongs under the root, to the variance":
+            (x - x.mean(-1, True)) / (x.std(-1, keepdim=True) + 1e-5) * weight + bias,
         "`weight` and `bias` are missing": plain,
+        "`bias` is added last, after the product with `weight`": (plain + bias) * weight,
         "`bias` is missing": plain * weight,
         "mean and variance are of all tokens together; each token has its own":
             F.layer_norm(x, x.shape) * weight + bias,
+        "mean and variance should be over the last dimension, the numbers of a token":
+            (x - x.mean(0)) / (x.var(0, correction=0) + 1e-5).sqrt() * weight + bias,
+        "mean and variance should be over the last dimension; here they are over the tokens of a window":
+            (x - x.mean(1, True)) / (x.var(1, keepdim=True, correction=0) + 1e-5).sqrt() * weight + bias,
     }, "the normed x")  # fmt: skip
 
 
@@ -114,11 +126,15 @@ def test_post_norm_block(my):
     pre = x + attention(norm_1(x))
     inner = x + norm_1(attention(x))
     once = norm_1(x + attention(x))
-    compare(my.post_norm_block(x, norm_1, attention, norm_2, mlp), block(x), {
+    unnormed = norm_1(x) + attention(x)
+    compare(my.post_norm_block(x.clone(), norm_1, attention, norm_2, mlp), block(x), {
         "this is pre-norm, as in v3: in v2 LayerNorm comes after the sum": pre + mlp(norm_2(pre)),
         "the residual connections are missing: add the input of each sub-layer": norm_2(mlp(norm_1(attention(x)))),
         "LayerNorm is applied to the output of the sub-layer; it should be applied to the sum":
             inner + norm_2(mlp(inner)),
         "the second residual connection should add what the MLP got, not the block's input": norm_2(x + mlp(once)),
         "attention and MLP should follow each other, not stand side by side": norm_2(once + mlp(x)),
+        "the second LayerNorm is norm_2": norm_1(once + mlp(once)),
+        "LayerNorm is applied before the sum; it should be applied to it": norm_2(unnormed) + mlp(unnormed),
+        "the MLP should get what comes out of the first LayerNorm": norm_2(once + mlp(x + attention(x))),
     }, "the output")  # fmt: skip

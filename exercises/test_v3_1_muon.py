@@ -13,20 +13,24 @@ from exercises.checking import compare, expect, fail, has_nan, random
 def test_rms_norm(my):
     x = 1e-3 * random(2, 3, 4) + 1e-3
     squares = x.square().mean(-1, keepdim=True)
-    compare(my.rms_norm(x), v3_1.norm(x), {
+    compare(my.rms_norm(x.clone()), v3_1.norm(x), {
         "the mean is subtracted, as in LayerNorm; RMSNorm leaves it": F.layer_norm(x, (4,), eps=1.2e-7),
         "the squares are added up; take their mean": x / (4 * squares + 1.2e-7).sqrt(),
         "the root is missing": x / (squares + 1.2e-7),
         "eps is missing under the root": x / squares.sqrt(),
         "eps belongs under the root, to the mean of the squares": x / (squares.sqrt() + 1.2e-7),
         "the mean is of all tokens together; each token has its own": F.rms_norm(x, x.shape),
+        "the mean should be over the last dimension, the numbers of a token": x / (x.square().mean(0) + 1.2e-7).sqrt(),
+        "the mean is squared; it should be the mean of the squares":
+            x / (x.mean(-1, True) ** 2 + torch.finfo(x.dtype).eps).sqrt(),
+        "eps is torch.finfo(x.dtype).eps, not 1e-5": x / (squares + 1e-5).sqrt(),
     }, "the normed x", tolerance=1e-3)  # fmt: skip
     compare(my.rms_norm(torch.zeros(2, 4)), torch.zeros(2, 4), what="the norm of zeros")
 
 
 def test_relu_squared(my):
     x = random(20)
-    compare(my.relu_squared(x), x.relu().square(), {
+    compare(my.relu_squared(x.clone()), x.relu().square(), {
         "negative numbers should become 0 before the square": x.square(),
         "this is ReLU: the square is missing": x.relu(),
         "the square keeps its sign here; negative numbers should become 0": x * x.abs(),
@@ -46,12 +50,21 @@ def of_singular_values(function, G):
 def test_newton_schulz_round(my):
     for shape in ((4, 4), (3, 6), (6, 3)):
         X = random(*shape) / 3
-        compare(my.newton_schulz_round(X), of_singular_values(polynomial, X), {
+        A = X @ X.mT
+        square = {
+            "the last X of each product is missing: X X' X": 3.4445 * X - 4.775 * A + 2.0315 * A @ A,
+            "the factor made of A belongs to the left of X": 3.4445 * X + X @ (-4.775 * A + 2.0315 * A @ A),
+            "A is X X', with X transposed; here it is X X": 3.4445 * X + (-4.775 * X @ X + 2.0315 * X @ X @ X @ X) @ X,
+        } if shape == (4, 4) else {}  # fmt: skip
+        compare(my.newton_schulz_round(X.clone()), of_singular_values(polynomial, X), {
             "the numbers of X are raised to powers; X X' X are products of matrices": polynomial(X),
             "the second term is subtracted: its factor is -4.7750":
                 of_singular_values(lambda s: polynomial(s) + 2 * 4.775 * s**3, X),
             "the term with X X' X X' X is missing": of_singular_values(lambda s: 3.4445 * s - 4.775 * s**3, X),
             "the term 3.4445 X is missing": of_singular_values(lambda s: polynomial(s) - 3.4445 * s, X),
+            "A A is a product of matrices, A @ A; A * A is one of numbers":
+                3.4445 * X + (-4.775 * A + 2.0315 * A * A) @ X,
+            **square,
             "this is the classic cubic, 1.5 X - 0.5 X X' X": of_singular_values(lambda s: 1.5 * s - 0.5 * s**3, X),
         }, f"a round for a matrix {shape}")  # fmt: skip
 
@@ -68,10 +81,10 @@ def test_orthogonalize(my):
     for shape, scale in (((4, 4), 1.0), ((3, 6), 100.0), ((6, 3), 1e-3)):
         G = scale * random(*shape)
         right, unit = v3_1.orthogonalize(G[None])[0], G / G.norm()
-        answer = my.orthogonalize(G)
+        answer = my.orthogonalize(G.clone())
         bad = isinstance(answer, torch.Tensor) and not answer.isfinite().all()
         if bad or (isinstance(answer, torch.Tensor) and answer.norm() > 100):
-            fail("the rounds diverge: divide G by its Frobenius norm first")
+            fail("the rounds diverge: first divide G by its Frobenius norm, a single number of all of G")
         compare(answer, right, {
             "G is not divided by its norm": of_singular_values(rounds(5), G),
             "G is divided by its largest singular value; it should be the Frobenius norm":
@@ -81,6 +94,12 @@ def test_orthogonalize(my):
             "there is one round only; there should be five": of_singular_values(rounds(1), unit),
             "G is divided by its norm again before each round; once is enough": repeated(unit),
             "the result is transposed: turn a tall matrix back": right.T,
+            "this is G divided by its norm; what a round returns should go into the next: X = newton_schulz_round(X)":
+                unit,
+            "the root is missing: the norm is the root of the sum of squares":
+                of_singular_values(rounds(5), G / G.square().sum()),
+            "this is the nearest orthogonal matrix itself; five rounds come near it only":
+                of_singular_values(torch.ones_like, G),
         }, f"the result for a matrix {shape}", tolerance=1e-3)  # fmt: skip
 
 
@@ -112,7 +131,7 @@ def test_muon_step(my):
         answer = my.muon_step(*inputs, lr, momentum, nearest)
         expect(all(torch.equal(x, y) for x, y in zip(inputs, (weight, grad, old))),
                "what comes in is changed in place: make new tensors")  # fmt: skip
-        if not isinstance(answer, tuple) or len(answer) != 2:
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             fail("the result should be two tensors: return weight, buffer")
         compare(answer[1], buffer, {
             "the buffer is a running mean: the gradient counts by 1 - momentum": momentum * old + grad,
@@ -123,6 +142,11 @@ def test_muon_step(my):
         compare(answer[0], moved(), {
             "Nesterov's look ahead is missing: the update mixes the new buffer with the gradient": moved(buffer),
             "the look ahead takes the old buffer; it should take the new one": moved(old.lerp(grad, 1 - momentum)),
+            "in the update the gradient counts by 1 - momentum": moved(momentum * buffer + grad),
+            "the factors of the update are exchanged: the new buffer counts by `momentum`":
+                moved((1 - momentum) * buffer + momentum * grad),
+            "lr is lost: multiply what orthogonalize returns, since it makes all factors of its input vanish":
+                weight - nearest(buffer.lerp(grad, 1 - momentum)),
             "the update is not orthogonalized": moved(nearest=lambda update: update),
             "the scale sqrt(rows / columns) of a tall matrix is missing": moved(scale=1),
             "the scale of a wide matrix is 1: it is never below": moved(scale=(shape[0] / shape[1]) ** 0.5),

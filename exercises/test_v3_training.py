@@ -7,7 +7,7 @@ import torch.nn.functional as F
 
 import harness
 import v3
-from exercises.checking import compare, expect, fail, has_nan, random
+from exercises.checking import compare, expect, fail, has_nan, notice, random
 
 
 def test_pre_norm_block(my):
@@ -21,7 +21,8 @@ def test_pre_norm_block(my):
     post = norm_1(x + attention(x))
     once = x + attention(norm_1(x))
     normed = norm_1(x) + attention(norm_1(x))
-    compare(my.pre_norm_block(x, norm_1, attention, norm_2, mlp), block(x), {
+    outside = x + norm_1(attention(x))
+    compare(my.pre_norm_block(x.clone(), norm_1, attention, norm_2, mlp), block(x), {
         "this is post-norm, as in v2: in v3 LayerNorm comes before each sub-layer": norm_2(post + mlp(post)),
         "the residual connections are missing: add x to the output of each sub-layer":
             mlp(norm_2(attention(norm_1(x)))),
@@ -30,12 +31,17 @@ def test_pre_norm_block(my):
         "attention and MLP should follow each other, not stand side by side": once + mlp(norm_2(x)),
         "the residual connection around the MLP should add what came out of attention, not the block's input":
             x + mlp(norm_2(once)),
+        "LayerNorm is applied to the output of the sub-layer; it should be applied to its input":
+            outside + norm_2(mlp(outside)),
+        "the second LayerNorm is norm_2": once + mlp(norm_1(once)),
+        "the LayerNorms are missing": x + attention(x) + mlp(x + attention(x)),
     }, "the output")  # fmt: skip
 
 
 def test_gelu(my):
     x = torch.linspace(-4, 4, 41)
-    compare(my.gelu(x), F.gelu(x, approximate="tanh"), {
+    cubic = x + 0.044715 * x**3
+    compare(my.gelu(x.clone()), F.gelu(x, approximate="tanh"), {
         "this is GELU with the error function; GPT-2 has the approximation with tanh": F.gelu(x),
         "this is x sigmoid(1.702 x), another approximation": x * (1.702 * x).sigmoid(),
         "this is ReLU": x.relu(),
@@ -43,25 +49,33 @@ def test_gelu(my):
         "the term with x^3 is missing": x / 2 * (1 + (math.sqrt(2 / math.pi) * x).tanh()),
         "the factor sqrt(2 / pi) belongs to the whole sum, x^3 included":
             x / 2 * (1 + (math.sqrt(2 / math.pi) * x + 0.044715 * x**3).tanh()),
+        "the factor is sqrt(2 / pi), the root of both": x / 2 * (1 + (math.sqrt(2) / math.pi * cubic).tanh()),
+        "the second factor belongs above the line: (x / 2) * (1 + tanh(...))":
+            x / (2 * (1 + (math.sqrt(2 / math.pi) * cubic).tanh())),
     }, "gelu(x)", tolerance=1e-5)  # fmt: skip
 
 
 def test_dropout(my):
     x, u = random(40, 5), torch.rand(40, 5, generator=torch.Generator().manual_seed(1))
     p, keep = 0.25, u >= 0.25
-    compare(my.dropout(x, p, u, False), x, {
+    compare(my.dropout(x.clone(), p, u, False), x, {
         "outside training nothing is dropped": x * keep / 0.75,
         "outside training nothing is dropped, or scaled": x * 0.75,
     }, "the result outside training")  # fmt: skip
-    compare(my.dropout(x, p, u, True), x * keep / 0.75, {
+    answer, mistakes = my.dropout(x.clone(), p, u, True), {
         "what stays is not scaled: its expected value is 1 - p of what it was": x * keep,
         "what stays is multiplied by 1 - p; it should be divided": x * keep * 0.75,
         "what stays is divided by p; it stays with the probability 1 - p": x * keep / 0.25,
         "a share 1 - p is dropped: what is below p should be": x * ~keep / 0.25,
         "what should be dropped stays, and the other way round": x * ~keep / 0.75,
         "nothing is dropped in training": x,
-    }, "the result in training")  # fmt: skip
-    compare(my.dropout(x, 0.0, u, True), x, what="the result with p = 0")
+        "nothing is dropped in training, but all is scaled": x / 0.75,
+    }  # fmt: skip
+    notice(answer, mistakes)
+    if isinstance(answer, torch.Tensor) and answer.shape == x.shape:
+        expect(torch.equal(answer == 0, ~keep), "what is dropped is not where the numbers of `random` are below `p`")
+    compare(answer, x * keep / 0.75, what="the result in training")
+    compare(my.dropout(x.clone(), 0.0, u, True), x, what="the result with p = 0")
 
 
 def test_lr_factor(my):
@@ -94,6 +108,12 @@ def test_lr_factor(my):
                 schedule(lambda step: min(rise(step), (1 - math.cos(math.pi * min(1, fall(step)))) / 2)),
             "rise and fall are multiplied; where they overlap, the smaller counts":
                 schedule(lambda step: min(1, rise(step)) * min(1, fall(step))),
+            "where rise and fall overlap, the smaller counts; here it is always the rise":
+                schedule(lambda step: rise(step) if step < warmup else fall(step)),
+            "where rise and fall overlap, the smaller counts; here it is always the fall":
+                schedule(lambda step: fall(step) if fall(step) <= 1 else rise(step)),
+            "it falls from the start on; it should only fall in the last part of the steps, a share `cooldown`":
+                schedule(lambda step: min(rise(step), 1 - step / max_steps)),
         }, f"lr_factor in {max_steps} steps, warmup_steps={warmup}, cooldown={cooldown}")  # fmt: skip
 
 
@@ -112,11 +132,13 @@ def test_clip_gradients(my):
         "the norms of the tensors are added; it is their squares that add up":
             [g * 0.5 / sum(g.norm().item() for g in gradients) for g in gradients],
         "the root is missing: the norm is the root of the sum of squares": [g * 0.5 / norm**2 for g in gradients],
+        "the squares of a tensor are added up in a norm; here their mean is taken":
+            [g * 0.5 / sum(g.square().mean().item() for g in gradients) ** 0.5 for g in gradients],
         "nothing is clipped": gradients,
-    }, "the list of clipped gradients", tolerance=1e-5)  # fmt: skip
+    }, "clip_gradients(gradients, 0.5)", tolerance=1e-5)  # fmt: skip
     compare(my.clip_gradients([g.clone() for g in gradients], 100.0), gradients, {
         "small gradients are scaled up; they should stay as they are": [g * 100 / norm for g in gradients],
-    }, "gradients with a small norm")  # fmt: skip
+    }, "clip_gradients(gradients, 100.0)")  # fmt: skip
 
 
 def test_adamw_step(my):
@@ -131,15 +153,18 @@ def test_adamw_step(my):
         return p, m, v
 
     def variant(correct=True, coupled=False, eps_outside=True, decay_times_lr=True, late=False, swap=False,
-                decays=True):
+                decays=True, keep=False, squared=True, sign=1, root=True, eps_before=False):
         def step_of(p, g, m, v, step):
             g = g + decay * p if coupled else g
             m = (1 - b1) * m + b1 * g if swap else b1 * m + (1 - b1) * g
-            v = (1 - b2) * v + b2 * g**2 if swap else b2 * v + (1 - b2) * g**2
+            square = g**2 if squared else g
+            v = (1 - b2) * v + b2 * square if swap else b2 * v + (1 - b2) * square
             mc, vc = (m / (1 - b1**step), v / (1 - b2**step)) if correct else (m, v)
-            move = lr * mc / (vc.sqrt() + eps if eps_outside else (vc + eps).sqrt())
+            below = (vc.sqrt() if root else vc) + eps if eps_outside else (vc + eps).sqrt()
+            below = (v.sqrt() + eps) / math.sqrt(1 - b2**step) if eps_before else below
+            move = sign * lr * mc / below
             shrink = 0 if coupled or not decays else decay * (lr if decay_times_lr else 1)
-            return p - shrink * (p - move if late else p) - move, m, v
+            return p - shrink * (p - move if late else p) - move, *((mc, vc) if keep else (m, v))
 
         return by(step_of)
 
@@ -152,25 +177,31 @@ def test_adamw_step(my):
     values = start, grads[0], grads[1], grads[2].square()
     frozen = tuple(x.clone() for x in values)
     answer = my.adamw_step(*frozen, 1, lr, betas, eps, decay)
-    if not isinstance(answer, tuple) or len(answer) != 3:
+    if not isinstance(answer, (tuple, list)) or len(answer) != 3:
         fail("the result should be three tensors: return p, m, v")
     expect(all(torch.equal(x, y) for x, y in zip(frozen, values)),
            "what comes in is changed in place: write m = b1 * m + ..., not m *= b1")  # fmt: skip
     answer = by(lambda p, grad, m, v, step: my.adamw_step(p, grad, m, v, step, lr, betas, eps, decay))
     right = param.detach(), state["exp_avg"], state["exp_avg_sq"]
-    m, v = right[1:]
+    compare(answer[1:], right[1:], {
+        "m and v come back corrected; the correction is for this step alone": variant(keep=True)[1:],
+        "the decay is added to the gradient, as in Adam with L2; in AdamW it acts on p alone":
+            variant(coupled=True)[1:],
+        "the betas are exchanged with 1 - beta: b1 is what stays of the old m": variant(swap=True)[1:],
+        "v is the running mean of the square of the gradient: grad**2": variant(squared=False)[1:],
+    }, "(m after three steps, v after three steps)")  # fmt: skip
+    if has_nan(answer[0]):
+        fail("p contains nan: the root of a negative number? v is not negative, nor is 1 - b2**step, with a power")
     compare(answer[0], right[0], {
         "the correction of m and v by 1 - b^step is missing": variant(correct=False)[0],
-        "the decay is added to the gradient, as in Adam with L2; in AdamW it acts on p alone": variant(coupled=True)[0],
         "eps belongs outside of the root: sqrt(v) + eps": variant(eps_outside=False)[0],
         "the decay should be multiplied by lr": variant(decay_times_lr=False)[0],
         "p should decay before it moves": variant(late=True)[0],
-        "the betas are exchanged with 1 - beta: b1 is what stays of the old m": variant(swap=True)[0],
         "the decay is missing": variant(decays=False)[0],
+        "p moves the wrong way: subtract": variant(sign=-1)[0],
+        "the root of v is missing": variant(root=False)[0],
+        "v is corrected before its root is taken and eps is added": variant(eps_before=True)[0],
     }, "p after three steps", tolerance=1e-5)  # fmt: skip
-    compare(answer[1:], (m, v), {
-        "m and v come back corrected; the correction is for this step alone": (m / (1 - b1**3), v / (1 - b2**3)),
-    }, "(m, v) after three steps")  # fmt: skip
 
 
 def test_weight_decay_groups(my):
@@ -189,14 +220,18 @@ def test_weight_decay_groups(my):
         "embeddings are matrices, and decay": split(
             lambda name: name.endswith("weight") and "norm" not in name and "embedding" not in name),
         "the two lists are exchanged: first come those that decay": right[::-1],
-    }, "(those that decay, the others)")  # fmt: skip
+        "the lists should be of names alone, without the parameters": tuple(
+            [(name, dict(named)[name]) for name in group] for group in right),
+        "the second list is empty: the pairs can be walked once only; fill both lists in one loop": (right[0], []),
+    }, "(the list of those that decay, the list of the others)")  # fmt: skip
 
 
 def test_n_parameters(my):
-    for V, T, L, C in ((11, 5, 2, 4), (30, 7, 3, 2)):
+    for V, T, L, C in ((31, 8, 3, 2), (11, 5, 2, 4)):
         with harness.override(vars(v3), BLOCK_SIZE=T, N_LAYER=L, N_EMBD=C, N_HEAD=1):
             right = sum(p.numel() for p in v3.LanguageModel(V).parameters())
-        compare(my.n_parameters(V, T, L, C), right, {
+        answer = my.n_parameters(V, T, L, C)
+        compare(answer, right, {
             "the last layer is the embedding used again, and has no parameters of its own": right + V * C,
             "the last layer is the embedding used again, without a bias": right + V,
             "the embeddings of positions are missing": right - T * C,
@@ -205,6 +240,10 @@ def test_n_parameters(my):
             "the biases of the layers are missing": right - L * 9 * C,
             "a LayerNorm has a weight and a bias": right - L * 2 * C - C,
             "the LayerNorms of the blocks are missing": right - L * 4 * C,
+            "a layer has a bias for each output: `qkv` has 3 C, and the MLP's first 4 C": right - L * 5 * C,
+            "3 C are missing: `qkv` has biases too, and the MLP's first layer has 4 C": right - L * 3 * C,
+            "the vectors of a block are a C too few": right - L * C,
+            "the vectors of a block are a C too many": right + L * C,
         }, f"n_parameters({V}, {T}, {L}, {C})")  # fmt: skip
 
 
@@ -227,6 +266,12 @@ def test_windows_that_count(my):
             missing = sorted(set(range(n)) - set(counted))
             expect(not missing, f"{case}: predictions are missing: {missing}; the last window may be shorter")
             expect(max(counted) < n, f"{case}: prediction {max(counted)} is beyond the end")
+            for start, first, stop in answer:
+                expect(start % stride == 0, f"{case}: no window starts at {start}; they start at multiples of {stride}")
+                expect(stop == min(start + size, n), f"{case}: the window that starts at {start} makes predictions "
+                       f"up to {min(start + size, n) - 1}, so that its `stop` is {min(start + size, n)}")  # fmt: skip
+                expect(first < stop, f"{case}: in the window that starts at {start} nothing counts; the window before "
+                       "has reached the end")  # fmt: skip
             early = all(first - start >= size - stride for start, first, _ in answer[1:])
             expect(early, f"{case}: a prediction counts in the first window that makes it, not in the last")
         compare(answer, right, what=case)

@@ -16,12 +16,14 @@ def test_rope_angles(my):
     compare(answer, t[:, None] * base ** (-2 * i / D), {
         "the exponent is -i / D; it should be -2 i / D": t[:, None] * base ** (-i / D),
         "the exponent should be negative: later pairs turn more slowly": t[:, None] * base ** (2 * i / D),
+        "torch.arange(0, D, 2) is 2 i already; the exponent is -2 i / D": t[:, None] * base ** (-4 * i / D),
+        "the exponent is divided with //; it is no integer": t[:, None] * base ** (-2 * i // D),
         "i counts from 0: the first pair turns by t": t[:, None] * base ** (-2 * (i + 1) / D),
         "the angles are of D numbers; a pair shares one": t[:, None] * base ** (-torch.arange(D) / D),
         "the table is transposed: a row should belong to a position": (t[:, None] * base ** (-2 * i / D)).T,
-    }, "the angles")  # fmt: skip
+    }, "the table of angles")  # fmt: skip
     cos, sin = v4.rope_table(t, D, base)
-    compare((answer.cos(), answer.sin()), (cos, sin), what="(cosines, sines)")
+    compare((answer.cos(), answer.sin()), (cos, sin), what="(the table of cosines, the table of sines)")
 
 
 def test_rotate(my):
@@ -31,7 +33,8 @@ def test_rotate(my):
     cos, sin = angles.cos(), angles.sin()
     (a, b), (even, odd) = x.chunk(2, -1), (x[..., ::2], x[..., 1::2])
     neighbours = torch.stack([even * cos - odd * sin, even * sin + odd * cos], -1).flatten(-2)
-    answer = my.rotate(x, angles)
+    turned = a * cos - b * sin
+    answer = my.rotate(x.clone(), angles)
     compare(answer, v4.apply_rope(x, (cos, sin)), {
         "neighbours are paired, x[2 i] and x[2 i + 1]; in v4 a pair is x[i] and x[i + D / 2]": neighbours,
         "neighbours are paired, x[2 i] and x[2 i + 1]; in v4 a pair is x[i] and x[i + D / 2], in the result too":
@@ -39,6 +42,9 @@ def test_rotate(my):
         "the pairs are turned the other way: the minus belongs to the first half":
             torch.cat([a * cos + b * sin, b * cos - a * sin], -1),
         "a minus is missing: (a cos - b sin, a sin + b cos)": torch.cat([a * cos + b * sin, a * sin + b * cos], -1),
+        "the first half is overwritten before the second is computed from it; keep a copy of x":
+            torch.cat([turned, turned * sin + b * cos], -1),
+        "the second half is a sin f + b cos f, with both a and b": torch.cat([turned, a * cos + b * sin], -1),
         "the halves are exchanged": torch.cat([a * sin + b * cos, a * cos - b * sin], -1),
         "the pairs should be put end to end, not alternate":
             torch.stack([a * cos - b * sin, a * sin + b * cos], -1).flatten(-2),
@@ -75,6 +81,8 @@ def test_alibi_bias(my):
         compare(answer, right, {
             "the sign is wrong: the bias lowers the scores of tokens that are far away": -right,
             "the queries are of the last T of K tokens: the first has the position K - T, not 0": from_zero * seen,
+            "the first query belongs to token K - T, not to K - T + 1":
+                (right - torch.tensor(slopes)[:, None, None]) * seen,
             "each head has its own slope": right[:1].expand(4, T, K),
             "the slopes are missing": right / torch.tensor(slopes)[:, None, None],
         }, f"the bias of {T} queries and {K} keys")  # fmt: skip
@@ -84,11 +92,14 @@ def test_sinusoidal_positions(my):
     for T, C, base in ((7, 6, 10000.0), (4, 8, 100.0)):
         cos, sin = v4.rope_table(torch.arange(T), C, base)
         half = torch.arange(T)[:, None] * base ** (-torch.arange(C // 2) / C)
+        fast = torch.arange(T)[:, None] * base ** (2 * torch.arange(C // 2) / C)
         compare(my.sinusoidal_positions(T, C, base), torch.cat([sin, cos], -1), {
             "sines and cosines alternate, as in the paper; in v4 come all sines, then all cosines":
                 torch.stack([sin, cos], -1).flatten(1),
             "the cosines come first; in v4 the sines do": torch.cat([cos, sin], -1),
             "the exponent is -i / C; it should be -2 i / C": torch.cat([half.sin(), half.cos()], -1),
+            "the exponent should be negative: later pairs turn more slowly":
+                torch.cat([fast.sin(), fast.cos()], -1),
             "positions count from 0": torch.cat(v4.rope_table(torch.arange(1, T + 1), C, base)[::-1], -1),
             "`base` has no influence": torch.cat(v4.rope_table(torch.arange(T), C, 10000.0)[::-1], -1),
         }, f"sinusoidal_positions({T}, {C}, {base})")  # fmt: skip
@@ -102,19 +113,27 @@ def test_attend_with_cache(my):
     cache, answers = None, []
     for t in range(T):
         answer = my.attend_with_cache(q[:, :, t : t + 1], k[:, :, t : t + 1], v[:, :, t : t + 1], cache)
-        if not isinstance(answer, tuple) or len(answer) != 2:
+        if not isinstance(answer, (tuple, list)) or len(answer) != 2:
             fail("the result should be the output and the cache: return y, (keys, values)")
         y, cache = answer
-        before = q[:, :, t : t + 1] @ k[:, :, :t].mT / math.sqrt(D)
+        scores = q[:, :, t : t + 1] @ k[:, :, : t + 1].mT
+        before = scores[..., :t] / math.sqrt(D)
         compare(y, right[:, :, t : t + 1], {
             "the scores were not divided by sqrt(D)": unscaled[:, :, t : t + 1],
             "the token sees itself alone: the keys and values of the cache are missing": v[:, :, t : t + 1],
-            "the token does not see itself: its own key and value are missing": before.softmax(-1) @ v[:, :, :t],
+            "the token does not see itself: its own key and value are missing, or a mask hides them (is_causal=True "
+            "hides all but the first key of a single query)": before.softmax(-1) @ v[:, :, :t],
+            "the scores should be divided by sqrt(D), not by the root of the number of keys":
+                (scores / math.sqrt(t + 1)).softmax(-1) @ v[:, :, : t + 1],
+            "the softmax should run over the keys, the last dimension":
+                v[:, :, : t + 1].sum(2, keepdim=True),
         }, f"the output for token {t}")  # fmt: skip
         compare(cache, (k[:, :, : t + 1], v[:, :, : t + 1]), {
             "keys and values are exchanged in the cache": (v[:, :, : t + 1], k[:, :, : t + 1]),
             "the cache should hold the new token too": (k[:, :, :t], v[:, :, :t]),
+            "the new token belongs at the end: torch.cat([old, new], 2)": (
+                k[:, :, : t + 1].roll(1, 2), v[:, :, : t + 1].roll(1, 2)),
             "the cache holds the new token alone": (k[:, :, t : t + 1], v[:, :, t : t + 1]),
-        }, f"the cache (keys, values) after token {t}")  # fmt: skip
+        }, f"(the cache of keys after token {t}, the cache of values after token {t})")  # fmt: skip
         answers.append(y)
-    compare(torch.cat(answers, 2), right, what="the outputs of all tokens")
+    compare(torch.cat(answers, 2), right, what="the output for all tokens")
