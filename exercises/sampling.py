@@ -14,7 +14,7 @@ def with_temperature(logits, temperature):
     >>> with_temperature(torch.tensor([0.0, 1.0, 5.0]), 0)
     tensor([0., 0., 1.])
 
-    Hint: a case of its own for 0, which cannot be divided by.
+    Hint: torch.softmax, and a case of its own for 0, which cannot be divided by; logits.argmax() is the likeliest.
     Read: any rung, `draw`.
     """
     raise NotImplementedError("your turn")
@@ -26,7 +26,7 @@ def top_k(p, k):
     >>> top_k(torch.tensor([0.125, 0.5, 0.125, 0.25]), 2)
     tensor([0.0000, 0.6667, 0.0000, 0.3333])
 
-    Hint: p.topk(k) returns the largest values and their places.
+    Hint: p.topk(k) returns the largest values and their places; kept[places] = values puts them there.
     Read: any rung, `draw`.
     """
     raise NotImplementedError("your turn")
@@ -41,8 +41,8 @@ def top_p(p, share):
     >>> top_p(torch.tensor([0.125, 0.5, 0.125, 0.25]), 0.6)  # 0.5 is too little, 0.5 + 0.25 is enough
     tensor([0.0000, 0.6667, 0.0000, 0.3333])
 
-    Hint: sort in descending order. A token stays if the sum of those likelier than it is below `share`. Then bring what
-    stays back to its place.
+    Hint: p.sort(descending=True) returns the sorted values and their places; cumsum(0) adds up. A token stays if the
+    sum of those likelier than it is below `share`. Then bring what stays back: kept[places] = values.
     Read: any rung, `draw`; Holtzman et al. 2020, arXiv:1904.09751, section 3.1.
     """
     raise NotImplementedError("your turn")

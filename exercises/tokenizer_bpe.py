@@ -23,8 +23,9 @@ def pretokenize(text):
     >>> pretokenize("It's 1759,  said the keeper.")
     ['It', "'s", ' 1759', ',', ' ', ' said', ' the', ' keeper', '.']
 
-    Hint: one pattern for re.findall, its alternatives in this order with | between them; groups as (?:...). The fifth
-    is \s+(?!\S): after it, nothing but white space or the end may come.
+    Hint: one pattern for re.findall, its alternatives in this order with | between them; groups as (?:...), since of
+    (...) findall returns the group alone. " ?" is a space that may be missing; [^...] is what is not in the list. The
+    fifth is \s+(?!\S): after it, nothing but white space or the end may come.
     Read: bpe_tokenizer.py, "Pre-tokenization"; Radford et al. 2019, section 2.2.
     """
     raise NotImplementedError("your turn")
@@ -34,7 +35,7 @@ def best_pair(words):
     """The pair of neighbouring ids that is most frequent, a tuple; of equally frequent ones the smallest.
 
     words: list of (ids, count). `ids`, a list of int, is a pre-token, which occurs `count` times in the text. Every two
-    neighbours are a pair: [7, 7, 7] has two.
+    neighbours are a pair: [7, 7, 7] has two. There is at least one pair.
 
     >>> best_pair([([1, 2, 3], 5), ([2, 3], 1)])
     (2, 3)
@@ -55,7 +56,8 @@ def merge(ids, pair, new_id):
     >>> merge([7, 7, 7], (7, 7), 256)
     [256, 7]
 
-    Hint: walk with an index. After a merge it moves by two, otherwise by one.
+    Hint: walk with an index. After a merge it moves by two, otherwise by one. A list never equals a tuple, but
+    tuple(ids[i : i + 2]) may.
     Read: bpe_tokenizer.py, "Learning merges".
     """
     raise NotImplementedError("your turn")
@@ -70,6 +72,7 @@ def learn_merges(counts, n_merges):
     [(97, 98), (256, 99)]
 
     Hint: list(b"ab") is [97, 98]. Keep a list of (ids, count); each round finds the best pair and merges it everywhere.
+    `best_pair` needs a pair: stop when every pre-token is a single id.
     Read: bpe_tokenizer.py, "Learning merges"; Sennrich et al. 2016, algorithm 1.
     """
     raise NotImplementedError("your turn")
@@ -85,7 +88,8 @@ def encode_pretoken(pretoken, merge_id):
     >>> encode_pretoken(b"abc", {(98, 99): 256, (97, 98): 257})
     [97, 256]
 
-    Hint: min(pairs, key=lambda pair: merge_id.get(pair, math.inf)).
+    Hint: min(pairs, key=lambda pair: merge_id.get(pair, math.inf)) is the next pair, or one that is not in `merge_id`.
+    A single id has no pairs, and min of nothing is an error.
     Read: bpe_tokenizer.py, "Encoding".
     """
     raise NotImplementedError("your turn")
@@ -99,8 +103,8 @@ def decode(ids, merges):
     >>> decode([256, 258, 33], [(72, 105), (195, 169), (32, 257)])
     'Hi é!'
 
-    Hint: first the bytes of every id, in a list that grows; then join those of `ids`; then
-    data.decode("utf-8", errors="replace").
+    Hint: first the bytes of every id, in a list that grows from bytes([0]), ..., bytes([255]); then b"".join of those
+    of `ids`; then data.decode("utf-8", errors="replace").
     Read: bpe_tokenizer.py, `token_bytes` and `decode`.
     """
     raise NotImplementedError("your turn")

@@ -46,7 +46,8 @@ def cross_entropy_gradient(logits, targets):
     >>> cross_entropy_gradient(torch.zeros(1, 4), torch.tensor([2]))
     tensor([[ 0.2500,  0.2500, -0.7500,  0.2500]])
 
-    Hint: (softmax - one-hot of the target) / N. You may call torch.softmax.
+    Hint: (softmax - one-hot of the target) / N. You may call torch.softmax. gradient[torch.arange(N), targets] -= 1
+    subtracts 1 at one place in each row.
     Read: v1_1.py, `LossInChunks`.
     """
     raise NotImplementedError("your turn")
@@ -75,7 +76,8 @@ def bigram_probabilities(ids, vocab_size):
             [1.0000, 0.0000, 0.0000],
             [0.3333, 0.3333, 0.3333]])
 
-    Hint: a loop over zip(ids[:-1], ids[1:]) is fine. Without a loop: torch.bincount of i * V + j has V * V places.
+    Hint: a loop over zip(ids[:-1].tolist(), ids[1:].tolist()) is fine; tolist makes plain numbers. Without a loop:
+    torch.bincount(i * V + j, minlength=V * V). torch.where(condition, a, b) chooses for each number.
     Read: v0.py, `compare_with_counts`.
     """
     raise NotImplementedError("your turn")
@@ -100,6 +102,7 @@ def word_perplexity(loss, n_predicted, n_words):
     >>> round(word_perplexity(math.log(3), 1000, 500), 4)  # two tokens for each word
     9.0
 
+    Hint: all nats of the text, divided by its words; then math.exp.
     Read: v0.py, `evaluate`.
     """
     raise NotImplementedError("your turn")

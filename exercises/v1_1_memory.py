@@ -54,6 +54,7 @@ def gradients_in_chunks(x, weight, bias, targets, chunk_size):
             [ 0.5000]])
 
     Hint: each token has its own row in the first gradient; in the other two, what chunks give is added.
+    torch.cat joins a list of tensors. F.one_hot(targets, V) of all tokens would be as large as the logits.
     Read: v1_1.py, `LossInChunks`.
     """
     raise NotImplementedError("your turn")

@@ -25,14 +25,16 @@ def batch_of_windows(ids, starts, block_size):
 
 
 def batches_in_epoch(n_tokens, batch_size, block_size):
-    """How many batches an epoch has: the text is cut into windows of `block_size` tokens from an offset on, which is
-    random, 0 to block_size - 1. Every window needs one more token, as the target of its last one. The number must not
-    depend on the offset.
+    """How many whole batches of `batch_size` windows an epoch has, an int. The text of `n_tokens` tokens is cut into
+    windows of `block_size` tokens, one after the other from a random offset on, 0 to block_size - 1. Every window needs
+    one more token, as the target of its last one; the next window begins with it. The number must not depend on the
+    offset.
 
     >>> batches_in_epoch(1000, 4, 10), batches_in_epoch(409, 4, 10), batches_in_epoch(410, 4, 10)
     (24, 9, 10)
 
     Hint: in the worst case, how many tokens are lost before the first window and after the last target?
+    // divides and rounds down.
     Read: v1.py, `window_starts`.
     """
     raise NotImplementedError("your turn")
@@ -46,7 +48,7 @@ def embed_by_product(idx, weight):
     tensor([[[5., 6.],
              [1., 2.]]])
 
-    Hint: F.one_hot(idx, V) has integers, and a product needs one type: .to(weight.dtype).
+    Hint: F.one_hot(idx, V) has integers, and a product needs one type: .to(weight.dtype). V is len(weight).
     Read: v1.py, `LanguageModel.forward`.
     """
     raise NotImplementedError("your turn")
@@ -64,7 +66,8 @@ def context_windows(x, context_size):
              [ 2.,  3., 20., 30.]]])
 
     Hint: F.pad(x, (0, 0, left, right)) adds rows of zeros to the dimension before the last; x.unfold(1, size, 1) gives
-    all windows of that length, (B, windows, C, size); flatten(2) joins the dimensions from the third on.
+    all windows of that length, (B, windows, C, size); flatten(2) joins the dimensions from the third on. In loops,
+    mind that x[:, -1] is the last token.
     Read: v1.py, `LanguageModel.forward`; Bengio et al. 2003, section 2.
     """
     raise NotImplementedError("your turn")
@@ -80,7 +83,7 @@ def mlp_logits(windows, hidden_weight, hidden_bias, head_weight, head_bias):
     >>> mlp_logits(torch.tensor([[[0.5]]]), one, zero, 2 * one, zero + 3)
     tensor([[[3.9242]]])
 
-    Hint: x @ weight.T + bias.
+    Hint: x @ weight.T + bias, and torch.tanh.
     Read: v1.py, `LanguageModel`.
     """
     raise NotImplementedError("your turn")
@@ -92,6 +95,7 @@ def n_parameters(vocab_size, n_embd, context_size, n_hidden):
     >>> n_parameters(4096, 64, 8, 256)
     1446144
 
+    Hint: a linear layer has a weight for each pair of an input and an output, and a bias for each output.
     Read: v1.py, `LanguageModel.__init__`.
     """
     raise NotImplementedError("your turn")

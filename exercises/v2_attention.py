@@ -15,7 +15,8 @@ def causal_mask(T):
     >>> causal_mask(3).int().tolist()
     [[0, 1, 1], [0, 0, 1], [0, 0, 0]]
 
-    Hint: triu(k) of a matrix keeps what is on the k-th diagonal above the main one and further up.
+    Hint: triu(k) of a matrix keeps what is on the k-th diagonal above the main one and further up;
+    torch.ones(T, T, dtype=torch.bool) is one to begin with.
     Read: v2.py, `Attention.__init__`.
     """
     raise NotImplementedError("your turn")
@@ -33,7 +34,7 @@ def one_head(x, w_q, w_k, w_v):
     tensor([[2.],
             [3.]])
 
-    Hint: scores.masked_fill(mask, -math.inf) before the softmax, since exp(-inf) is 0.
+    Hint: scores.masked_fill(mask, -math.inf) before the softmax, since exp(-inf) is 0. You may call `causal_mask`.
     Read: v2.py, `Attention.forward`; Vaswani et al. 2017, equation 1; notebooks/02_attention.ipynb.
     """
     raise NotImplementedError("your turn")
@@ -50,7 +51,7 @@ def split_heads(qkv, n_head):
     ([[[[0.0, 1.0]], [[2.0, 3.0]]]], [[[[8.0, 9.0]], [[10.0, 11.0]]]])
 
     Hint: view splits a dimension into several where it is, and does not move numbers: (B, T, 3, H, D). permute then
-    changes the order of the dimensions.
+    changes the order of the dimensions. chunk(3, -1) cuts the last dimension into three.
     Read: v2.py, `Attention.forward`.
     """
     raise NotImplementedError("your turn")
@@ -69,7 +70,7 @@ def join_heads(y):
 
 
 def layer_norm(x, weight, bias):
-    """LayerNorm: each token of x (B, T, C) minus its mean, over the root of its variance + 1e-5, then times `weight`
+    """LayerNorm: each token of x (B, T, C) minus its mean, divided by sqrt(its variance + 1e-5), then times `weight`,
     plus `bias`, both (C,). The variance is the mean of the squared distances from the mean: divide by C, not by C - 1.
 
     >>> layer_norm(torch.tensor([[[1.0, 3.0]]]), torch.ones(2), torch.tensor([0.0, 10.0]))

@@ -3,12 +3,14 @@
 C is the width of a token; matrices have `rows` x `columns` numbers, and ' marks the transposed one.
 """
 
+import math
+
 import torch
 
 
 def rms_norm(x):
-    """RMSNorm without weights: each token of x (..., C) over the root of the mean of its squares + eps, where eps is
-    torch.finfo(x.dtype).eps. Unlike LayerNorm it does not subtract the mean.
+    """RMSNorm without weights: each token of x (..., C) divided by sqrt(the mean of its squares + eps), where eps
+    is torch.finfo(x.dtype).eps. Unlike LayerNorm it does not subtract the mean.
 
     >>> rms_norm(torch.tensor([3.0, 4.0]))  # the mean of the squares is 12.5
     tensor([0.8485, 1.1314])
@@ -25,6 +27,7 @@ def relu_squared(x):
     >>> relu_squared(torch.tensor([-2.0, 0.5, 3.0]))
     tensor([0.0000, 0.2500, 9.0000])
 
+    Hint: x.relu(), or torch.where(condition, a, b).
     Read: v3_1.py, `MLP.forward`; So et al. 2021, arXiv:2109.08668.
     """
     raise NotImplementedError("your turn")
@@ -48,8 +51,8 @@ def newton_schulz_round(X):
 def orthogonalize(G):
     """About the nearest orthogonal matrix to G (rows, columns): all singular values become about 1.
 
-    G is divided by its Frobenius norm, the root of the sum of all squares, + 1e-7. Then come five rounds of
-    Newton-Schulz. You may call `newton_schulz_round`. All numbers of G times 1,000 should give the same result.
+    G is divided by (its Frobenius norm + 1e-7); this norm is the root of the sum of all squares. Then come five rounds
+    of Newton-Schulz. You may call `newton_schulz_round`. All numbers of G times 1,000 should give the same result.
 
     >>> orthogonalize(torch.tensor([[300.0, 0.0], [0.0, 200.0]])).diag()
     tensor([1.1171, 0.6821])
@@ -75,6 +78,8 @@ def muon_step(weight, grad, buffer, lr, momentum, orthogonalize):
     >>> weight.T, buffer.T  # the buffer is 2, the update 0.75 * 2 + 0.25 * 8 = 3.5, and the scale 2
     (tensor([[-3.5000, -3.5000, -3.5000, -3.5000]]), tensor([[2., 2., 2., 2.]]))
 
+    Hint: rows, columns = weight.shape. Write buffer = momentum * buffer + ..., which makes a new tensor, not
+    buffer *= momentum.
     Read: v3_1.py, `Muon.step`; Jordan et al. 2024.
     """
     raise NotImplementedError("your turn")

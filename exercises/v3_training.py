@@ -25,11 +25,12 @@ def pre_norm_block(x, norm_1, attention, norm_2, mlp):
 
 
 def gelu(x):
-    """GELU as GPT-2 has it: x / 2 (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3))), for each number of a tensor.
+    """GELU as GPT-2 has it: x / 2 * (1 + tanh(sqrt(2 / pi) * (x + 0.044715 * x^3))), for each number of a tensor.
 
     >>> gelu(torch.tensor([-1.0, 0.0, 1.0]))
     tensor([-0.1588,  0.0000,  0.8412])
 
+    Hint: torch.tanh for tensors; math.sqrt and math.pi for numbers. In Python x^3 is x**3.
     Read: kernels.py, `GELU`; Hendrycks and Gimpel 2016, arXiv:1606.08415, section 2.
     """
     raise NotImplementedError("your turn")
@@ -55,12 +56,12 @@ def lr_factor(step, max_steps, warmup_steps, cooldown):
 
     It rises linearly: step 0 has 1 / warmup_steps, the step warmup_steps - 1 has 1. Then it stays. In the last part of
     the steps, a share `cooldown` of them, it falls linearly towards 0, which the step `max_steps` would have. Where
-    rise and fall overlap, the smaller counts.
+    rise and fall overlap, the smaller counts. Neither `warmup_steps` nor `cooldown` is 0.
 
     >>> [lr_factor(step, 10, 2, 0.4) for step in range(10)]
     [0.5, 1, 1, 1, 1, 1, 1, 0.75, 0.5, 0.25]
 
-    Hint: the smallest of three numbers.
+    Hint: the smallest of three numbers: what the rise, the middle and the fall have at this step.
     Read: v3.py, `lr_factor`.
     """
     raise NotImplementedError("your turn")
@@ -102,7 +103,8 @@ def adamw_step(p, grad, m, v, step, lr, betas, eps, weight_decay):
 def weight_decay_groups(named_parameters):
     """Names of the parameters that decay, and names of those that do not: two lists, in the order that they come in.
 
-    named_parameters: pairs of (name, parameter). In v3 matrices and embeddings decay; biases and LayerNorms do not.
+    named_parameters: pairs of (name, parameter), for one loop. In v3 matrices and embeddings decay; biases and
+    LayerNorms do not.
 
     >>> weight_decay_groups(torch.nn.Linear(2, 3).named_parameters())
     (['weight'], ['bias'])
@@ -141,7 +143,7 @@ def windows_that_count(n, size, stride):
     >>> windows_that_count(9, 4, 4)
     [(0, 0, 4), (4, 4, 8), (8, 8, 9)]
 
-    Hint: `first` is where the window before has stopped.
+    Hint: `first` is where the window before has stopped. The window that reaches n is the last.
     Read: v3.py, `predictions`; notebooks/03_positions.ipynb.
     """
     raise NotImplementedError("your turn")

@@ -34,7 +34,7 @@ def rotate(x, angles):
     >>> rotate(torch.tensor([[1.0, 2.0, 3.0, 4.0]]), quarter).round(decimals=4)  # (1, 3) becomes (-3, 1)
     tensor([[-3.,  2.,  1.,  4.]])
 
-    Hint: x.chunk(2, -1), and torch.cat([...], -1).
+    Hint: x.chunk(2, -1), and torch.cat([...], -1). Do not write into x while its old numbers are needed.
     Read: v4_alibi_rope.py, `apply_rope`.
     """
     raise NotImplementedError("your turn")
@@ -46,6 +46,7 @@ def alibi_slopes(n_head):
     >>> alibi_slopes(4)
     [0.25, 0.0625, 0.015625, 0.00390625]
 
+    Hint: the exponent of head h, counted from 1, is -8 h / H.
     Read: v4_alibi_rope.py, `alibi_slopes`; Press et al. 2021, arXiv:2108.12409, section 3.
     """
     raise NotImplementedError("your turn")
@@ -61,7 +62,8 @@ def alibi_bias(slopes, T, K):
     tensor([[[-0.5000,  0.0000,  0.0000],
              [-1.0000, -0.5000,  0.0000]]])
 
-    Hint: first the distance j - i, (T, K), from two ranges; then slopes[:, None, None] times it.
+    Hint: first the distance j - i, (T, K), from two ranges: keys - queries[:, None]. Then slopes[:, None, None] times
+    it.
     Read: v4_alibi_rope.py, `alibi_bias`; Press et al. 2021, section 3.
     """
     raise NotImplementedError("your turn")
@@ -85,8 +87,8 @@ def attend_with_cache(q, k, v, cache):
     """Causal attention for one new token: returns (y, cache).
 
     q, k, v (B, H, 1, D): its query, key and value. cache: None for the first token, else the pair (keys, values) of all
-    tokens before it, each (B, H, t, D). y (B, H, 1, D) is what attention over the whole text gives for this token; the
-    new cache is the pair (keys, values) of all tokens, this one included.
+    tokens before it, each (B, H, t, D). y (B, H, 1, D) is what attention over the whole text gives for this token, with
+    scores over sqrt(D); the new cache is the pair (keys, values) of all tokens, this one included.
 
     >>> one = torch.ones(1, 1, 1, 1)
     >>> y, cache = attend_with_cache(0 * one, one, 2 * one, None)
@@ -94,7 +96,8 @@ def attend_with_cache(q, k, v, cache):
     >>> y.item(), cache[1].flatten().tolist()
     (3.0, [2.0, 4.0])
 
-    Hint: torch.cat along dimension 2. The future of a new token is empty, so no mask is needed.
+    Hint: torch.cat along dimension 2; keys.mT exchanges the last two dimensions. The future of a new token is empty, so
+    no mask is needed.
     Read: v4_alibi_rope.py, `KVCache` and `Attention.forward`.
     """
     raise NotImplementedError("your turn")
