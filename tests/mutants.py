@@ -39,6 +39,7 @@ OWN_TESTS = {  # those to run first
     "exercises/checking.py": "test_exercises.py", "exercises/conftest.py": "test_exercises.py",
     "exercises/v2_attention.py": "test_exercises.py", "exercises/solutions/v4_positions.py": "test_exercises.py",
     "docs/course.md": "test_course.py", "results/course.py": "test_course.py",
+    "exercises/test_sampling.py": "test_exercises.py", "exercises/test_v4_positions.py": "test_exercises.py",
 }  # fmt: skip
 TIMEOUT = 900  # seconds for a run of the tests
 MEMORY = 8 << 30  # bytes that it may address: some faults would take all that there is
@@ -934,6 +935,14 @@ FAULTS = [
      "            report.unwritten = places[-1].lineno, places[-1].name\n", ""),
     ("exercises/conftest.py", "an error in an answer shows the source of its check",
      '            report.longrepr = f"{call', '            _ = f"{call'),
+    ("exercises/conftest.py", "a syntax error in an answer shows the source of its check",
+     '            report.longrepr = f"{type(error)', '            _ = f"{type(error)'),
+    ("exercises/checking.py", "a wrong part of a result is not named", "if len(names) == len(right) else",
+     "if False else"),
+    ("exercises/checking.py", "several numbers in place of one are not named", "answer.numel() != 1:", "False:"),
+    ("exercises/test_sampling.py", "a check refuses an answer that works in place", "(LOGITS.clone(), temperature)",
+     "(LOGITS, temperature)"),
+    ("exercises/test_v4_positions.py", "a check refuses a list in place of a tuple", "(tuple, list)", "tuple"),
     ("exercises/conftest.py", "the option for the solutions checks the answers", '"exercises.solutions" if',
      '"exercises" if'),
     ("exercises/v2_attention.py", "the example of an exercise is wrong", "[[0, 1, 1], [0, 0, 1], [0, 0, 0]]",
