@@ -37,11 +37,17 @@ def test_with_temperature(my):
 
 def test_top_k(my):
     p = LOGITS.softmax(-1)
-    for k in (1, 3, 6):
+    for k in (2, 1, 6):
         right = drawn_from(LOGITS, TOP_K=k, TEMPERATURE=1.0)
         smallest = torch.where(p <= p.sort().values[k - 1], p, 0)
+        fewer = torch.where(p > p.sort(descending=True).values[k - 1], p, 0)
         others, largest = p - smallest, torch.where(right > 0, 0, p)
-        compare(my.top_k(p.clone(), k), right, {
+        begin = p * (torch.arange(6) < k)
+        answer = my.top_k(p.clone(), k)
+        expect(not has_nan(answer), "nothing is left: the k-th largest probability should stay too")
+        compare(answer, right, {
+            "the first k tokens are kept, not the likeliest k": begin / begin.sum(),
+            "one token too few is kept: the k-th largest stays too": fewer / fewer.sum(),
             "the rest does not sum to 1: divide by its sum": torch.where(right > 0, p, 0),
             "the smallest probabilities are kept, not the largest": smallest / smallest.sum(),
             "the k smallest are set to 0; all but the k largest should be": others / others.sum(),
@@ -64,7 +70,7 @@ def test_top_p(my):
             return kept / kept.sum()
 
         short = first(n - 1) if n > 1 else torch.full((5,), torch.nan)
-        rising = p.sort()
+        unsorted, rising = torch.where(p.cumsum(0) - p < share, p, 0), p.sort()
         unlikely = torch.zeros(5)
         unlikely[rising.indices] = torch.where(rising.values.cumsum(0) - rising.values < share, rising.values, 0)
         answer = my.top_p(p.clone(), share)
@@ -77,6 +83,7 @@ def test_top_p(my):
             "the probabilities have lost their places: they are sorted": right.sort(descending=True).values,
             "tokens with a probability above 1 - share are kept; what counts is the sum from the likeliest on":
                 torch.where(p > 1 - share, p, 0) / p[p > 1 - share].sum(),
+            "the sum runs in the order of the tokens; it should run from the likeliest on": unsorted / unsorted.sum(),
             "the sum begins with the least likely token; sort in descending order": unlikely / unlikely.sum(),
             "to bring what stays back to its place, write kept[order] = ...; x[order] sorts once more":
                 right.sort(descending=True).values[order],

@@ -37,6 +37,7 @@ def test_pretokenize(my):
 def test_best_pair(my):
     compare(my.best_pair([([1, 2], 4), ([8, 9, 8, 9], 1), ([4, 8, 9], 1)]), (1, 2), {
         "the pairs of a pre-token count as often as the pre-token occurs; here each pre-token counts once": (8, 9),
+        "the result should be the pair alone, without its count": ((1, 2), 4),
     })  # fmt: skip
     compare(my.best_pair([([5, 6], 2), ([3, 9], 2), ([3, 7], 2)]), (3, 7), {
         "of equally frequent pairs the smallest is the best": (5, 6),

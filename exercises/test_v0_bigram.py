@@ -77,6 +77,8 @@ def test_start_loss(my):
         compare(my.start_loss(size), math.log(size), {
             "the loss should be in nats: use the natural logarithm": math.log2(size),
             "the sign is wrong: a loss is positive": -math.log(size),
+            "the loss should be in nats: use the natural logarithm, math.log": math.log10(size),
+            "this is the probability of a token; the loss is minus the logarithm of it": 1 / size,
         }, f"start_loss({size})")  # fmt: skip
     table = v0.LanguageModel(50)
     ids = torch.arange(50)[None]
@@ -120,6 +122,7 @@ def test_bits_per_byte(my):
         "the loss is multiplied by log(2); a nat is more than a bit: divide": 3.0 * 1000 / 2500 * math.log(2),
         "these are bits per token: multiply by the tokens, divide by the bytes": 3.0 / math.log(2),
         "tokens and bytes are exchanged: multiply by the tokens, divide by the bytes": 3.0 * 2.5 / math.log(2),
+        "the loss is a logarithm already: from nats to bits leads a division by log(2)": math.log2(3.0) / 2.5,
         "these are all bits of the text: divide by the bytes": 3000 / math.log(2),
     }, "bits_per_byte(3.0, 1000, 2500)")  # fmt: skip
     metrics = v0_metrics()
@@ -131,6 +134,8 @@ def test_word_perplexity(my):
         "this is the perplexity per token: the loss per word is loss * n_predicted / n_words": math.exp(2.0),
         "this is the loss per word: the perplexity is e to it": 2 * 1000 / 600,
         "the perplexity is e to the loss in nats, not 2 to it": 2 ** (2 * 1000 / 600),
+        "losses add up, perplexities do not: e to (the loss per word)": math.exp(2.0) * 1000 / 600,
+        "e belongs to a loss in nats, which need not be divided by log(2)": math.exp(2 * 1000 / 600 / math.log(2)),
         "tokens and words are exchanged": math.exp(2 * 600 / 1000),
     }, "word_perplexity(2.0, 1000, 600)")  # fmt: skip
     metrics = v0_metrics()

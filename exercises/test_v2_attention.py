@@ -17,6 +17,7 @@ def test_causal_mask(my):
         "the past is hidden, and the future is seen: the mask is transposed": ones.tril(-1),
         "the mask is inverted: True should be where j comes after i": ones.tril(),
         "a token should see itself: the diagonal should be False": ones.triu(),
+        "the next token is in the future too": ones.triu(2),
         "the mask should be of bool, True and False": ones.triu(1).float(),
         "the mask should be of bool; what is added to the scores is another form": ones.triu(1) * -1e9,
     }, "the mask")  # fmt: skip

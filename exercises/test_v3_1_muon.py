@@ -41,6 +41,11 @@ def polynomial(s):
     return 3.4445 * s - 4.7750 * s**3 + 2.0315 * s**5
 
 
+def polynomial_of(A):
+    """With a number added to a matrix, which adds it to all of its numbers."""
+    return 3.4445 - 4.775 * A + 2.0315 * A @ A
+
+
 def of_singular_values(function, G):
     """G with `function` applied to its singular values."""
     U, s, V = torch.linalg.svd(G.double(), full_matrices=False)
@@ -54,6 +59,8 @@ def test_newton_schulz_round(my):
         square = {
             "the last X of each product is missing: X X' X": 3.4445 * X - 4.775 * A + 2.0315 * A @ A,
             "the factor made of A belongs to the left of X": 3.4445 * X + X @ (-4.775 * A + 2.0315 * A @ A),
+            "on the left of X belongs X X', not X' X": 3.4445 * X + (-4.775 * X.mT @ X + 2.0315 * X.mT @ A @ X) @ X,
+            "3.4445 is added to every number of a matrix here; the term is 3.4445 X": polynomial_of(A) @ X,
             "A is X X', with X transposed; here it is X X": 3.4445 * X + (-4.775 * X @ X + 2.0315 * X @ X @ X @ X) @ X,
         } if shape == (4, 4) else {}  # fmt: skip
         compare(my.newton_schulz_round(X.clone()), of_singular_values(polynomial, X), {
@@ -136,6 +143,7 @@ def test_muon_step(my):
         compare(answer[1], buffer, {
             "the buffer is a running mean: the gradient counts by 1 - momentum": momentum * old + grad,
             "the factors are exchanged: the old buffer counts by `momentum`": (1 - momentum) * old + momentum * grad,
+            "the buffer should not be orthogonalized; the update is": nearest(buffer),
             "the buffer is the update; it should be the running mean of the gradient alone":
                 buffer.lerp(grad, 1 - momentum),
         }, "the buffer")  # fmt: skip

@@ -125,6 +125,7 @@ def test_attend_with_cache(my):
             "hides all but the first key of a single query)": before.softmax(-1) @ v[:, :, :t],
             "the scores should be divided by sqrt(D), not by the root of the number of keys":
                 (scores / math.sqrt(t + 1)).softmax(-1) @ v[:, :, : t + 1],
+            "the softmax is missing": scores / math.sqrt(D) @ v[:, :, : t + 1],
             "the softmax should run over the keys, the last dimension":
                 v[:, :, : t + 1].sum(2, keepdim=True),
         }, f"the output for token {t}")  # fmt: skip
