@@ -77,7 +77,8 @@ def bigram_probabilities(ids, vocab_size):
             [0.3333, 0.3333, 0.3333]])
 
     Hint: a loop over zip(ids[:-1].tolist(), ids[1:].tolist()) is fine; tolist makes plain numbers. Without a loop:
-    torch.bincount(i * V + j, minlength=V * V). torch.where(condition, a, b) chooses for each number.
+    torch.bincount(i * V + j, minlength=V * V), with i = ids[:-1] and j = ids[1:]. torch.where(condition, a, b) chooses
+    for each number.
     Read: v0.py, `compare_with_counts`.
     """
     raise NotImplementedError("your turn")
