@@ -1,4 +1,4 @@
-"""v3: the serious run. A deeper model, regularization, a schedule, evaluation metrics, several devices.
+"""v3: GPT-2, trained with care. A deeper model, regularization, a schedule, metrics, several devices.
 
 The model is GPT-2 (Radford et al. 2019): LayerNorm before each sub-layer and once more at the end, GELU, and the
 embedding used again as the last layer. What it starts from, and how it is trained, is tuned for a text that is read
