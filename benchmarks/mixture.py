@@ -1,6 +1,6 @@
 """What a trained network gains from counting: a mixture of its probabilities with those of an n-gram model.
 
-    python benchmarks/mixture.py                    all rungs in runs/, and results/best; results go to
+    python benchmarks/mixture.py                    the rungs that runs/ has, and results/best; results go to
                                                     results/benchmarks/
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
 
@@ -101,8 +101,8 @@ def report(results):
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of all rungs, "
-                                                               "and results/best)")  # fmt: skip
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of the "
+                                                               "rungs, and results/best)")  # fmt: skip
     parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
     args = parser.parse_args()
@@ -111,6 +111,9 @@ def main():
     folders = {run: (run, args.stride) for run in args.runs}
     if not folders:
         folders = {run: (ROOT / "runs" / run, args.stride) for run in RUNS}
+        if missing := [run for run, (folder, _) in folders.items() if not (folder / "model.pt").exists()]:
+            harness.say(f"runs/ has no finished run of {', '.join(missing)}: left out")
+        folders = {run: folders[run] for run in folders if run not in missing}
         folders["results/best"] = BEST, args.stride
         folders["results/best, windows slide by 64"] = BEST, 64
     results = [measure(folder, args.order, stride) | {"run": run} for run, (folder, stride) in folders.items()]

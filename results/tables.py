@@ -11,7 +11,7 @@ from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
 from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
-TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram")
+TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram", "mixture")
 
 
 def model_in_words(summary):
