@@ -158,19 +158,26 @@ def test_the_mixture_of_a_run(load, monkeypatch):
 
 
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
-    """In the order of the ladder; what is asked for by name, or otherwise than usual, is printed only."""
+    """In the order of the ladder, then of the best run, also in sliding windows. A run that is missing is left out,
+    with a line; what is asked for by name, or otherwise than usual, is printed only."""
     for name in ("v1", "v2"):
         load(name, MAX_STEPS=4, EVAL_INTERVAL=4, OUT_DIR=str(tmp_path / "runs" / name)).main()
-    kept = []
+    kept, strides, measure = [], [], mixture.measure
     monkeypatch.setattr(mixture, "ROOT", tmp_path)
-    monkeypatch.setattr(mixture, "RUNS", ("v2", "v1"))
+    monkeypatch.setattr(mixture, "BEST", tmp_path / "runs" / "v2")
+    monkeypatch.setattr(mixture, "RUNS", ("v0", "v2", "v1"))
     monkeypatch.setattr(mixture, "keep", lambda *what: kept.append(what))
+    monkeypatch.setattr(mixture, "measure", lambda *what: strides.append(what[2]) or measure(*what))
     for words in ([], ["--order", "2"], [str(tmp_path / "runs" / "v1")]):
         monkeypatch.setattr(sys, "argv", ["mixture.py", *words])
         capsys.readouterr()
         mixture.main()
+        out = capsys.readouterr().out
+        assert ("no finished run of v0: left out" in out) == (len(words) != 1)
         assert len(kept) == 1
-    (name, results, text), rows = kept[0], capsys.readouterr().out.splitlines()
-    assert name == "mixture" and [one["run"] for one in results["runs"]] == ["v2", "v1"]
+    (name, results, text), rows = kept[0], out.splitlines()
+    names = ["v2", "v1", "results/best", "results/best, windows slide by 64"]
+    assert name == "mixture" and [one["run"] for one in results["runs"]] == names
+    assert strides[:4] == [None, None, None, 64]
     assert str(tmp_path) not in json.dumps(results) and results["runs"][0]["seed"] == 1337
-    assert rows[-1].split("|")[2:] == text.splitlines()[-1].split("|")[2:]  # the same figures for the same run
+    assert rows[-1].split("|")[2:] == text.splitlines()[3].split("|")[2:]  # the same figures for the same run
