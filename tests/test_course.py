@@ -12,6 +12,7 @@ import torch
 from common import RUNGS, V4
 
 import bpe_tokenizer
+import v3
 import v3_1
 from harness.arguments import RULES
 from harness.cli import set_constants
@@ -111,7 +112,8 @@ def test_names_and_lines_of_a_script_are_in_it(step):
     """Names of functions and attributes, and lines that an answer quotes."""
     source = (ROOT / f"{STEPS[step]}.py").read_text(encoding="utf-8")
     known = {"exp(logit)", "compile", "gpt4", "the", "t", ".grad", "backward()", "x + attention(x)", "steps.csv",
-             "lr_factor(0)", "p.sub_(u, alpha=...)", "merge([97, 97, 97], (97, 97), 256)", "[256, 97]"}  # fmt: skip
+             "lr_factor(0)", "lr_factor(1280)", "lr_factor(1281)", "p.sub_(u, alpha=...)",
+             "merge([97, 97, 97], (97, 97), 256)", "[256, 97]"}  # fmt: skip
     for span in code(section(step)):
         if span in known or re.match(r"python |--|<|[A-Z]|exercises/|\d\d_|v\d\S*$|\w+\.py|.*=\d", span):
             continue
@@ -131,6 +133,10 @@ def test_constants_of_the_symbols_exist():
 
 def bpb(experiment, run, key="val_bpb"):
     return mean_of(results_of(experiment)[run], key)
+
+
+def bytes_per_token(rung):
+    return bpb("ladder", rung, "val_loss") / math.log(2) / bpb("ladder", rung)
 
 
 def windows(run, way, size):
@@ -153,6 +159,8 @@ NUMBERS = {  # step: numbers as the section has them, and what they are
         "2.44": lambda: bpb("ladder", "v0"), "1.54": lambda: bpb("ladder", "v3"),
         "0.06": lambda: bpb("vocabulary", "v2, 18.6 MB, 1,000") - bpb("ladder", "v2"),
         "0.12": lambda: bpb("ladder", "v2") - bpb("vocabulary", "v2, 18.6 MB, 16,384"),
+        "0.05": lambda: bpb("vocabulary", "v2, 300 s, 16,384") - bpb("vocabulary", "v2, 300 s, 4,096"),
+        "2.1": lambda: bytes_per_token("v0"), "3.5": lambda: bytes_per_token("v3"),
         "3.7804": lambda: read_json(course.TEXTS["wikitext"] / "v3" / "summary.json")["val_loss"],
         "1.5397": lambda: 3.7804430 * 316_665 / math.log(2) / 1_121_681,
     },
@@ -188,6 +196,10 @@ def test_parameters_are_those_of_the_models():
         for shown, pattern in numbers.items():
             assert shown in section(step)
             assert f"{sum(p.numel() for n, p in model.named_parameters() if re.fullmatch(pattern, n)):,}" == shown
+
+
+def test_the_rate_of_v3_falls_after_the_step_that_an_answer_names():
+    assert v3.lr_factor(0) == 1 / 200 and v3.lr_factor(1280) == 1 and v3.lr_factor(1281) == 1279 / 1280
 
 
 def test_singular_values_are_what_the_section_on_muon_says():
