@@ -100,7 +100,8 @@ class Numbers:
         """shape("B T 4C"): "(B, T, 4C) = (8, 256, 1024)"."""
         split = [re.fullmatch(r"(\d*)(\w)", word).groups() for word in letters.split()]
         numbers = ", ".join(str(int(times or 1) * self.sizes[letter]) for times, letter in split)
-        return f"({', '.join(letters.split())}) {break_before}({numbers})"
+        words = ", ".join(letters.split()).replace("N", "N_HIDDEN")  # N alone is a number of tokens in the rungs
+        return f"({words}) {break_before}({numbers})"
 
 
 # ----------------------------------------------------------------------------------------------------------
@@ -169,9 +170,10 @@ class Picture:
 
     def legend(self, rung, numbers, notes):
         """At the bottom: what is new but has no box, the legend, and what the letters mean."""
-        letters = {"B": "windows at once", "T": "tokens in a window", "C": "width of a token", "N": "hidden units",
-                   "H": "heads", "D": "width of a head", "V": "vocabulary"}  # fmt: skip
-        lines = ["   ".join(f"{letter} {words}" for letter, words in letters.items() if letter in numbers.sizes)]
+        letters = {"B": "windows at once", "T": "tokens in a window", "C": "width of a token", "H": "heads",
+                   "N": "units of the hidden layer", "D": "width of a head", "V": "vocabulary"}  # fmt: skip
+        lines = ["   ".join(f"{letter.replace('N', 'N_HIDDEN')} {words}" for letter, words in letters.items()
+                           if letter in numbers.sizes)]  # fmt: skip
         if rung == "v0":
             lines += ["percentage: share of all parameters"]
         else:
@@ -296,7 +298,7 @@ def draw_context(column, numbers, new):
     context = column.box(f"the last {W} tokens, side by side", "no parameters", new=new)
     column.arrow(s(f"B T {W}C"))
     column.box(f"hidden layer, {W * C} → {N}", numbers.share_line("hidden"), new=new)
-    column.arrow(s("B T N"))
+    column.arrow(s("B T N", "\n= "))
     column.box("tanh", new=new)
     return context
 
@@ -305,13 +307,13 @@ def draw_v1(picture, numbers):
     W, C, N, V = (numbers.sizes[letter] for letter in "WCNV")
     column = Column(picture, 1.6, picture.bottom, 2.8)
     context = draw_context(column, numbers, new=True)
-    column.arrow(numbers.shape("B T N"))
+    column.arrow(numbers.shape("B T N", "\n= "))
     column.box(f"last layer, {N} → {V}", numbers.share_line("head"), new=True)
     column.loss(numbers)
 
     cell, bottom = 0.5, picture.bottom + 0.5
     for i in range(W):
-        inside = Column(picture, 6.7 + cell * (i - W / 2 + 0.5), bottom + 0.4, cell - 0.08)
+        inside = Column(picture, 6.7 + cell * (i - W / 2 + 0.5), bottom + 0.6, cell - 0.08)
         inside.box(f"t−{W - 1 - i}" if i < W - 1 else "t", new=True)
         inside.arrow()
         inside.box(str(C), width=cell, new=True)
@@ -319,8 +321,7 @@ def draw_v1(picture, numbers):
     inside.arrow(f"{W} × {C} = {W * C} numbers")
     inside.box("hidden layer, tanh, last layer", new=True)
     inside.arrow("logits of the token at t+1")
-    picture.text(6.7, inside.y + 0.2, "before the start of the window of T tokens: zeros", ha="center")
-    inside.y += 0.3
+    picture.text(4.67, bottom + 0.36, "places before the start of the window hold zeros")
     inside.panel(bottom, f"position t sees {W} tokens, itself the last", context)
     return picture.finish(column.y)
 
@@ -331,7 +332,7 @@ def draw_v1_1(picture, numbers):
     column = Column(picture, 2.0, picture.bottom + 0.3, 2.9)
     picture.text(0.35, picture.bottom + 0.15, f"for each of {batch // B} micro-batches of {B} windows:")
     draw_context(column, numbers, new=False)
-    column.arrow(f"(B · T, N) = ({tokens}, {N})")
+    column.arrow(f"(B · T, N_HIDDEN)\n= ({tokens}, {N})")
     start = column.y
     picture.text(0.5, start + 0.15, f"for each of {-(-tokens // chunk)} chunks of {chunk} tokens:")
     column.y += 0.3
@@ -390,7 +391,7 @@ TRANSFORMERS = {
         "norm": "RMSNorm", "pre_norm": True, "activation": "ReLU squared",
         "head": "last layer", "new": "norm activation head".split(),
         "notes": ["Also new: no biases; the last layer starts at zero; Muon trains the matrices of the blocks,",
-                  "AdamW the embeddings and the last layer."],
+                  "AdamW the embeddings and the last layer; no weight decay, no clipping."],
     },
     "v4_alibi_rope": {
         "norm": "RMSNorm", "pre_norm": True, "activation": "ReLU squared", "head": "last layer",
@@ -513,15 +514,19 @@ def draw_transformer(picture, numbers):
 
 
 DRAWN_BY = {"v0": draw_v0, "v1": draw_v1, "v1_1": draw_v1_1}
-NOTES = {"v1_1": ["The model is that of v1, and so are its losses, up to rounding. Also new: freed memory goes back to "
-                  "the system at once."]}  # fmt: skip
+NOTES = {
+    "v1": ["Also new: a vocabulary of {V:,} tokens; batches of windows from a shuffled epoch."],
+    "v1_1": ["The model is that of v1, and so are its losses, up to rounding. Also new: freed memory goes back to "
+             "the system at once."],
+}  # fmt: skip
 NOTES |= {rung: transformer["notes"] for rung, transformer in TRANSFORMERS.items()}
 
 
 def draw(rung, **constants):
     """The Picture of a rung, with the constants that its file sets, or with others."""
     numbers = Numbers(rung, **constants)
-    picture = Picture(rung, numbers, [note.format_map(vars(numbers.module)) for note in NOTES.get(rung, ())])
+    known = {**vars(numbers.module), **numbers.sizes}
+    picture = Picture(rung, numbers, [note.format_map(known) for note in NOTES.get(rung, ())])
     return DRAWN_BY.get(rung, draw_transformer)(picture, numbers)
 
 
