@@ -1,6 +1,5 @@
 """The best run, two hours on two cores, and what has been published on the same text."""
 
-from results import step_time
 from results.plan import EXPERIMENTS, ROOT
 from results.store import read_json, result_file, results_of, work_folder
 
@@ -36,13 +35,6 @@ def best_folder():
     """Where `experiments.py best` trains it, and leaves its weights."""
     (run,), (seed, *_) = EXPERIMENTS["best"].runs, EXPERIMENTS["best"].seeds
     return work_folder(result_file(run, seed)) / "run" / run.constants["POSITION"]
-
-
-def minutes(steps):
-    """How long so many steps of the run take on two idle cores, by the trials of step_time.json. Without trials: by the
-    run itself, which may have shared its cores."""
-    (run,), summary = EXPERIMENTS["best"].runs, best_run()["summary"]
-    return steps * (step_time.seconds_of(run) or summary["train_seconds"] / summary["steps"]) / 60
 
 
 def word_perplexities():

@@ -6,7 +6,7 @@ from statistics import mean
 from harness.errors import FileError, UserError
 from harness.pictures import BARS, STYLE, curve, seeds
 from results import step_time
-from results.best import LITERATURE, best_run, minutes, word_perplexities
+from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
 from results.store import command, full_length, results_of
 from results.tables import PLACES, TRAINED, at_best_rate, n_gram
@@ -181,7 +181,7 @@ def plot_two_hours(plt):
     """The best run as it went, and its test perplexities among published ones."""
     log, perplexities = best_run()["log"], word_perplexities()
     figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 4.2))
-    times = [minutes(record["step"]) for record in log]
+    times = [record["seconds"] / 60 for record in log]
     values = [record["val_word_ppl"] for record in log]
     course.plot(times, values, label="windows of 512 side by side", **curve(0))
     (sliding,) = (value for name, (value, _) in perplexities.items() if "slide" in name)
@@ -191,7 +191,7 @@ def plot_two_hours(plt):
         if x == times[-1] or x < 0.93 * times[-1]:  # not one that lies on the last
             course.annotate(f"{y:.0f}", (x, y), (2, 6), textcoords="offset points", fontsize=8)
     course.annotate(f"{sliding:.0f}", (times[-1], sliding), (7, -8), textcoords="offset points", fontsize=8)
-    course.set(title="as it trained", xlabel="training on two idle CPU cores (minutes)", xlim=(0, 1.12 * times[-1]),
+    course.set(title="as it trained", xlabel="training on two CPU cores (minutes)", xlim=(0, 1.12 * times[-1]),
                yscale="log", ylabel="validation word perplexity (lower is better)")  # fmt: skip
     ticks = [n for n in (50, 70, 100, 150, 200, 300, 400, 600) if sliding * 0.8 < n < max(values) * 1.25]
     course.set_yticks(ticks, [str(n) for n in ticks])
