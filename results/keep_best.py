@@ -1,8 +1,7 @@
-"""Keep the model of the best run in results/best/, with its weights in bfloat16: two bytes for each.
+"""Keep a trained model in results/best/, with its weights in bfloat16: two bytes for each.
 
-    python results/experiments.py best     trains it (two hours)
-    python results/keep_best.py            copies it from runs/experiments/best/
-    python results/keep_best.py RUN        copies the model in another folder, such as runs/v4_alibi_rope/rope
+    python results/keep_best.py RUN        copies the model of a finished run, such as runs/v4_alibi_rope/rope
+    python results/keep_best.py            copies that of `python results/experiments.py best`
 
 Then `python v4_alibi_rope.py OUT_DIR=results/best PROMPT="The history of"` writes a text without any training.
 """

@@ -181,17 +181,17 @@ def plot_two_hours(plt):
     """The best run as it went, and its test perplexities among published ones."""
     log, perplexities = best_run()["log"], word_perplexities()
     figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 4.2))
-    times = [record["seconds"] / 60 for record in log]
+    minutes = [record["seconds"] / 60 for record in log]
     values = [record["val_word_ppl"] for record in log]
-    course.plot(times, values, label="windows of 512 side by side", **curve(0))
+    course.plot(minutes, values, label="windows of 512 side by side", **curve(0))
     (sliding,) = (value for name, (value, _) in perplexities.items() if "slide" in name)
-    course.plot(times[-1:], [sliding], label="the same model, windows that slide by 64",
+    course.plot(minutes[-1:], [sliding], label="the same model, windows that slide by 64",
                 **curve(1) | {"markersize": 7, "linestyle": ""})  # fmt: skip
-    for x, y in zip(times, values):
-        if x == times[-1] or x < 0.93 * times[-1]:  # not one that lies on the last
+    for x, y in zip(minutes, values):
+        if x == minutes[-1] or x < 0.93 * minutes[-1]:  # not one that lies on the last
             course.annotate(f"{y:.0f}", (x, y), (2, 6), textcoords="offset points", fontsize=8)
-    course.annotate(f"{sliding:.0f}", (times[-1], sliding), (7, -8), textcoords="offset points", fontsize=8)
-    course.set(title="as it trained", xlabel="training on two CPU cores (minutes)", xlim=(0, 1.12 * times[-1]),
+    course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -8), textcoords="offset points", fontsize=8)
+    course.set(title="as it trained", xlabel="training on two CPU cores (minutes)", xlim=(0, 1.12 * minutes[-1]),
                yscale="log", ylabel="validation word perplexity (lower is better)")  # fmt: skip
     ticks = [n for n in (50, 70, 100, 150, 200, 300, 400, 600) if sliding * 0.8 < n < max(values) * 1.25]
     course.set_yticks(ticks, [str(n) for n in ticks])

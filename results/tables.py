@@ -11,7 +11,7 @@ from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
 from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
-TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram", "mixture")
+TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram")
 
 
 def model_in_words(summary):
@@ -230,11 +230,13 @@ def two_hours_best():
     rows += [(name, "–", test) for name, test in LITERATURE.items()]
     rows = [[name, val, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
             for name, val, test in sorted(rows, key=lambda row: -row[2])]  # fmt: skip
-    s = best_run()["summary"]
+    s, log = best_run()["summary"], best_run()["log"]
+    within = max((record for record in log if record["seconds"] <= 7200), key=lambda record: record["step"])
     return (table(["model", "val word ppl", "test word ppl"], rows) +
-            f"\nv4: {s['steps']:,} steps, the text {s['epochs']:.0f} times; {s['n_params'] / 1e6:.1f} million "
-            f"parameters; seed {s['seed']}; {s['train_seconds'] / 60:.0f} minutes of training on two cores that also "
-            f"did other work. {best_run()['machine']}.")  # fmt: skip
+            f"\nv4: {s['steps']:,} steps, the text {s['epochs']:.1f} times; {s['n_params'] / 1e6:.1f} million "
+            f"parameters; seed {s['seed']}; {s['train_seconds']:,.0f} s of training (after {within['seconds']:,.0f} s "
+            f"{within['val_word_ppl']:.1f} on the validation split in windows side by side, "
+            f"{log[-1]['val_word_ppl']:.1f} at the end). {best_run()['machine']}.")  # fmt: skip
 
 
 def adaptive():
