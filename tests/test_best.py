@@ -82,6 +82,14 @@ def test_the_model_that_comes_with_the_repository_is_small_and_of_the_rung_as_it
     assert summary["n_params"] < 5.5e6 and sum(path.stat().st_size for path in BEST.iterdir()) < 11e6
 
 
+def test_the_readme_has_its_figures():
+    summary, text = summary_of_best(), " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
+    val, sliding, test = (f"{summary[name]:.1f}" for name in ("val_word_ppl", "val_word_ppl_sliding",
+                                                                  "test_word_ppl"))  # fmt: skip
+    assert f"perplexity of {val} side by side and {sliding} sliding, on the test split {test} side by side" in text
+    assert f"{summary['steps']:,} steps with dropout {summary['hyperparameters']['DROPOUT']}: " in text
+
+
 def test_the_model_that_comes_with_the_repository_continues_a_prompt():
     """By the README's command, with English words."""
     import v4_alibi_rope as v4
