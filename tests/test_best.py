@@ -103,8 +103,8 @@ def test_the_model_that_comes_with_the_repository_continues_a_prompt():
 
 
 def test_the_model_that_comes_with_the_repository_is_as_good_as_its_summary_says():
-    """On the first tokens of the validation split, in windows side by side, close to what the whole split gives: the
-    run's weights were rounded to bfloat16, and the loss must not show it."""
+    """On every tenth window of the validation split, about what the whole split gives: the run's weights were rounded
+    to bfloat16, and the loss must not show it."""
     try:
         val = load_tokens("bpe_vocab.json", "data")["val"]
     except (OSError, ValueError):
@@ -112,10 +112,10 @@ def test_the_model_that_comes_with_the_repository_is_as_good_as_its_summary_says
     if val.dataset != "wikitext-2-v1":
         pytest.skip("data/ has another text than WikiText-2")
     model, _ = harness.load(BEST)
-    ids = val.ids[: 16 * 512 + 1].long()
+    windows = val.ids[: len(val.ids) // 513 * 513].view(-1, 513)[::10].long()
     with torch.no_grad():
-        loss = torch.nn.functional.cross_entropy(model(ids[:-1].view(16, 512)).flatten(0, 1), ids[1:]).item()
-    assert loss == pytest.approx(summary_of_best()["val_loss"], abs=0.15)
+        losses = [model(ids[None, :-1], ids[None, 1:]).item() for ids in windows]
+    assert sum(losses) / len(losses) == pytest.approx(summary_of_best()["val_loss"], abs=0.1)
 
 
 def test_kept_weights_compute_the_same_within_their_precision(load, tmp_path):
