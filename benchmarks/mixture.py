@@ -4,10 +4,11 @@
                                                     results/benchmarks/
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
 
-For every token p = (1 - w) p_network + w p_counted, with one weight w for the whole text, chosen on the validation
-split (Jelinek and Mercer 1980, "Interpolated estimation of Markov source parameters from sparse data"). The mixture is
-a static model like its parts: both give a token its probability before it is read. Windows are side by side or, with
---stride N, begin every N tokens.
+For every token p = (1 - w) p_network + w p_counted, with one weight w for the whole text (Jelinek and Mercer 1980,
+"Interpolated estimation of Markov source parameters from sparse data"). The network's logits are first divided by a
+temperature: a network that has read its text many times is too sure (Guo et al. 2017, arXiv:1706.04599). Both numbers
+are chosen on the validation split. The mixture is a static model like its parts: both give a token its probability
+before it is read. Windows are side by side or, with --stride N, begin every N tokens.
 """
 
 import argparse
@@ -30,12 +31,13 @@ from harness.models import find_model, read_model  # noqa: E402
 from results.pages import RUNS  # noqa: E402
 
 BEST = ROOT / "results" / "best"
+TEMPERATURES = (0.95, 1.0, 1.05, 1.1, 1.15)
 
 
 @torch.no_grad()
-def network_probabilities(model, ids, stride=None, at_once=16):
-    """The probability that a model of any rung gives each of `ids` (n,) after the first, (n - 1,). Each token is scored
-    in the first window that predicts it."""
+def network_probabilities(model, ids, stride=None, temperatures=(1.0,), at_once=16):
+    """The probability that a model of any rung gives each of `ids` (n,) after the first, at each of K temperatures:
+    (K, n - 1). Each token is scored in the first window that predicts it."""
     model.eval()
     size, n = model.block_size, len(ids) - 1
     stride = min(stride or size, size)
@@ -47,10 +49,11 @@ def network_probabilities(model, ids, stride=None, at_once=16):
         T = min(size, n - int(batch[-1]))
         windows = ids[batch[:, None] + torch.arange(T + 1)].long().to(device)  # (b, T + 1)
         logits = model(windows[:, :-1]).float()  # (b, T, V)
-        log_p = F.log_softmax(logits, -1).gather(-1, windows[:, 1:, None]).squeeze(-1)  # (b, T)
-        new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]  # in no earlier window
-        found.append(log_p.cpu()[new].double().exp())
-    return torch.cat(found).numpy()
+        new = torch.arange(T) >= torch.where(batch > 0, size - stride, 0)[:, None]  # (b, T), in no earlier window
+        logits, wanted = logits[new], windows[:, 1:][new]  # (m, V), (m,)
+        log_p = torch.stack([-F.cross_entropy(logits / t, wanted, reduction="none") for t in temperatures])  # (K, m)
+        found.append(log_p.cpu().double().exp())
+    return torch.cat(found, 1).numpy()
 
 
 def best_weight(network, counted):
@@ -66,36 +69,51 @@ def best_weight(network, counted):
     return w
 
 
+def best_mixture(tempered, counted):
+    """(temperature, weight of `counted`) of the mixture with the lowest loss. `tempered`: {temperature: (n,)}."""
+
+    def loss(t, weight):
+        return -np.log((1 - weight) * tempered[t] + weight * counted).sum()
+
+    return min(((t, best_weight(network, counted)) for t, network in tempered.items()), key=lambda pair: loss(*pair))
+
+
 def measure(folder, order, stride):
-    """{"weight", and for each split the bits per byte of the network, of the n-gram model, and of the mixture}."""
+    """{"temperature", "weight", and for each split the bits per byte and the word perplexity of the network, also at
+    that temperature, of the n-gram model, and of the mixture}."""
     saved, _ = read_model(find_model([folder]))
     model, tokenizer = harness.load(folder)
     constants = saved["hyperparameters"]
-    tokens, metrics, weight = load_tokens(constants["VOCABULARY"], constants["DATA"]), {}, None
+    tokens, metrics, t = load_tokens(constants["VOCABULARY"], constants["DATA"]), {}, None
     if tokens["train"].fingerprint != tokenizer.fingerprint:
         raise UserError(f"the text in {constants['DATA']} no longer has the vocabulary of the model in {folder}; "
                         "prepare it again with the model's vocabulary")  # fmt: skip
     n_gram = KneserNey(tokens["train"].ids.numpy(), tokenizer.vocab_size, order)
     for split in ("val", "test"):
         of = tokens[split]
-        network, counted = network_probabilities(model, of.ids, stride), n_gram.probabilities(of.ids.numpy())[1:]
-        weight = best_weight(network, counted) if weight is None else weight  # of the validation split
-        mixed = (1 - weight) * network + weight * counted
-        for name, p in (("network", network), ("counted", counted), ("mixed", mixed)):
+        network = network_probabilities(model, of.ids, stride, (1.0, *TEMPERATURES))
+        network, tempered = network[0], dict(zip(TEMPERATURES, network[1:]))
+        counted = n_gram.probabilities(of.ids.numpy())[1:]
+        if split == "val":
+            t, weight = best_mixture(tempered, counted)
+        mixed = (1 - weight) * tempered[t] + weight * counted
+        for name, p in {"network": network, "tempered": tempered[t], "counted": counted, "mixed": mixed}.items():
             nats = -np.log(p).sum()
             metrics[f"{split}_{name}_bpb"] = nats / math.log(2) / of.n_bytes
             metrics[f"{split}_{name}_word_ppl"] = math.exp(min(nats / of.n_words, 700)) if of.n_words else None
-    return {"run": str(folder), "seed": constants["SEED"], "weight": weight, **metrics}
+    return {"run": str(folder), "seed": constants["SEED"], "temperature": t, "weight": weight, **metrics}
 
 
 def report(results):
     """The results as Markdown."""
     rows = []
     for one in results:
-        cells = [f"{one[f'{split}_{name}_bpb']:.4f}" for split in ("val", "test") for name in ("network", "mixed")]
-        words = [f"{x:,.1f}" if x else "–" for x in (one["test_network_word_ppl"], one["test_mixed_word_ppl"])]
-        rows.append([one["run"], f"{one['weight']:.2f}", *cells, *words])
-    head = ["run", "weight of counting", "val bpb", "mixed", "test bpb", "mixed", "test word ppl", "mixed"]
+        kinds = ("network", "tempered", "mixed")
+        cells = [f"{one[f'val_{name}_bpb']:.4f}" for name in kinds]
+        words = [f"{x:,.1f}" if x else "–" for x in (one[f"test_{name}_word_ppl"] for name in kinds)]
+        rows.append([one["run"], f"{one['temperature']:g}", f"{one['weight']:.2f}", *cells, *words])
+    head = ["run", "temperature", "weight of counting", "val bpb", "with temperature", "and mixed", "test word ppl",
+            "with temperature", "and mixed"]  # fmt: skip
     return table(head, rows)
 
 

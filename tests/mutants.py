@@ -849,7 +849,9 @@ FAULTS = [
      "new = torch.ones(len(batch), T, dtype=torch.bool)"),
     (MIXTURE, "the weight of the other", "            low = w\n        else:\n            high = w\n",
      "            high = w\n        else:\n            low = w\n"),
-    (MIXTURE, "a weight for each split", "if weight is None else weight  #", "if True else weight  #"),
+    (MIXTURE, "a weight for each split", '        if split == "val":\n', "        if True:\n"),
+    (MIXTURE, "colder instead of warmer", "F.cross_entropy(logits / t,", "F.cross_entropy(logits * t,"),
+    (MIXTURE, "the first temperature", "key=lambda pair: loss(*pair))", "key=lambda pair: 0)"),
     # data
     ("data/prepare.py", "the help of --dataset names another default", "{DATASETS[0]}), or any text data set",
      "{DATASETS[1]}), or any text data set"),

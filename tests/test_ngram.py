@@ -7,6 +7,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import torch.nn.functional as F
 from common import LATE_RUNGS, MODELS, ROOT, random_model, tiny_tokens
 
 import harness
@@ -122,11 +123,13 @@ def test_the_metrics_are_those_of_the_rungs():
 def test_probabilities_of_a_network_are_those_that_its_evaluation_adds_up(name, position, load):
     module, tokens = load(name, BLOCK_SIZE=16), tiny_tokens(150, 40)
     model = random_model(module, 40, position)
-    p = mixture.network_probabilities(model, tokens.ids)
+    (p, warm) = mixture.network_probabilities(model, tokens.ids, None, (1.0, 1.5))
     assert len(p) == 149
+    expected = F.cross_entropy(model(tokens.ids[None, :16].long())[0] / 1.5, tokens.ids[1:17].long())
+    assert -np.log(warm[:16]).mean() == pytest.approx(expected.item(), rel=1e-5)
     assert -np.log(p).mean() == pytest.approx(module.evaluate(model, tokens)["loss"], rel=1e-5)
     if name in LATE_RUNGS:
-        sliding = mixture.network_probabilities(model, tokens.ids, stride=5)
+        (sliding,) = mixture.network_probabilities(model, tokens.ids, stride=5)
         assert -np.log(sliding).mean() == pytest.approx(module.evaluate(model, tokens, 5)["loss"], rel=1e-5)
 
 
@@ -136,6 +139,18 @@ def test_the_best_weight_is_the_share_of_the_text(share):
     random, p = np.random.default_rng(5), np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
     ids = np.where(random.random(200_000) < share, random.choice(3, 200_000, p=p[1]), random.choice(3, 200_000, p=p[0]))
     assert mixture.best_weight(p[0][ids], p[1][ids]) == pytest.approx(share, abs=0.01)
+
+
+def test_the_best_temperature_is_that_of_the_text():
+    """Of a text drawn from the mixture of a model at temperature 2 and of another one."""
+    random, logits, other = np.random.default_rng(5), np.log([0.8, 0.15, 0.05]), np.array([0.1, 0.3, 0.6])
+    at = {t: np.exp(logits / t) / np.exp(logits / t).sum() for t in (1.0, 2.0, 3.0)}
+    ids = np.where(random.random(200_000) < 0.3, random.choice(3, 200_000, p=other),
+                   random.choice(3, 200_000, p=at[2.0]))  # fmt: skip
+    t, weight = mixture.best_mixture({t: p[ids] for t, p in at.items()}, other[ids])
+    best = {t: mixture.best_weight(p[ids], other[ids]) for t, p in at.items()}
+    losses = {t: -np.log((1 - w) * at[t][ids] + w * other[ids]).mean() for t, w in best.items()}
+    assert t == 2.0 == min(losses, key=losses.get) and weight == pytest.approx(0.3, abs=0.02)
 
 
 def test_the_mixture_of_a_run(load, monkeypatch):
@@ -149,12 +164,14 @@ def test_the_mixture_of_a_run(load, monkeypatch):
     for split in ("val", "test"):
         assert one[f"{split}_counted_bpb"] == pytest.approx(counted[f"{split}_bpb"])
         assert one[f"{split}_network_bpb"] == pytest.approx(module.evaluate(model, tokens[split])["bpb"], rel=1e-5)
-    assert one["val_mixed_bpb"] < min(one["val_network_bpb"], one["val_counted_bpb"]) + 1e-9 and 0 < one["weight"] <= 1
+    assert one["val_mixed_bpb"] < min(one["val_tempered_bpb"], one["val_counted_bpb"]) + 1e-9
+    assert 0 < one["weight"] <= 1 and one["temperature"] in mixture.TEMPERATURES
+    assert one["val_tempered_bpb"] != one["val_network_bpb"] or one["temperature"] == 1
     assert mixture.report([one]).count("\n") == 3
     fitted = []
     monkeypatch.setattr(mixture, "best_weight", lambda network, counted: fitted.append(len(network)) or 0.3)
     assert mixture.measure(module.OUT_DIR, 3, None)["weight"] == 0.3
-    assert fitted == [len(tokens["val"]) - 1]  # the test split has no say
+    assert set(fitted) == {len(tokens["val"]) - 1}  # the test split has no say
 
 
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
