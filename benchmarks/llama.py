@@ -1,12 +1,13 @@
 """Does llama.cpp compute the same as the runs, and how fast? Converts runs to GGUF and loads them in llama.cpp.
 
-    python benchmarks/llama.py runs/v3 runs/v4_alibi_rope/rope    the results go to results/benchmarks/
-    python benchmarks/llama.py --quick runs/v3                    a short text; writes nothing
+    python benchmarks/llama.py runs/v3 results/best    these models; without names also v4 with RoPE. The results go to
+                                                       results/benchmarks/
+    python benchmarks/llama.py --quick runs/v3         a short text; writes nothing
 
-For each run it compares the ids of the validation text, the logits in a window (in F32 they may differ by at most 1e-2:
-llama.cpp reads GELU from a table), 50 tokens of greedy continuation, perplexity per token in windows side by side, and
-tokens per second of generation. `pip install -r benchmarks/requirements.txt` builds llama-cpp-python, which needs g++,
-cmake and a quarter of an hour.
+For each model it compares the ids of the validation text, the logits in a window, 50 tokens of greedy continuation,
+perplexity per token in windows side by side, and tokens per second of generation. In F32, logits may differ by at most
+1e-2 (llama.cpp reads GELU from a table); keys and values are then kept in F32, too, and not in F16 as llama.cpp usually
+does. `pip install -r benchmarks/requirements.txt` builds llama-cpp-python, which needs g++, cmake and some minutes.
 """
 
 import argparse
@@ -69,7 +70,7 @@ def timed(tokens):
 @torch.no_grad()
 def compare(run, n_windows, folder):
     """{"ours": ..., dtype: ...} for a run: dicts of measurements."""
-    from llama_cpp import Llama
+    from llama_cpp import GGML_TYPE_F32, Llama
 
     model, tokenizer = harness.load(run)
     rung, T = sys.modules[type(model).__module__], model.block_size
@@ -87,7 +88,9 @@ def compare(run, n_windows, folder):
         path = Path(folder) / f"{dtype}.gguf"
         with contextlib.redirect_stdout(io.StringIO()):
             convert_hf.export_gguf(run, path, dtype)
-        llama = Llama(str(path), n_ctx=T, n_batch=T, n_threads=torch.get_num_threads(), logits_all=True, verbose=False)
+        kept = {"type_k": GGML_TYPE_F32, "type_v": GGML_TYPE_F32} if dtype == "F32" else {}
+        llama = Llama(str(path), n_ctx=T, n_batch=T, n_threads=torch.get_num_threads(), logits_all=True, verbose=False,
+                      **kept)  # fmt: skip
         theirs = [read_there(llama, window.tolist()) for window in windows]
         tokens, rate = timed(continue_there(llama, prompt, GREEDY))
         results[dtype] = {
@@ -122,7 +125,7 @@ def report(results):
 
 def main(argv=None):
     parser = argparse.ArgumentParser(description="Runs as GGUF in llama.cpp, compared with what they compute here.")
-    parser.add_argument("runs", nargs="*", default=["runs/v3", "runs/v4_alibi_rope/rope"])
+    parser.add_argument("runs", nargs="*", default=["runs/v3", "runs/v4_alibi_rope/rope", "results/best"])
     parser.add_argument("--quick", action="store_true", help="a short text; write nothing")
     args = parser.parse_args(argv)
     try:
