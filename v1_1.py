@@ -106,7 +106,7 @@ class LossInChunks(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx, x, weight, bias, targets):
-        """x (N, C), weight (V, C), bias (V,), targets (N,)."""
+        """x (N, N_HIDDEN), weight (V, N_HIDDEN), bias (V,), targets (N,)."""
         N, loss = len(x), x.new_zeros(())
         room = x.new_empty(min(CHUNK_SIZE, N), len(weight))
         gradients = [torch.zeros_like(t) for t in (x, weight, bias)] if ctx.needs_input_grad[0] else None
@@ -133,7 +133,7 @@ class LossInChunks(torch.autograd.Function):
 
 
 def loss_in_chunks(x, targets, head):
-    """Mean cross-entropy of the logits `head(x)`, for x (N, C) and targets (N,)."""
+    """Mean cross-entropy of the logits `head(x)`, for x (N, N_HIDDEN) and targets (N,)."""
     return LossInChunks.apply(x, head.weight, head.bias, targets)
 
 

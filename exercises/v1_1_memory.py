@@ -28,7 +28,7 @@ def accumulated_gradient(loss_of, weight, x, y, micro_batch_size):
 def loss_in_chunks(x, weight, bias, targets, chunk_size):
     """The mean cross-entropy of the logits x @ weight.T + bias, of which at most `chunk_size` rows exist at a time.
 
-    x (N, C), weight (V, C), bias (V,), targets (N,). The last chunk may be smaller than the others.
+    x (N, N_HIDDEN), weight (V, N_HIDDEN), bias (V,), targets (N,). The last chunk may be smaller than the others.
 
     >>> x, weight, bias = torch.zeros(5, 2), torch.zeros(4, 2), torch.zeros(4)
     >>> round(float(loss_in_chunks(x, weight, bias, torch.tensor([0, 1, 2, 3, 0]), 2)), 4)  # log(4)
