@@ -138,8 +138,8 @@ def plot_vocabulary(plt):
     axes[0].set_ylabel("validation bits per byte (lower is better)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
     note(figure, "mean of the seeds, bars: lowest to highest; the panels have scales of their own\n300 s: how many "
-                 "steps fit was found by one trial of each model; an error of a tenth moves a point by about 0.02, so "
-                 "the zigzag of v2 says little")  # fmt: skip
+                 "steps two Zen 3 cores make was found by one trial of each model; an error of a tenth moves a point "
+                 "by about 0.02, so the zigzag of v2 says little")  # fmt: skip
     return figure
 
 
@@ -181,7 +181,10 @@ def plot_two_hours(plt):
     """The best run as it went, and its test perplexities among published ones."""
     log, perplexities = best_run()["log"], word_perplexities()
     figure, (course, bars) = plt.subplots(1, 2, figsize=(11, 4.2))
-    minutes = [record["seconds"] / 60 for record in log]
+    (run,) = EXPERIMENTS["best"].runs
+    if not (step := step_time.seconds_of(run)):
+        raise step_time.not_measured(run)
+    minutes = [record["step"] * step / 60 for record in log]
     values = [record["val_word_ppl"] for record in log]
     course.plot(minutes, values, label="windows of 512 side by side", **curve(0))
     (sliding,) = (value for name, (value, _) in perplexities.items() if "slide" in name)
@@ -191,7 +194,7 @@ def plot_two_hours(plt):
         if x == minutes[-1] or x < 0.93 * minutes[-1]:  # not one that lies on the last
             course.annotate(f"{y:.0f}", (x, y), (2, 6), textcoords="offset points", fontsize=8)
     course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -8), textcoords="offset points", fontsize=8)
-    course.set(title="as it trained", xlabel="training on two CPU cores (minutes)", xlim=(0, 1.12 * minutes[-1]),
+    course.set(title="as it trained", xlabel="training on two idle CPU cores (minutes)", xlim=(0, 1.12 * minutes[-1]),
                yscale="log", ylabel="validation word perplexity (lower is better)")  # fmt: skip
     ticks = [n for n in (50, 70, 100, 150, 200, 300, 400, 600) if sliding * 0.8 < n < max(values) * 1.25]
     course.set_yticks(ticks, [str(n) for n in ticks])

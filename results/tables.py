@@ -5,13 +5,14 @@ import textwrap
 from statistics import mean
 
 from benchmarks.tables import table
-from results import course, step_time
+from results import continued, course, step_time
 from results.best import ADAPTIVE, LITERATURE, adapted_word_perplexity, best_run, word_perplexities
 from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
 from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
-TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram")
+TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram", "mixture",
+           "llama_cpp")
 
 
 def model_in_words(summary):
@@ -38,6 +39,21 @@ def ladder():
                      f"{peak:,.0f}" if peak else "–"])  # fmt: skip
     return table(["rung", "model", "parameters", "val bpb", "lowest to highest", "val word ppl", "training, min",
                   "peak memory, MB"], rows, left=(0, 1))  # fmt: skip
+
+
+def step_times():
+    """The step of each rung of the ladder, in trials of one model after the other."""
+    trials, rows = step_time.read(), []
+    for run in EXPERIMENTS["ladder"].runs:
+        key, constants = step_time.model_key(run), results_of("ladder")[run.name][0]["summary"]["hyperparameters"]
+        if key not in trials.get("trials", {}):
+            raise step_time.not_measured(run)
+        seconds, ms = trials["seconds"][key], sorted(1000 * trial for trial in trials["trials"][key])
+        tokens = constants["BATCH_SIZE"] * constants.get("BLOCK_SIZE", 1)
+        rows.append([run.name, f"{1000 * seconds:.1f}", f"{ms[0]:.1f} to {ms[-1]:.1f}", f"{ms[-1] / ms[0] - 1:.0%}",
+                     f"{tokens / seconds:,.0f}"])  # fmt: skip
+    return (table(["rung", "ms per step", "fastest to slowest", "difference", "tokens/s"], rows) +
+            f"\n{trials['machine']}, {trials['date']}.")  # fmt: skip
 
 
 def counting():
@@ -230,13 +246,13 @@ def two_hours_best():
     rows += [(name, "–", test) for name, test in LITERATURE.items()]
     rows = [[name, val, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
             for name, val, test in sorted(rows, key=lambda row: -row[2])]  # fmt: skip
-    s, log = best_run()["summary"], best_run()["log"]
-    within = max((record for record in log if record["seconds"] <= 7200), key=lambda record: record["step"])
+    s, (run,) = best_run()["summary"], EXPERIMENTS["best"].runs
+    if not (step := step_time.seconds_of(run)):
+        raise step_time.not_measured(run)
     return (table(["model", "val word ppl", "test word ppl"], rows) +
-            f"\nv4: {s['steps']:,} steps, the text {s['epochs']:.1f} times; {s['n_params'] / 1e6:.1f} million "
-            f"parameters; seed {s['seed']}; {s['train_seconds']:,.0f} s of training (after {within['seconds']:,.0f} s "
-            f"{within['val_word_ppl']:.1f} on the validation split in windows side by side, "
-            f"{log[-1]['val_word_ppl']:.1f} at the end). {best_run()['machine']}.")  # fmt: skip
+            f"\nv4: {s['steps']:,} steps, the text {s['epochs']:.0f} times; {s['n_params'] / 1e6:.1f} million "
+            f"parameters; seed {s['seed']}. Two idle cores make a step in {step:.3f} s, so training takes "
+            f"{s['steps'] * step / 60:.0f} minutes, evaluations aside. {step_time.read()['machine']}.")  # fmt: skip
 
 
 def adaptive():
@@ -270,8 +286,9 @@ def benchmark(name):
 
 
 TABLES = {make.__name__: make for make in (
-    ladder, counting, closed_form, memory, recipe, recipe_search, v3_to_v4, v3_to_v4_rates, positions, positions_all,
-    vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
+    ladder, step_times, counting, closed_form, memory, recipe, recipe_search, v3_to_v4, v3_to_v4_rates, positions,
+    positions_all, vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
 )}  # fmt: skip
+TABLES["continued"] = continued.page
 TABLES |= course.TABLES
 TABLES |= {f"benchmark_{name}": lambda name=name: benchmark(name) for name in TIMINGS}

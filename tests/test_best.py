@@ -86,8 +86,9 @@ def test_the_readme_has_its_figures():
     summary, text = summary_of_best(), " ".join((ROOT / "README.md").read_text(encoding="utf-8").split())
     val, sliding, test = (f"{summary[name]:.1f}" for name in ("val_word_ppl", "val_word_ppl_sliding",
                                                                   "test_word_ppl"))  # fmt: skip
-    assert f"perplexity of {val} side by side and {sliding} sliding, on the test split {test} side by side" in text
-    assert f"{summary['steps']:,} steps with dropout {summary['hyperparameters']['DROPOUT']}: " in text
+    assert f"| v4, windows of 512 side by side | {val} | **{test}** |" in text
+    assert f"| v4, windows of 512 that slide by 64 | {sliding} |" in text and f"v4: {summary['steps']:,} steps" in text
+    assert f"Dropout is {summary['hyperparameters']['DROPOUT']}, not" in text
 
 
 def test_the_model_that_comes_with_the_repository_continues_a_prompt():

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import harness
-from results import checks, pages, plan, store
+from results import checks, continued, pages, plan, store
+from results.plan import V4
 
 ROOT = Path(__file__).resolve().parents[1]
 README, RESULTS = ((ROOT / page).read_text(encoding="utf-8") for page in pages.PAGES[:2])
@@ -106,11 +107,13 @@ def test_the_best_run_is_ranked_among_what_was_published():
     """Read from the file itself: the worst row comes first, and the sample is the beginning of the run's."""
     (path,) = (ROOT / "results" / "experiments" / "best").glob("*-*.json")
     best = json.loads(path.read_text(encoding="utf-8"))
-    test = {best["summary"]["test_word_ppl"], best["measured"]["test_sliding"]["word_ppl"]}  # of the static model
+    mixture = json.loads((ROOT / "results" / "benchmarks" / "mixture.json").read_text(encoding="utf-8"))["runs"]
+    test = {best["summary"]["test_word_ppl"], best["measured"]["test_sliding"]["word_ppl"],
+            mixture[-1]["test_mixed_word_ppl"]}  # of the static model  # fmt: skip
     rows = re.search(r"<!-- two_hours_best -->\n(.*?)<!--", README, re.S)[1].splitlines()
     last = [row.split("|")[3].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
     assert {cell.strip("*") for cell in last if "*" in cell} == {f"{ppl:.1f}" for ppl in test}
-    assert len(last) == 8 and last == sorted(last, key=lambda cell: -float(cell.strip("*")))
+    assert len(last) == 9 and last == sorted(last, key=lambda cell: -float(cell.strip("*")))
     rows = re.search(r"<!-- adaptive -->\n(.*?)<!--", RESULTS, re.S)[1].splitlines()
     adaptive = [row.split("|")[2].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
     adapted = best["measured"]["test_dynamic_eval"]["word_ppl"]
@@ -234,7 +237,7 @@ def test_pages_without_a_result_that_they_show_end_in_a_line(copies, tmp_path, m
     shutil.copytree(ROOT / "results" / "experiments", store.RESULTS)
     assert pages.write_tables(check=True)
     path = store.RESULTS / "step_time.json"
-    for content, why in (('{"seconds": {}, "peak_mb": {}}', "step of v1 has not been measured yet; .* python"),
+    for content, why in (('{"seconds": {}, "peak_mb": {}}', "the time of a step of .* has not been measured yet; .* python"),
                          ("[]", "step_time.json is damaged")):  # fmt: skip
         path.write_text(content)
         with pytest.raises(ValueError, match=why):
@@ -299,3 +302,37 @@ def test_commands_that_a_page_shows_exist(page):
 def test_ci_finds_the_test_command_of_the_readme():
     pattern = re.search(r"grep -m 1 -E '([^']+)'", (ROOT / ".ci" / "run").read_text())[1]
     assert [line for line in README.splitlines() if re.fullmatch(pattern.strip("^$"), line)]
+
+
+def test_the_readme_has_the_continuations_of_every_rung():
+    """Of the runs whose bits per byte are those in results/, in the order of the ladder, cut after some words."""
+    stored = json.loads(continued.FILE.read_text(encoding="utf-8"))
+    block = re.search(r"<!-- continued -->\n```\n(.*?)```", README, re.S)[1]
+    entries = re.split(r"\n(?=\S)", block.strip())
+    assert [one["run"] for one in stored] == list(continued.arguments()) and len(entries) == len(stored)
+    for entry, one in zip(entries, stored):
+        folder = ROOT / (one["run"] if one["run"].startswith("results/") else f"results/{one['run']}")
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        assert one["val_bpb"] == summary["val_bpb"] and f"{summary['val_bpb']:.2f}" in entry
+        written = entry.partition(f"{summary['val_bpb']:.2f}")[2].split()
+        assert written[:-1] == one["text"].split()[: len(written) - 1] and written[-1] == "..." and len(written) > 30
+
+
+def test_a_prompt_is_continued_by_the_command_of_a_run(monkeypatch):
+    words = [f"{V4}.py", "OUT_DIR=results/best", "SAMPLE_TOKENS=4", f"PROMPT={continued.PROMPT}"]
+    monkeypatch.setattr(continued, "arguments", lambda: {"results/best": words})
+    (one,) = continued.continue_all()
+    assert one["text"].startswith(continued.PROMPT.strip()) and len(one["text"]) > len(continued.PROMPT)
+    assert one["command"] == f'python {V4}.py OUT_DIR=results/best SAMPLE_TOKENS=4 PROMPT=" The castle was built"'
+    monkeypatch.setattr(continued, "arguments", lambda: {"runs/none": ["v0.py"]})
+    with pytest.raises(FileNotFoundError, match="make it with python v0.py"):
+        continued.continue_all()
+
+
+def test_the_spread_of_step_times_is_that_of_their_trials():
+    trials = json.loads((ROOT / "results" / "experiments" / "step_time.json").read_text(encoding="utf-8"))["trials"]
+    rows = re.search(r"<!-- step_times -->\n(.*?)<!--", RESULTS, re.S)[1].splitlines()[2:10]
+    keys = ("v0", "v1", "v1_1", "v2", "v3", "v3_1", f"{V4} POSITION=alibi", f"{V4} POSITION=rope")
+    for row, key in zip(rows, keys, strict=True):
+        ms = sorted(1000 * seconds for seconds in trials[key])
+        assert len(ms) == 5 and f"| {ms[2]:.1f} | {ms[0]:.1f} to {ms[4]:.1f} |" in row
