@@ -237,7 +237,7 @@ def test_pages_without_a_result_that_they_show_end_in_a_line(copies, tmp_path, m
     shutil.copytree(ROOT / "results" / "experiments", store.RESULTS)
     assert pages.write_tables(check=True)
     path = store.RESULTS / "step_time.json"
-    for content, why in (('{"seconds": {}, "peak_mb": {}}', "the time of a step of .* has not been measured yet; .* python"),
+    for content, why in (('{"seconds": {}, "peak_mb": {}}', "a step of .* has not been measured yet; .* with python"),
                          ("[]", "step_time.json is damaged")):  # fmt: skip
         path.write_text(content)
         with pytest.raises(ValueError, match=why):
