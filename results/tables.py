@@ -1,7 +1,6 @@
 """The tables of README.md and results/README.md, each a function that returns Markdown."""
 
 import re
-import textwrap
 from statistics import mean
 
 from benchmarks.tables import table
@@ -269,17 +268,6 @@ def dynamic_eval():
     return table(["rate", "bpb on the first 32,768 tokens of the validation split"], rows)
 
 
-def sample(words=110):
-    """The beginning of the best run's sample, unchanged except for its line breaks."""
-    lines, left = [], words
-    for paragraph in (line.split() for line in best_run()["sample"].splitlines() if line.strip()):
-        lines += [*textwrap.wrap(" ".join(paragraph[:left]) + (" ..." if len(paragraph) > left else ""), 118), ""]
-        left -= len(paragraph)
-        if left <= 0:
-            break
-    return "```\n" + "\n".join(lines).strip() + "\n```"
-
-
 def benchmark(name):
     """The table that a benchmark wrote, with its headings moved below those of the page."""
     return re.sub("(?m)^#+ ", "#### ", read_text(BENCHMARKS / f"{name}.md"))
@@ -287,7 +275,7 @@ def benchmark(name):
 
 TABLES = {make.__name__: make for make in (
     ladder, step_times, counting, closed_form, memory, recipe, recipe_search, v3_to_v4, v3_to_v4_rates, positions,
-    positions_all, vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval, sample,
+    positions_all, vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval,
 )}  # fmt: skip
 TABLES["continued"] = continued.page
 TABLES |= course.TABLES
