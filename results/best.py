@@ -45,8 +45,9 @@ def word_perplexities():
     return {
         "v4, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
         "v4, windows of 512 that slide by 64": (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
-        "v4, the same, tempered and mixed with a 6-gram": (mixed["val_mixed_word_ppl"], mixed["test_mixed_word_ppl"]),
-    }
+        "v4, the same, temperature-scaled, mixed with a 6-gram":
+            (mixed["val_mixed_word_ppl"], mixed["test_mixed_word_ppl"]),
+    }  # fmt: skip
 
 
 def adapted_word_perplexity():
