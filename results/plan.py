@@ -114,13 +114,15 @@ def from_v3_to_v4():
     return runs
 
 
+ADDITIONS = (*edits.SMEAR, *edits.EMBEDDING_TO_BLOCKS)
+
+
 def additions():
     """v4 with a few lines more: shares of the embeddings that are added elsewhere, zero at the start, and a rate of its
     own for the embedding."""
-    both = (*edits.SMEAR, *edits.EMBEDDING_TO_BLOCKS)
     changes = {"v4, rope": (), "smear": edits.SMEAR, "embedding to each block": edits.EMBEDDING_TO_BLOCKS,
-               "both": both, "embedding at 0.03": edits.embedding_rate(0.03),
-               "both, embedding at 0.03": (*both, *edits.embedding_rate(0.03))}  # fmt: skip
+               "both": ADDITIONS, "embedding at 0.03": edits.embedding_rate(0.03),
+               "both, embedding at 0.03": (*ADDITIONS, *edits.embedding_rate(0.03))}  # fmt: skip
     return [Run(name, V4, ROPE, change) for name, change in changes.items()]
 
 
@@ -206,6 +208,8 @@ def two_hours():
 BEST = {"POSITION": "rope", "BLOCK_SIZE": 512, "BATCH_SIZE": 8, "MICRO_BATCH_SIZE": 8, "DROPOUT": 0.2, "STRIDE": 64,
         "PATIENCE": 1000, "MAX_STEPS": 20000}  # less than two hours of two Zen 5 cores  # fmt: skip
 
+WITH_ADDITIONS = "v4 with additions, two hours"
+
 # The steps of ten minutes on two Zen 3 cores, by one trial of each
 BESIDE = [Run("v2", "v2", {"MAX_STEPS": 3625}), usual("v3", MAX_STEPS=552),
           Run("v4, rope", V4, ROPE | {"MAX_STEPS": 552})]  # fmt: skip
@@ -258,7 +262,8 @@ EXPERIMENTS = {
     ),
     "best": Experiment(
         "What does the best choice of two_hours reach in two hours, and with dynamic evaluation?",
-        [Run("v4, two hours", V4, BEST, measure="best")], seeds=SEEDS[:1],
+        [Run("v4, two hours", V4, BEST, measure="best"), Run(WITH_ADDITIONS, V4, BEST, ADDITIONS, measure="best")],
+        seeds=SEEDS[:1],
         columns=("val_bpb", "val_bpb_sliding", "val_word_ppl_sliding", "steps", "train_seconds"),
     ),
 }  # fmt: skip
