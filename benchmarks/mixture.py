@@ -28,10 +28,12 @@ from benchmarks.tables import ROOT, keep, machine, table  # noqa: E402
 from data import load_tokens  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.models import find_model, read_model  # noqa: E402
+from results.best import ADDITIONS, SLIDING, best_folder  # noqa: E402
 from results.pages import RUNS  # noqa: E402
+from results.runner import rung_of  # noqa: E402
 
 BEST = ROOT / "results" / "best"
-TEMPERATURES = (0.95, 1.0, 1.05, 1.1, 1.15)
+TEMPERATURES = (0.8, 0.85, 0.9, 0.95, 1.0, 1.05, 1.1, 1.15)
 
 
 @torch.no_grad()
@@ -82,7 +84,8 @@ def measure(folder, order, stride):
     """{"temperature", "weight", and for each split the bits per byte and the word perplexity of the network, also at
     that temperature, of the n-gram model, and of the mixture}."""
     saved, _ = read_model(find_model([folder]))
-    model, tokenizer = harness.load(folder)
+    with rung_of(folder):
+        model, tokenizer = harness.load(folder)
     constants = saved["hyperparameters"]
     tokens, metrics, t = load_tokens(constants["VOCABULARY"], constants["DATA"]), {}, None
     if tokens["train"].fingerprint != tokenizer.fingerprint:
@@ -132,8 +135,11 @@ def main():
         if missing := [run for run, (folder, _) in folders.items() if not (folder / "model.pt").exists()]:
             harness.say(f"runs/ has no finished run of {', '.join(missing)}: left out")
         folders = {run: folders[run] for run in folders if run not in missing}
-        folders["results/best"] = BEST, args.stride
-        folders["results/best, windows slide by 64"] = BEST, 64
+        folders |= {"results/best": (BEST, args.stride), f"results/best{SLIDING}": (BEST, 64)}
+        if ((edited := best_folder(ADDITIONS)) / "model.pt").exists():
+            folders |= {ADDITIONS: (edited, args.stride), ADDITIONS + SLIDING: (edited, 64)}
+        else:
+            harness.say(f"results/experiments.py best has not trained {ADDITIONS!r} here: left out")
     results = [measure(folder, args.order, stride) | {"run": run} for run, (folder, stride) in folders.items()]
     text = report(results)
     print(text, end="")

@@ -26,30 +26,36 @@ ADAPTIVE = {
 }
 
 
-def best_run():
-    """The contents of the result file of the best run."""
-    return results_of("best")["v4, two hours"][0]
+PLAIN, ADDITIONS = (run.name for run in EXPERIMENTS["best"].runs)
+SLIDING = ", windows slide by 64"
 
 
-def best_folder():
+def best_run(name=PLAIN):
+    """The contents of the result file of a run of the experiment `best`, PLAIN or ADDITIONS."""
+    return results_of("best")[name][0]
+
+
+def best_folder(name=PLAIN):
     """Where `experiments.py best` trains it, and leaves its weights."""
-    (run,), (seed, *_) = EXPERIMENTS["best"].runs, EXPERIMENTS["best"].seeds
+    run, seed = {run.name: run for run in EXPERIMENTS["best"].runs}[name], EXPERIMENTS["best"].seeds[0]
     return work_folder(result_file(run, seed)) / "run" / run.constants["POSITION"]
 
 
-def word_perplexities():
+def word_perplexities(name=PLAIN):
     """{how it was evaluated: (word perplexity on the validation split, on the test split)} of the static model."""
-    run = best_run()
+    run, title = best_run(name), {PLAIN: "v4", ADDITIONS: "v4 with additions"}[name]
     summary, measured = run["summary"], run["measured"]
-    (mixed,) = (run for run in read_json(MIXTURE)["runs"] if run["run"] == "results/best, windows slide by 64")
+    of_mixture = {PLAIN: "results/best"}.get(name, name) + SLIDING
+    (mixed,) = (run for run in read_json(MIXTURE)["runs"] if run["run"] == of_mixture)
     return {
-        "v4, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
-        "v4, windows of 512 that slide by 64": (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
-        "v4, the same, temperature-scaled, mixed with a 6-gram":
+        f"{title}, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
+        f"{title}, windows of 512 that slide by 64":
+            (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
+        f"{title}, the same, temperature-scaled, mixed with a 6-gram":
             (mixed["val_mixed_word_ppl"], mixed["test_mixed_word_ppl"]),
     }  # fmt: skip
 
 
-def adapted_word_perplexity():
+def adapted_word_perplexity(name=PLAIN):
     """Word perplexity on the test split of the model that keeps learning while it reads (dynamic evaluation)."""
-    return best_run()["measured"]["test_dynamic_eval"]["word_ppl"]
+    return best_run(name)["measured"]["test_dynamic_eval"]["word_ppl"]

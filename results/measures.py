@@ -14,6 +14,7 @@ import torch.nn.functional as F
 
 import harness
 from data import load_tokens
+from results.runner import rung_of
 
 WINDOW_TOKENS = 65_536  # tokens of the validation split for measurements that need many passes
 
@@ -130,7 +131,8 @@ def measure(run, folder):
     """The measurement that run.measure names, of the model in `folder`; None if it names none."""
     if not run.measure:
         return None
-    model, tokenizer = harness.load(str(folder))
     constants = json.loads((folder / "summary.json").read_text(encoding="utf-8"))["hyperparameters"]
     tokens = load_tokens(constants["VOCABULARY"], constants["DATA"])
-    return MEASURES[run.measure](importlib.import_module(run.rung), model, tokens, tokenizer)
+    with rung_of(folder):
+        model, tokenizer = harness.load(str(folder))
+        return MEASURES[run.measure](importlib.import_module(run.rung), model, tokens, tokenizer)

@@ -1,11 +1,13 @@
 """Starts each rung in its own process, and ends it with this one."""
 
 import contextlib
+import importlib.util
 import json
 import os
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import harness
 from harness import signals
@@ -87,6 +89,29 @@ def command(run, folder, constants):
     arguments = [f"{name}={value}" for name, value in constants.items()]
     out = os.path.relpath(folder / "run", ROOT)  # relative, since the summary keeps it
     return [sys.executable, str(script), *arguments, f"OUT_DIR={out}", "RESUME=True"]
+
+
+@contextlib.contextmanager
+def rung_of(folder):
+    """While it lasts, an import of a rung gives the edited copy that trained the model in `folder`, if an experiment
+    trained it with edits; else nothing changes."""
+    places = [place for place in Path(folder).resolve().parents[:2] if (place / "made_of.json").exists()]
+    made_of = store.read_json(places[0] / "made_of.json") if places else {}
+    if not made_of.get("edits"):
+        yield
+        return
+    name = made_of["rung"]
+    spec = importlib.util.spec_from_file_location(name, places[0] / f"{name}.py")
+    module, before = importlib.util.module_from_spec(spec), sys.modules.get(name)
+    sys.modules[name] = module
+    try:
+        spec.loader.exec_module(module)
+        yield
+    finally:
+        if before is None:
+            del sys.modules[name]
+        else:
+            sys.modules[name] = before
 
 
 def launch(words, jobs=1, output=None):

@@ -26,6 +26,7 @@ from common import V4, randomize, short_tokens
 
 import data
 import harness
+from benchmarks import mixture
 from harness.identity import code_hash
 from results import checks, edits, experiments, measures, plan, runner, step_time, store, texts
 from results.plan import EXPERIMENTS, Experiment, Run
@@ -312,34 +313,53 @@ def tiny(folders, launch_forked, monkeypatch, data_dir):
 
 def test_runs_are_made_once_and_go_on(tiny, capfd, monkeypatch):
     """Edited and plain. Finished runs are not made again, and a run that had begun resumes from its checkpoint."""
-    plan_tiny(monkeypatch, Run("v3: cosine", "v3", tiny, edits.COSINE),
+    plan_tiny(monkeypatch, Run("v3, a head", "v3", tiny, edits.HEAD_OF_ITS_OWN, measure="temperature"),
               Run("v4", V4, {**tiny, "POSITION": "rope"}, measure="windows"))  # fmt: skip
     trained, train = [], runner.train
     monkeypatch.setattr(runner, "train", lambda run, *rest: trained.append(run.name) or train(run, *rest))
     experiments.main(["tiny", *HOW])
-    assert trained == ["v3: cosine", "v4"]
+    assert trained == ["v3, a head", "v4"]
     assert "| v4 | 1 |" in capfd.readouterr().out
     folder = store.RESULTS / "tiny"
-    assert sorted(path.name for path in folder.iterdir()) == ["table.md", "v3-cosine-2.json", "v4-2.json"]
+    assert sorted(path.name for path in folder.iterdir()) == ["table.md", "v3-a-head-2.json", "v4-2.json"]
     result = json.loads((folder / "v4-2.json").read_text())
     assert result["summary"]["seed"] == 2 and result["log"][-1]["val_bpb"] == result["summary"]["val_bpb"]
     assert result["command"].startswith("python v4_alibi_rope.py DTYPE=") and result["machine"] and result["sample"]
     assert {"EVAL_INTERVAL=1", "SEED=2"} <= set(result["command"].split())  # an eighth of six steps
     assert "test_bpb" in result["summary"]
     assert set(result["measured"]) == {"side_by_side", "sliding", "nats_by_place"}
-    assert json.loads((folder / "v3-cosine-2.json").read_text())["edits"]
+    result = json.loads((folder / "v3-a-head-2.json").read_text())
+    assert result["measured"]["test"]["bpb"] == pytest.approx(result["summary"]["test_bpb"], rel=1e-4)
+    assert result["edits"]
 
     with monkeypatch.context() as patch:
         patch.setattr(texts, "prepare", lambda *_: pytest.fail("what is done needs no text"))
         experiments.main(["tiny", *HOW])
     assert len(trained) == 2
-    (folder / "v3-cosine-2.json").unlink()
-    (store.WORK / "tiny" / "v3-cosine-2" / "run" / "summary.json").unlink()
+    (folder / "v3-a-head-2.json").unlink()
+    (store.WORK / "tiny" / "v3-a-head-2" / "run" / "summary.json").unlink()
     capfd.readouterr()
     experiments.main(["tiny", *HOW])
     assert len(trained) == 3 and "continuing from step 6" in capfd.readouterr().out
     experiments.main(["--list"])
     assert "tiny            2 of 2 runs" in capfd.readouterr().out
+
+
+def test_an_edited_run_is_measured_with_its_own_code(tiny, monkeypatch):
+    """Its weights do not fit the rung as it is in the repository, which is back afterwards, whatever happens."""
+    plan_tiny(monkeypatch, Run("a head", "v3", tiny, edits.HEAD_OF_ITS_OWN), Run("plain", "v3", tiny))
+    experiments.main(["tiny", *HOW])
+    folder, v3 = store.WORK / "tiny" / "a-head-2" / "run", importlib.import_module("v3")
+    with pytest.raises(ValueError, match="do not fit this model"):
+        harness.load(folder)
+    of_run = mixture.measure(folder, 3, None)
+    assert of_run["val_network_bpb"] == pytest.approx(store.read_json(folder / "summary.json")["val_bpb"], rel=1e-4)
+    with pytest.raises(ZeroDivisionError), runner.rung_of(folder):
+        assert hasattr(importlib.import_module("v3").LanguageModel(50), "head")
+        raise ZeroDivisionError
+    assert sys.modules["v3"] is v3
+    with runner.rung_of(store.WORK / "tiny" / "plain-2" / "run"):
+        assert sys.modules["v3"] is v3
 
 
 def test_the_list_needs_no_tokens(folders, capsys, monkeypatch):

@@ -175,13 +175,15 @@ def test_the_mixture_of_a_run(load, monkeypatch):
 
 
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
-    """In the order of the ladder, then of the best run, also in sliding windows. A run that is missing is left out,
+    """In the order of the ladder, then of the best runs, also in sliding windows. A run that is missing is left out,
     with a line; what is asked for by name, or otherwise than usual, is printed only."""
     for name in ("v1", "v2"):
         load(name, MAX_STEPS=4, EVAL_INTERVAL=4, OUT_DIR=str(tmp_path / "runs" / name)).main()
     kept, strides, measure = [], [], mixture.measure
+    places = [tmp_path / "runs" / "v1", tmp_path / "none"]
     monkeypatch.setattr(mixture, "ROOT", tmp_path)
     monkeypatch.setattr(mixture, "BEST", tmp_path / "runs" / "v2")
+    monkeypatch.setattr(mixture, "best_folder", lambda name: {mixture.ADDITIONS: places.pop(0)}[name])
     monkeypatch.setattr(mixture, "RUNS", ("v0", "v2", "v1"))
     monkeypatch.setattr(mixture, "keep", lambda *what: kept.append(what))
     monkeypatch.setattr(mixture, "measure", lambda *what: strides.append(what[2]) or measure(*what))
@@ -191,10 +193,12 @@ def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, 
         mixture.main()
         out = capsys.readouterr().out
         assert ("no finished run of v0: left out" in out) == (len(words) != 1)
+        assert (f"not trained '{mixture.ADDITIONS}' here: left out" in out) == (len(words) == 2)
         assert len(kept) == 1
     (name, results, text), rows = kept[0], out.splitlines()
-    names = ["v2", "v1", "results/best", "results/best, windows slide by 64"]
+    names = ["v2", "v1", *(name + windows for name in ("results/best", mixture.ADDITIONS)
+                           for windows in ("", ", windows slide by 64"))]  # fmt: skip
     assert name == "mixture" and [one["run"] for one in results["runs"]] == names
-    assert strides[:4] == [None, None, None, 64]
+    assert strides[:6] == [None, None, None, 64, None, 64]
     assert str(tmp_path) not in json.dumps(results) and results["runs"][0]["seed"] == 1337
     assert rows[-1].split("|")[2:] == text.splitlines()[3].split("|")[2:]  # the same figures for the same run
