@@ -1,14 +1,17 @@
 """What a trained network gains from counting: a mixture of its probabilities with those of an n-gram model.
 
-    python benchmarks/mixture.py                    the rungs that runs/ has, and results/best; results go to
+    python benchmarks/mixture.py                    the rungs that runs/ has, and the best runs; results go to
                                                     results/benchmarks/
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
+    python benchmarks/mixture.py runs/v3 runs/mine --together    both networks and the n-gram model in one mixture
 
 For every token p = (1 - w) p_network + w p_counted, with one weight w for the whole text (Jelinek and Mercer 1980,
-"Interpolated estimation of Markov source parameters from sparse data"). The network's logits are first divided by a
-temperature: a network that has read its text many times is too sure (Guo et al. 2017, arXiv:1706.04599). Both numbers
-are chosen on the validation split. The mixture is a static model like its parts: both give a token its probability
-before it is read. Windows are side by side or, with --stride N, begin every N tokens.
+"Interpolated estimation of Markov source parameters from sparse data"); several networks have a weight each. The
+networks' logits are first divided by a temperature: a network that has read its text many times is too sure (Guo et al.
+2017, arXiv:1706.04599). All these numbers are chosen on the validation split. The mixture is a static model like its
+parts: each gives a token its probability before it is read. Windows are side by side or, with --stride N, begin every N
+tokens. With --dynamic RATE the networks keep learning from what they have read (results/measures.py); then the mixture
+is not static either, but still gives every token its probability before it reads it.
 """
 
 import argparse
@@ -28,7 +31,8 @@ from benchmarks.tables import ROOT, keep, machine, table  # noqa: E402
 from data import load_tokens  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.models import find_model, read_model  # noqa: E402
-from results.best import ADDITIONS, SLIDING, best_folder  # noqa: E402
+from results.best import ADDITIONS, BOTH, SLIDING, best_folder  # noqa: E402
+from results.measures import gradient_sizes, learning_probabilities  # noqa: E402
 from results.pages import RUNS  # noqa: E402
 from results.runner import rung_of  # noqa: E402
 
@@ -58,53 +62,68 @@ def network_probabilities(model, ids, stride=None, temperatures=(1.0,), at_once=
     return torch.cat(found, 1).numpy()
 
 
-def best_weight(network, counted):
-    """The weight of `counted` in the mixture with the lowest loss. Arguments: (n,) probabilities each. The sum of
-    logarithms is concave in the weight, so bisection finds where its slope is zero."""
-    low, high = 0.0, 1.0
-    for _ in range(40):
-        w = (low + high) / 2
-        if ((counted - network) / ((1 - w) * network + w * counted)).sum() > 0:
-            low = w
-        else:
-            high = w
-    return w
+def best_weights(parts):
+    """The weights of the mixture with the lowest loss, (M,), which add up to 1. `parts`: (M, n) probabilities. Each
+    round of expectation maximization gives a part the share of the mixture's probability that it contributed (Jelinek
+    and Mercer 1980); that never makes the loss higher."""
+    weights = np.full(len(parts), 1 / len(parts))
+    for _ in range(200 * (len(parts) > 1)):
+        shares = weights[:, None] * parts
+        weights = (shares / shares.sum(0)).mean(1)
+    return weights
 
 
 def best_mixture(tempered, counted):
-    """(temperature, weight of `counted`) of the mixture with the lowest loss. `tempered`: {temperature: (n,)}."""
+    """(temperature, weights, that of `counted` last) of the mixture with the lowest loss. `tempered`: {temperature:
+    (M, n)} probabilities of M networks; `counted`: (n,)."""
+    parts = {t: np.stack([*networks, counted]) for t, networks in tempered.items()}
+    weights = {t: best_weights(part) for t, part in parts.items()}
+    t = max(parts, key=lambda t: np.log(weights[t] @ parts[t]).sum())
+    return t, weights[t]
 
-    def loss(t, weight):
-        return -np.log((1 - weight) * tempered[t] + weight * counted).sum()
 
-    return min(((t, best_weight(network, counted)) for t, network in tempered.items()), key=lambda pair: loss(*pair))
-
-
-def measure(folder, order, stride):
-    """{"temperature", "weight", and for each split the bits per byte and the word perplexity of the network, also at
-    that temperature, of the n-gram model, and of the mixture}."""
+def read(folder):
+    """(hyperparameters, model, tokenizer) of the run in `folder`."""
     saved, _ = read_model(find_model([folder]))
     with rung_of(folder):
-        model, tokenizer = harness.load(folder)
-    constants = saved["hyperparameters"]
-    tokens, metrics, t = load_tokens(constants["VOCABULARY"], constants["DATA"]), {}, None
-    if tokens["train"].fingerprint != tokenizer.fingerprint:
-        raise UserError(f"the text in {constants['DATA']} no longer has the vocabulary of the model in {folder}; "
-                        "prepare it again with the model's vocabulary")  # fmt: skip
-    n_gram = KneserNey(tokens["train"].ids.numpy(), tokenizer.vocab_size, order)
+        return saved["hyperparameters"], *harness.load(folder)
+
+
+def measure(folders, order, stride, rate=None, known=None):
+    """{"temperature", "weights" of the networks and of the n-gram model, and for each split the bits per byte and the
+    word perplexity of the network or of the mixture of several networks, also at that temperature, of the n-gram model,
+    and of the mixture of all}. With a `rate` the networks keep learning. `known` keeps the probabilities of networks
+    for other mixtures."""
+    constants, models, tokenizers = zip(*map(read, folders))
+    tokens, metrics = load_tokens(constants[0]["VOCABULARY"], constants[0]["DATA"]), {}
+    for folder, tokenizer in zip(folders, tokenizers):
+        if tokens["train"].fingerprint != tokenizer.fingerprint:
+            raise UserError(f"the text in {constants[0]['DATA']} does not have the vocabulary of the model in "
+                            f"{folder}; prepare it again with the model's vocabulary")  # fmt: skip
+    sizes = [gradient_sizes(model, tokens["train"]) for model in models if rate is not None]
+    n_gram, temperatures = KneserNey(tokens["train"].ids.numpy(), tokenizer.vocab_size, order), (1.0, *TEMPERATURES)
     for split in ("val", "test"):
-        of = tokens[split]
-        network = network_probabilities(model, of.ids, stride, (1.0, *TEMPERATURES))
-        network, tempered = network[0], dict(zip(TEMPERATURES, network[1:]))
-        counted = n_gram.probabilities(of.ids.numpy())[1:]
+        of, found, known = tokens[split], [], {} if known is None else known
+        for k, (folder, model) in enumerate(zip(folders, models)):
+            key = str(folder), split, stride, rate
+            if key not in known and rate is None:
+                known[key] = network_probabilities(model, of.ids, stride, temperatures)
+            elif key not in known:
+                known[key] = learning_probabilities(model, of.ids, rate, sizes[k], temperatures=temperatures)
+            found.append(known[key])
+        alone, *tempered = np.stack(found, 1)  # (M, n) at each temperature
+        tempered, counted = dict(zip(TEMPERATURES, tempered)), n_gram.probabilities(of.ids.numpy())[1:]
         if split == "val":
-            t, weight = best_mixture(tempered, counted)
-        mixed = (1 - weight) * tempered[t] + weight * counted
-        for name, p in {"network": network, "tempered": tempered[t], "counted": counted, "mixed": mixed}.items():
+            t, weights = best_mixture(tempered, counted)
+            of_networks = best_weights(alone), best_weights(tempered[t])
+        mixed = weights @ np.stack([*tempered[t], counted])
+        kinds = {"network": of_networks[0] @ alone, "tempered": of_networks[1] @ tempered[t], "counted": counted}
+        for name, p in (kinds | {"mixed": mixed}).items():
             nats = -np.log(p).sum()
             metrics[f"{split}_{name}_bpb"] = nats / math.log(2) / of.n_bytes
             metrics[f"{split}_{name}_word_ppl"] = math.exp(min(nats / of.n_words, 700)) if of.n_words else None
-    return {"run": str(folder), "seed": constants["SEED"], "temperature": t, "weight": weight, **metrics}
+    return {"run": " + ".join(map(str, folders)), "seed": constants[0]["SEED"], "temperature": t,
+            "weights": weights.tolist(), **metrics}  # fmt: skip
 
 
 def report(results):
@@ -114,36 +133,49 @@ def report(results):
         kinds = ("network", "tempered", "mixed")
         cells = [f"{one[f'val_{name}_bpb']:.4f}" for name in kinds]
         words = [f"{x:,.1f}" if x else "–" for x in (one[f"test_{name}_word_ppl"] for name in kinds)]
-        rows.append([one["run"], f"{one['temperature']:g}", f"{one['weight']:.2f}", *cells, *words])
+        rows.append([one["run"], f"{one['temperature']:g}", f"{one['weights'][-1]:.2f}", *cells, *words])
     head = ["run", "temperature", "weight of counting", "val bpb", "with temperature", "and mixed", "test word ppl",
             "with temperature", "and mixed"]  # fmt: skip
     return table(head, rows)
 
 
+def usual_rows():
+    """{name of a row: (folders of its networks, stride)}: the rungs, the best runs, and both of these together."""
+    rows = {run: ([ROOT / "runs" / run], None) for run in RUNS}
+    best, second = BEST, best_folder(ADDITIONS)
+    rows |= {"results/best": ([best], None), f"results/best{SLIDING}": ([best], 64), ADDITIONS: ([second], None),
+             ADDITIONS + SLIDING: ([second], 64), BOTH: ([best, second], 64)}  # fmt: skip
+    for name, (folders, _) in list(rows.items()):
+        if missing := [folder for folder in folders if not (folder / "model.pt").exists()]:
+            harness.say(f"there is no trained model in {missing[0].relative_to(ROOT)}: {name!r} is left out")
+            del rows[name]
+    return rows
+
+
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of the "
-                                                               "rungs, and results/best)")  # fmt: skip
+    parser.add_argument("runs", nargs="*", metavar="RUN", help="folders of finished runs (default: those of the rungs, "
+                                                               "results/best, and the second of the experiment best)")
+    parser.add_argument("--together", action="store_true", help="mix all RUNs with each other, too")
     parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
+    parser.add_argument("--dynamic", type=float, metavar="RATE", help="let the networks learn after every 64 tokens")
     args = parser.parse_args()
     if not 1 <= args.order <= 20 or args.stride is not None and args.stride < 1:
         raise UserError("--order must be from 1 to 20, and --stride at least 1")
-    folders = {run: (run, args.stride) for run in args.runs}
-    if not folders:
-        folders = {run: (ROOT / "runs" / run, args.stride) for run in RUNS}
-        if missing := [run for run, (folder, _) in folders.items() if not (folder / "model.pt").exists()]:
-            harness.say(f"runs/ has no finished run of {', '.join(missing)}: left out")
-        folders = {run: folders[run] for run in folders if run not in missing}
-        folders |= {"results/best": (BEST, args.stride), f"results/best{SLIDING}": (BEST, 64)}
-        if ((edited := best_folder(ADDITIONS)) / "model.pt").exists():
-            folders |= {ADDITIONS: (edited, args.stride), ADDITIONS + SLIDING: (edited, 64)}
-        else:
-            harness.say(f"results/experiments.py best has not trained {ADDITIONS!r} here: left out")
-    results = [measure(folder, args.order, stride) | {"run": run} for run, (folder, stride) in folders.items()]
+    if args.dynamic is not None and (not 0 <= args.dynamic < math.inf or args.stride is not None):
+        raise UserError("--dynamic takes a rate of at least 0, without --stride")
+    if not args.runs and (args.stride, args.dynamic, args.together) != (None, None, False):
+        raise UserError("--stride, --dynamic and --together are for runs that you name")
+    groups = [args.runs] if args.together else [[run] for run in args.runs]
+    rows, results = {" + ".join(group): (group, args.stride) for group in groups} or usual_rows(), []
+    known = {}
+    for run, (folders, stride) in rows.items():
+        results.append(measure(folders, args.order, stride, args.dynamic, known) | {"run": run})
+        harness.say(report(results[-1:]).splitlines()[-1])
     text = report(results)
     print(text, end="")
-    if not args.runs and (args.order, args.stride) == (6, None):
+    if not args.runs and args.order == 6:
         keep("mixture", {"machine": machine(), "runs": results}, text)
 
 

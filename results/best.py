@@ -27,7 +27,7 @@ ADAPTIVE = {
 
 
 PLAIN, ADDITIONS = (run.name for run in EXPERIMENTS["best"].runs)
-SLIDING = ", windows slide by 64"
+SLIDING, BOTH = ", windows slide by 64", "both, windows slide by 64"  # rows of benchmarks/mixture.py
 
 
 def best_run(name=PLAIN):
@@ -41,21 +41,22 @@ def best_folder(name=PLAIN):
     return work_folder(result_file(run, seed)) / "run" / run.constants["POSITION"]
 
 
-def word_perplexities(name=PLAIN):
-    """{how it was evaluated: (word perplexity on the validation split, on the test split)} of the static model."""
-    run, title = best_run(name), {PLAIN: "v4", ADDITIONS: "v4 with additions"}[name]
+def word_perplexities():
+    """{model and how it was evaluated: (word perplexity on the validation split, on the test split)}, all static."""
+    run, rows = best_run(), {row["run"]: row for row in read_json(MIXTURE)["runs"]}
     summary, measured = run["summary"], run["measured"]
-    of_mixture = {PLAIN: "results/best"}.get(name, name) + SLIDING
-    (mixed,) = (run for run in read_json(MIXTURE)["runs"] if run["run"] == of_mixture)
-    return {
-        f"{title}, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
-        f"{title}, windows of 512 that slide by 64":
-            (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
-        f"{title}, the same, temperature-scaled, mixed with a 6-gram":
-            (mixed["val_mixed_word_ppl"], mixed["test_mixed_word_ppl"]),
-    }  # fmt: skip
+    found = {
+        "v4, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
+        "v4, windows of 512 that slide by 64": (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
+    }
+    kinds = {"v4, sliding, temperature-scaled, mixed with a 6-gram": ("results/best" + SLIDING, "mixed"),
+             "v4 and a second network, sliding": (BOTH, "network"),
+             "v4, a second network and a 6-gram, sliding, temperature-scaled": (BOTH, "mixed")}  # fmt: skip
+    for name, (row, kind) in kinds.items():
+        found[name] = tuple(rows[row][f"{split}_{kind}_word_ppl"] for split in ("val", "test"))
+    return found
 
 
-def adapted_word_perplexity(name=PLAIN):
+def adapted_word_perplexity():
     """Word perplexity on the test split of the model that keeps learning while it reads (dynamic evaluation)."""
-    return best_run(name)["measured"]["test_dynamic_eval"]["word_ppl"]
+    return best_run()["measured"]["test_dynamic_eval"]["word_ppl"]

@@ -107,7 +107,11 @@ DROPOUT_INSIDE = (
     ("self.proj(F.relu(self.fc(x)).square())", "self.proj(self.dropout(F.relu(self.fc(x)).square()))"),
 )
 
-SMEAR = (  # adds a learned share of the previous token's embedding to each embedding; zero at the start
+# The two edits below come from the records of modded-nanogpt (github.com/KellerJordan/modded-nanogpt), where a share is
+# one number, that of the previous token with a gate (pull request 130). Here it is a number for each channel.
+
+# adds a learned share of the previous token's embedding to each embedding; zero at the start
+SMEAR = (
     ("    def forward(self, idx, targets=None, cache=None):\n", """\
         self.smear = nn.Parameter(torch.zeros(N_EMBD))
 
@@ -124,7 +128,8 @@ SMEAR = (  # adds a learned share of the previous token's embedding to each embe
         x = self.dropout(x + self.smear * torch.cat([before, x[:, :-1]], 1))
 """),
 )
-EMBEDDING_TO_BLOCKS = (  # adds a learned share of the embedding to the input of each block
+# adds a learned share of the embedding to the input of each block; zero at the start
+EMBEDDING_TO_BLOCKS = (
     ("    def forward(self, idx, targets=None, cache=None):\n", """\
         self.share = nn.ParameterList(torch.zeros(N_EMBD) for _ in self.blocks)
 

@@ -9,6 +9,7 @@ import importlib
 import json
 import math
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 
@@ -76,40 +77,52 @@ def temperature(module, model, tokens, tokenizer):
             "test_tempered": module.evaluate(Tempered(model, best), tokens["test"])}  # fmt: skip
 
 
-def gradient_sizes(module, model, tokens, stride=64, n=200):
+def gradient_sizes(model, tokens, stride=64, n=200):
     """The typical size of the gradient of each weight, a tensor for each parameter: the root mean square over the last
     `stride` tokens of `n` windows of the training text, plus a small number so that it can be a divisor (Krause et al.
     2018, section 5)."""
     ids, size, parameters = tokens.ids, model.block_size, list(model.eval().parameters())
+    stride = min(stride, size)
     squares, starts = [torch.zeros_like(p) for p in parameters], torch.linspace(0, len(ids) - size - 1, n).long()
     for i in starts.tolist():
-        window = ids[i : i + size + 1].long().to(module.DEVICE)
+        window = ids[i : i + size + 1].long().to(parameters[0].device)
         loss = F.cross_entropy(model(window[None, :-1])[0, -stride:], window[-stride:])
         for square, g in zip(squares, torch.autograd.grad(loss, parameters)):
             square.add_(g * g, alpha=1 / n)
     return [square.sqrt() + 1e-4 for square in squares]
 
 
-def dynamic_eval(module, model, tokens, rate, sizes, stride=64):
-    """Bits per byte and word perplexity of a model that keeps learning from the split `tokens` while it predicts it
-    (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5, without the decay to the original weights).
+def learning_probabilities(model, ids, rate, sizes, stride=64, temperatures=(1.0,)):
+    """The probability that a model which keeps learning from `ids` (n,) while it predicts them gives each one after the
+    first, at each of K temperatures: (K, n - 1) (dynamic evaluation, Krause et al. 2018, arXiv:1709.07432, section 5,
+    without the decay to the original weights).
 
     After every `stride` tokens, predicted with as much context as a window holds, it takes one step of gradient descent
     on their loss; the step of each weight is divided by its value in `sizes`, a tensor for each parameter. A `rate` of
-    0 gives the usual evaluation in sliding windows. `stride` is at most the length of a window. Only a copy of
-    the model is changed.
+    0 gives the usual evaluation in sliding windows. A `stride` longer than a window is cut. Only a copy of the model is
+    changed.
     """
-    model, ids, size, nats = copy.deepcopy(model).eval(), tokens.ids.long(), model.block_size, 0.0
-    n, parameters = len(ids) - 1, list(model.parameters())
-    for i in range(0, n, stride):
-        stop = min(i + stride, n)
-        start = max(0, stop - size)
-        logits = model(ids[None, start:stop].to(module.DEVICE))[0, i - start :]  # (stop - i, V)
-        loss = F.cross_entropy(logits, ids[i + 1 : stop + 1].to(module.DEVICE))
-        nats += loss.item() * (stop - i)
+    model, ids = copy.deepcopy(model).eval(), ids.long()
+    stride = min(stride, model.block_size)
+    parameters, found = list(model.parameters()), []
+    for i in range(0, len(ids) - 1, stride):
+        stop = min(i + stride, len(ids) - 1)
+        start = max(0, stop - model.block_size)
+        logits = model(ids[None, start:stop].to(parameters[0].device))[0, i - start :].float()  # (stop - i, V)
+        y = ids[i + 1 : stop + 1].to(logits.device)
         with torch.no_grad():
-            for p, g, s in zip(parameters, torch.autograd.grad(loss, parameters), sizes):
+            log_p = torch.stack([-F.cross_entropy(logits / t, y, reduction="none") for t in temperatures])
+            found.append(log_p.cpu().double().exp())
+        gradients = torch.autograd.grad(F.cross_entropy(logits, y), parameters)
+        with torch.no_grad():
+            for p, g, s in zip(parameters, gradients, sizes):
                 p.sub_(g / s, alpha=rate)
+    return torch.cat(found, 1).numpy()
+
+
+def dynamic_eval(model, tokens, rate, sizes, stride=64):
+    """Bits per byte and word perplexity on the split `tokens` of a model that keeps learning from it."""
+    nats = -np.log(learning_probabilities(model, tokens.ids, rate, sizes, stride)).sum()
     return {"bpb": nats / (math.log(2) * tokens.n_bytes), "word_ppl": math.exp(nats / tokens.n_words)}
 
 
@@ -117,11 +130,11 @@ def best_run(module, model, tokens, tokenizer):
     """Evaluations of the test split: in windows that slide by 64, and with dynamic evaluation, whose rate is chosen on
     the first 32,768 tokens of the validation split."""
     part = first_part(tokens["val"], tokenizer, WINDOW_TOKENS // 2)
-    sizes = gradient_sizes(module, model, tokens["train"])
-    rates = {r: dynamic_eval(module, model, part, r, sizes)["bpb"] for r in (0.0, 5e-5, 1e-4, 2e-4, 4e-4)}
+    sizes = gradient_sizes(model, tokens["train"])
+    rates = {r: dynamic_eval(model, part, r, sizes)["bpb"] for r in (0.0, 5e-5, 1e-4, 2e-4, 4e-4)}
     rate = min(rates, key=rates.get)
     return {"test_sliding": module.evaluate(model, tokens["test"], stride=64), "rates": rates,
-            "test_dynamic_eval": dynamic_eval(module, model, tokens["test"], rate, sizes)}  # fmt: skip
+            "test_dynamic_eval": dynamic_eval(model, tokens["test"], rate, sizes)}  # fmt: skip
 
 
 MEASURES = {"windows": windows, "temperature": temperature, "best": best_run}

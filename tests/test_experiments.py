@@ -352,7 +352,7 @@ def test_an_edited_run_is_measured_with_its_own_code(tiny, monkeypatch):
     folder, v3 = store.WORK / "tiny" / "a-head-2" / "run", importlib.import_module("v3")
     with pytest.raises(ValueError, match="do not fit this model"):
         harness.load(folder)
-    of_run = mixture.measure(folder, 3, None)
+    of_run = mixture.measure([folder], 3, None)
     assert of_run["val_network_bpb"] == pytest.approx(store.read_json(folder / "summary.json")["val_bpb"], rel=1e-4)
     with pytest.raises(ZeroDivisionError), runner.rung_of(folder):
         assert hasattr(importlib.import_module("v3").LanguageModel(50), "head")
@@ -855,19 +855,19 @@ def test_dynamic_evaluation(load):
     module = load("v3")
     model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 897)
     ones = [torch.ones_like(p) for p in model.parameters()]
-    still = measures.dynamic_eval(module, model, tokens["val"], 0.0, ones, stride=16)
+    still = measures.dynamic_eval(model, tokens["val"], 0.0, ones, stride=16)
     assert still["bpb"] == pytest.approx(module.evaluate(model, tokens["val"], stride=16)["bpb"], rel=1e-5)
     again = copy.copy(tokens["val"])
     again.ids = tokens["val"].ids[:100].repeat(9)
     before = model.embedding.weight.clone()
-    still, learned = (measures.dynamic_eval(module, model, again, rate, ones, stride=16)["bpb"]
+    still, learned = (measures.dynamic_eval(model, again, rate, ones, stride=16)["bpb"]
                       for rate in (0, 1.0))  # fmt: skip
     assert learned < 0.9 * still and torch.equal(model.embedding.weight, before)
 
     two = copy.copy(tokens["val"])
     two.ids, ids = tokens["val"].ids[:25], tokens["val"].ids[:25].long()
     sizes = [torch.full_like(p, 1 + k) for k, p in enumerate(model.parameters())]
-    found = measures.dynamic_eval(module, model, two, 0.5, sizes, stride=16)
+    found = measures.dynamic_eval(model, two, 0.5, sizes, stride=16)
     optimizer = torch.optim.SGD([{"params": [p], "lr": 0.5 / (1 + k)} for k, p in enumerate(model.parameters())])
     first = F.cross_entropy(model(ids[None, :16])[0], ids[1:17])
     first.backward()
@@ -883,7 +883,7 @@ def test_sizes_of_gradients(load):
     model, tokens = randomize(module.LanguageModel(500), 0.1), short_tokens(module, 897)["val"]
     size = model.block_size
     tokens.ids = tokens.ids[: 2 * size + 1]
-    sizes = measures.gradient_sizes(module, model, tokens, stride=5, n=2)
+    sizes = measures.gradient_sizes(model, tokens, stride=5, n=2)
     squares = [0.0] * len(sizes)
     for ids in (tokens.ids[: size + 1].long(), tokens.ids[size:].long()):
         model.zero_grad()
@@ -902,12 +902,12 @@ def test_the_rate_of_dynamic_evaluation_is_chosen_on_the_validation_split(load, 
     model, tokens = randomize(module.LanguageModel(500), 0.1).eval(), short_tokens(module, 700)
     tokens["test"] = tokens["val"]
     found = measures.best_run(module, model, tokens, None)
-    part, sizes = short_tokens(module, 300)["val"], measures.gradient_sizes(module, model, tokens["train"])
+    part, sizes = short_tokens(module, 300)["val"], measures.gradient_sizes(model, tokens["train"])
     for rate, bpb in found["rates"].items():
-        assert bpb == measures.dynamic_eval(module, model, part, rate, sizes)["bpb"]
+        assert bpb == measures.dynamic_eval(model, part, rate, sizes)["bpb"]
     rate = min(found["rates"], key=found["rates"].get)
     assert rate > 0
-    assert found["test_dynamic_eval"] == measures.dynamic_eval(module, model, tokens["test"], rate, sizes)
+    assert found["test_dynamic_eval"] == measures.dynamic_eval(model, tokens["test"], rate, sizes)
     assert found["test_sliding"] == module.evaluate(model, tokens["test"], stride=64)
 
 

@@ -12,6 +12,7 @@ from common import LATE_RUNGS, MODELS, ROOT, random_model, tiny_tokens
 
 import harness
 from benchmarks import mixture, ngram
+from results import measures
 
 WIKITEXT = ROOT.parent / "shared" / "wikitext-2"
 
@@ -133,12 +134,14 @@ def test_probabilities_of_a_network_are_those_that_its_evaluation_adds_up(name, 
         assert -np.log(sliding).mean() == pytest.approx(module.evaluate(model, tokens, 5)["loss"], rel=1e-5)
 
 
-@pytest.mark.parametrize("share", [0.0, 0.2, 0.7, 1.0])
-def test_the_best_weight_is_the_share_of_the_text(share):
-    """Of a text in which a share of the tokens comes from one model and the rest from the other."""
-    random, p = np.random.default_rng(5), np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6]])
-    ids = np.where(random.random(200_000) < share, random.choice(3, 200_000, p=p[1]), random.choice(3, 200_000, p=p[0]))
-    assert mixture.best_weight(p[0][ids], p[1][ids]) == pytest.approx(share, abs=0.01)
+@pytest.mark.parametrize("shares", [(1.0, 0.0), (0.8, 0.2), (0.3, 0.7), (0.0, 1.0), (0.5, 0.3, 0.2), (1.0,)])
+def test_the_best_weights_are_the_shares_of_the_text(shares):
+    """Of a text in which a share of the tokens comes from each model."""
+    random, p = np.random.default_rng(5), np.array([[0.7, 0.2, 0.1], [0.1, 0.3, 0.6], [0.1, 0.8, 0.1]])
+    of = random.choice(len(shares), 200_000, p=shares)
+    ids = np.choose(of, [random.choice(3, 200_000, p=one) for one in p[: len(shares)]])
+    weights = mixture.best_weights(p[: len(shares), ids])
+    assert weights == pytest.approx(shares, abs=0.015) and weights.sum() == pytest.approx(1)
 
 
 def test_the_best_temperature_is_that_of_the_text():
@@ -147,17 +150,15 @@ def test_the_best_temperature_is_that_of_the_text():
     at = {t: np.exp(logits / t) / np.exp(logits / t).sum() for t in (1.0, 2.0, 3.0)}
     ids = np.where(random.random(200_000) < 0.3, random.choice(3, 200_000, p=other),
                    random.choice(3, 200_000, p=at[2.0]))  # fmt: skip
-    t, weight = mixture.best_mixture({t: p[ids] for t, p in at.items()}, other[ids])
-    best = {t: mixture.best_weight(p[ids], other[ids]) for t, p in at.items()}
-    losses = {t: -np.log((1 - w) * at[t][ids] + w * other[ids]).mean() for t, w in best.items()}
-    assert t == 2.0 == min(losses, key=losses.get) and weight == pytest.approx(0.3, abs=0.02)
+    t, weights = mixture.best_mixture({t: p[None, ids] for t, p in at.items()}, other[ids])
+    assert t == 2.0 and weights == pytest.approx([0.7, 0.3], abs=0.02)
 
 
 def test_the_mixture_of_a_run(load, monkeypatch):
     module = load("v2", MAX_STEPS=4, EVAL_INTERVAL=4)
     module.main()
     monkeypatch.setattr(ngram, "load_tokens", None)  # not its
-    one = mixture.measure(module.OUT_DIR, 3, None)
+    one = mixture.measure([module.OUT_DIR], 3, None)
     tokens = module.load_tokens(module.VOCABULARY)
     counted = ngram.measure_tokens(tokens, 500, 3)
     model, _ = harness.load(module.OUT_DIR)
@@ -165,40 +166,79 @@ def test_the_mixture_of_a_run(load, monkeypatch):
         assert one[f"{split}_counted_bpb"] == pytest.approx(counted[f"{split}_bpb"])
         assert one[f"{split}_network_bpb"] == pytest.approx(module.evaluate(model, tokens[split])["bpb"], rel=1e-5)
     assert one["val_mixed_bpb"] < min(one["val_tempered_bpb"], one["val_counted_bpb"]) + 1e-9
-    assert 0 < one["weight"] <= 1 and one["temperature"] in mixture.TEMPERATURES
+    assert sum(one["weights"]) == pytest.approx(1) and one["temperature"] in mixture.TEMPERATURES
     assert one["val_tempered_bpb"] != one["val_network_bpb"] or one["temperature"] == 1
     assert mixture.report([one]).count("\n") == 3
+    learning = mixture.measure([module.OUT_DIR], 3, None, 1e-4)
+    sizes = measures.gradient_sizes(model, tokens["train"])
+    for split in ("val", "test"):
+        found = measures.dynamic_eval(model, tokens[split], 1e-4, sizes)["bpb"]
+        assert learning[f"{split}_network_bpb"] == pytest.approx(found) != one[f"{split}_network_bpb"]
     fitted = []
-    monkeypatch.setattr(mixture, "best_weight", lambda network, counted: fitted.append(len(network)) or 0.3)
-    assert mixture.measure(module.OUT_DIR, 3, None)["weight"] == 0.3
+    best_weights = mixture.best_weights
+    monkeypatch.setattr(mixture, "best_weights", lambda p: fitted.append(p.shape[1]) or best_weights(p))
+    assert mixture.measure([module.OUT_DIR], 3, None) == one
     assert set(fitted) == {len(tokens["val"]) - 1}  # the test split has no say
 
 
+def test_a_mixture_of_two_networks(load):
+    """It is better than each of them, and two that are the same are no better than one. The parts of the mixture are
+    those of the networks: at the weights that are best, its loss is what these give."""
+    first = load("v2", MAX_STEPS=40, EVAL_INTERVAL=40, LEARNING_RATE=3e-3)
+    second = load("v1", MAX_STEPS=40, EVAL_INTERVAL=40, LEARNING_RATE=3e-3)
+    for module in (first, second):
+        module.main()
+    folders = [first.OUT_DIR, second.OUT_DIR]
+    alone = [mixture.measure([folder], 3, None) for folder in folders]
+    both, same = mixture.measure(folders, 3, None), mixture.measure(folders[:1] * 2, 3, None)
+    assert len(both["weights"]) == 3 and sum(both["weights"]) == pytest.approx(1)
+    for kind in ("network", "mixed"):
+        assert both[f"val_{kind}_bpb"] < min(one[f"val_{kind}_bpb"] for one in alone) + 1e-6
+        assert same[f"val_{kind}_bpb"] == pytest.approx(alone[0][f"val_{kind}_bpb"], rel=1e-4)
+    ids = first.load_tokens(first.VOCABULARY)["test"].ids
+    parts = [mixture.network_probabilities(harness.load(folder)[0], ids, None, (both["temperature"],))[0]
+             for folder in folders]  # fmt: skip
+    counted = ngram.KneserNey(first.load_tokens(first.VOCABULARY)["train"].ids.numpy(), 500, 3)
+    p = np.array(both["weights"]) @ np.stack([*parts, counted.probabilities(ids.numpy())[1:]])
+    bits = -np.log2(p).sum() / first.load_tokens(first.VOCABULARY)["test"].n_bytes
+    assert both["test_mixed_bpb"] == pytest.approx(bits)
+
+
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
-    """In the order of the ladder, then of the best runs, also in sliding windows. A run that is missing is left out,
-    with a line; what is asked for by name, or otherwise than usual, is printed only."""
+    """In the order of the ladder, then of the best runs, also in sliding windows, and of both together. A run that is
+    missing is left out, with a line; what is asked for by name, or otherwise than usual, is printed only."""
     for name in ("v1", "v2"):
         load(name, MAX_STEPS=4, EVAL_INTERVAL=4, OUT_DIR=str(tmp_path / "runs" / name)).main()
-    kept, strides, measure = [], [], mixture.measure
+    kept, made, measure = [], [], mixture.measure
     places = [tmp_path / "runs" / "v1", tmp_path / "none"]
     monkeypatch.setattr(mixture, "ROOT", tmp_path)
     monkeypatch.setattr(mixture, "BEST", tmp_path / "runs" / "v2")
     monkeypatch.setattr(mixture, "best_folder", lambda name: {mixture.ADDITIONS: places.pop(0)}[name])
     monkeypatch.setattr(mixture, "RUNS", ("v0", "v2", "v1"))
     monkeypatch.setattr(mixture, "keep", lambda *what: kept.append(what))
-    monkeypatch.setattr(mixture, "measure", lambda *what: strides.append(what[2]) or measure(*what))
-    for words in ([], ["--order", "2"], [str(tmp_path / "runs" / "v1")]):
+    monkeypatch.setattr(mixture, "measure", lambda *what: made.append(what) or measure(*what))
+    for words in ([], ["--order", "2"], [str(tmp_path / "runs" / name) for name in ("v1", "v2")]):
         monkeypatch.setattr(sys, "argv", ["mixture.py", *words])
         capsys.readouterr()
         mixture.main()
         out = capsys.readouterr().out
-        assert ("no finished run of v0: left out" in out) == (len(words) != 1)
-        assert (f"not trained '{mixture.ADDITIONS}' here: left out" in out) == (len(words) == 2)
+        assert ("no trained model in runs/v0: 'v0' is left out" in out) == (not words or "--order" in words)
+        assert ("no trained model in none: 'both, windows slide by 64' is left out" in out) == ("--order" in words)
         assert len(kept) == 1
     (name, results, text), rows = kept[0], out.splitlines()
-    names = ["v2", "v1", *(name + windows for name in ("results/best", mixture.ADDITIONS)
-                           for windows in ("", ", windows slide by 64"))]  # fmt: skip
+    sliding = ", windows slide by 64"
+    names = ["v2", "v1", "results/best", "results/best" + sliding, mixture.ADDITIONS, mixture.ADDITIONS + sliding,
+             "both" + sliding]  # fmt: skip
     assert name == "mixture" and [one["run"] for one in results["runs"]] == names
-    assert strides[:6] == [None, None, None, 64, None, 64]
+    one, other = (tmp_path / "runs" / name for name in ("v2", "v1"))
+    assert [what[:3:2] for what in made[:7]] == [([one], None), ([other], None), ([one], None), ([one], 64),
+                                                 ([other], None), ([other], 64), ([one, other], 64)]  # fmt: skip
     assert str(tmp_path) not in json.dumps(results) and results["runs"][0]["seed"] == 1337
-    assert rows[-1].split("|")[2:] == text.splitlines()[3].split("|")[2:]  # the same figures for the same run
+    assert rows[-2].split("|")[2:] == text.splitlines()[3].split("|")[2:]  # the same figures for the same run
+    monkeypatch.setattr(sys, "argv", ["mixture.py", "--together", *words])
+    mixture.main()
+    assert made[-1][0] == words and len(kept) == 1
+    for words in (["--stride", "8"], ["--dynamic", "1"], ["--together"]):
+        monkeypatch.setattr(sys, "argv", ["mixture.py", *words])
+        with pytest.raises(ValueError, match="are for runs that you name"):
+            mixture.main()
