@@ -45,7 +45,7 @@ WORDS = {  # {name: (arguments, learning rates)}
     "word_language_model, Transformer": ("--model Transformer", (2.5, 5, 10)),
     "word_language_model, Transformer, AdamW": ("--model Transformer --use-optimizer", (5e-4, 1e-3, 2e-3)),
 }
-SMALL = ("config/train_shakespeare_char.py --device=cpu --compile=False --eval_iters=20 --log_interval=1 "
+SMALL = ("config/train_shakespeare_char.py --device=cpu --eval_iters=20 --log_interval=1 "
          "--block_size=64 --batch_size=12 --n_layer=4 --n_head=4 --n_embd=128 --dropout=0.0")  # fmt: skip
 OURS = ("--device=cpu --eval_iters=20 --log_interval=1 --gradient_accumulation_steps=1 --block_size=256 "
         "--batch_size=16 --n_layer=4 --n_head=4 --n_embd=256 --bias=True --warmup_iters=60")  # fmt: skip

@@ -49,9 +49,9 @@ def word_perplexities():
         "v4, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
         "v4, windows of 512 that slide by 64": (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
     }
-    kinds = {"v4, sliding, temperature-scaled, mixed with a 6-gram": ("results/best" + SLIDING, "mixed"),
+    kinds = {"v4 and a 6-gram, sliding": ("results/best" + SLIDING, "mixed"),
              "v4 and a second network, sliding": (BOTH, "network"),
-             "v4, a second network and a 6-gram, sliding, temperature-scaled": (BOTH, "mixed")}  # fmt: skip
+             "v4, a second network and a 6-gram, sliding": (BOTH, "mixed")}  # fmt: skip
     for name, (row, kind) in kinds.items():
         found[name] = tuple(rows[row][f"{split}_{kind}_word_ppl"] for split in ("val", "test"))
     return found
