@@ -193,8 +193,8 @@ def plot_two_hours(plt):
     for x, y in list(zip(minutes, values))[:: -max(1, len(log) // 6)]:  # the last, and some before it
         course.annotate(f"{y:.0f}", (x, y), (2, 6), textcoords="offset points", fontsize=8)
     course.annotate(f"{sliding:.0f}", (minutes[-1], sliding), (7, -8), textcoords="offset points", fontsize=8)
-    course.set(title="the first network as it trained", xlabel="training on two idle CPU cores (minutes)", xlim=(0, 1.12 * minutes[-1]),
-               yscale="log", ylabel="validation word perplexity (lower is better)")  # fmt: skip
+    course.set(title="the first network as it trained", xlabel="training on two idle CPU cores (minutes)",
+               xlim=(0, 1.12 * minutes[-1]), yscale="log", ylabel="validation word perplexity (lower is better)")
     ticks = [n for n in (50, 70, 100, 150, 200, 300, 400, 600) if sliding * 0.8 < n < max(values) * 1.25]
     course.set_yticks(ticks, [str(n) for n in ticks])
     course.minorticks_off()
