@@ -99,9 +99,9 @@ def words(name, rate, folder, source, seconds):
                           cwd=folder / "word_language_model", capture_output=True, text=True)  # fmt: skip
     val = re.search(r"baselines: validation loss (\S+)", done.stdout)
     test = re.search(r"\| test loss +(\S+)", done.stdout)
-    if not val or not test:
-        raise ValueError(f"{name} has failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     steps = re.findall(r"\| epoch +(\d+) \| +(\d+)/ *(\d+) batches .* ms/batch +(\S+)", done.stdout)
+    if not val or not test or not steps:  # it reports every 200 batches
+        raise ValueError(f"{name} has failed: {(done.stderr or done.stdout).strip().splitlines()[-1:]}")
     epoch, batch, batches, _ = map(float, steps[-1])
     return {"command": f"python main.py {options}", "val_word_ppl": math.exp(float(val[1])),
             "test_word_ppl": math.exp(float(test[1])), "epochs": epoch - 1 + batch / batches,
