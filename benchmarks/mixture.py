@@ -2,6 +2,7 @@
 
     python benchmarks/mixture.py                    the rungs that runs/ has, and the best runs; results go to
                                                     results/benchmarks/
+    python benchmarks/mixture.py --dynamic 2e-4     the best runs, which keep learning while they read; kept, too
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
     python benchmarks/mixture.py runs/v3 runs/mine --together    both networks and the n-gram model in one mixture
 
@@ -139,12 +140,16 @@ def report(results):
     return table(head, rows)
 
 
-def usual_rows():
-    """{name of a row: (folders of its networks, stride)}: the rungs, the best runs, and both of these together."""
-    rows = {run: ([ROOT / "runs" / run], None) for run in RUNS}
+def usual_rows(dynamic=False):
+    """{name of a row: (folders of its networks, stride)}: the rungs, the best runs, and both of these together; if the
+    networks keep learning, only the best runs."""
     best, second = BEST, best_folder(ADDITIONS)
-    rows |= {"results/best": ([best], None), f"results/best{SLIDING}": ([best], 64), ADDITIONS: ([second], None),
-             ADDITIONS + SLIDING: ([second], 64), BOTH: ([best, second], 64)}  # fmt: skip
+    if dynamic:
+        rows = {"results/best": ([best], None), ADDITIONS: ([second], None), "both": ([best, second], None)}
+    else:
+        rows = {run: ([ROOT / "runs" / run], None) for run in RUNS}
+        rows |= {"results/best": ([best], None), f"results/best{SLIDING}": ([best], 64), ADDITIONS: ([second], None),
+                 ADDITIONS + SLIDING: ([second], 64), BOTH: ([best, second], 64)}  # fmt: skip
     for name, (folders, _) in list(rows.items()):
         if missing := [folder for folder in folders if not (folder / "model.pt").exists()]:
             harness.say(f"there is no trained model in {missing[0].relative_to(ROOT)}: {name!r} is left out")
@@ -165,18 +170,19 @@ def main():
         raise UserError("--order must be from 1 to 20, and --stride at least 1")
     if args.dynamic is not None and (not 0 <= args.dynamic < math.inf or args.stride is not None):
         raise UserError("--dynamic takes a rate of at least 0, without --stride")
-    if not args.runs and (args.stride, args.dynamic, args.together) != (None, None, False):
-        raise UserError("--stride, --dynamic and --together are for runs that you name")
+    if not args.runs and (args.stride, args.together) != (None, False):
+        raise UserError("--stride and --together are for runs that you name")
     groups = [args.runs] if args.together else [[run] for run in args.runs]
-    rows, results = {" + ".join(group): (group, args.stride) for group in groups} or usual_rows(), []
-    known = {}
+    rows = {" + ".join(group): (group, args.stride) for group in groups} or usual_rows(args.dynamic is not None)
+    results, known = [], {}
     for run, (folders, stride) in rows.items():
         results.append(measure(folders, args.order, stride, args.dynamic, known) | {"run": run})
         harness.say(report(results[-1:]).splitlines()[-1])
     text = report(results)
     print(text, end="")
     if not args.runs and args.order == 6:
-        keep("mixture", {"machine": machine(), "runs": results}, text)
+        kept = {"machine": machine()} | ({} if args.dynamic is None else {"rate": args.dynamic})
+        keep("mixture" if args.dynamic is None else "adaptive", kept | {"runs": results}, text)
 
 
 if __name__ == "__main__":

@@ -206,7 +206,8 @@ def test_a_mixture_of_two_networks(load):
 
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
     """In the order of the ladder, then of the best runs, also in sliding windows, and of both together. A run that is
-    missing is left out, with a line; what is asked for by name, or otherwise than usual, is printed only."""
+    missing is left out, with a line; what is asked for by name, or otherwise than usual, is printed only. With
+    --dynamic the rows are the best runs."""
     for name in ("v1", "v2"):
         load(name, MAX_STEPS=4, EVAL_INTERVAL=4, OUT_DIR=str(tmp_path / "runs" / name)).main()
     kept, made, measure = [], [], mixture.measure
@@ -238,7 +239,14 @@ def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["mixture.py", "--together", *words])
     mixture.main()
     assert made[-1][0] == words and len(kept) == 1
-    for words in (["--stride", "8"], ["--dynamic", "1"], ["--together"]):
+    places.append(other)
+    monkeypatch.setattr(sys, "argv", ["mixture.py", "--dynamic", "1e-4"])
+    mixture.main()
+    name, results, _ = kept[1]
+    names = ["results/best", mixture.ADDITIONS, "both"]
+    assert (name, results["rate"]) == ("adaptive", 1e-4) and [one["run"] for one in results["runs"]] == names
+    assert [what[:4:3] for what in made[-3:]] == [([one], 1e-4), ([other], 1e-4), ([one, other], 1e-4)]
+    for words in (["--stride", "8"], ["--together"]):
         monkeypatch.setattr(sys, "argv", ["mixture.py", *words])
         with pytest.raises(ValueError, match="are for runs that you name"):
             mixture.main()
