@@ -3,7 +3,7 @@
 from results.plan import EXPERIMENTS, ROOT
 from results.store import read_json, result_file, results_of, work_folder
 
-MIXTURE = ROOT / "results" / "benchmarks" / "mixture.json"
+MIXTURE, LEARNING = (ROOT / "results" / "benchmarks" / f"{name}.json" for name in ("mixture", "adaptive"))
 
 # Word perplexities on the test split of WikiText-2 of models that were trained on GPUs. GluonNLP's come from its logs
 # at commit 2c480f6, each with its epoch; the logs continue to epoch 750.
@@ -57,6 +57,13 @@ def word_perplexities():
     return found
 
 
-def adapted_word_perplexity():
-    """Word perplexity on the test split of the model that keeps learning while it reads (dynamic evaluation)."""
-    return best_run()["measured"]["test_dynamic_eval"]["word_ppl"]
+def adapted_word_perplexities():
+    """{models: word perplexity on the test split} with networks that keep learning while they read (dynamic
+    evaluation)."""
+    rows = {row["run"]: row for row in read_json(LEARNING)["runs"]}
+    return {
+        "v4, dynamic evaluation": best_run()["measured"]["test_dynamic_eval"]["word_ppl"],
+        "v4 and a 6-gram, dynamic evaluation": rows["results/best"]["test_mixed_word_ppl"],
+        "v4 and a second network, dynamic evaluation": rows["both"]["test_network_word_ppl"],
+        "v4, a second network and a 6-gram, dynamic evaluation": rows["both"]["test_mixed_word_ppl"],
+    }

@@ -7,8 +7,8 @@ from harness.errors import FileError, UserError
 from harness.pictures import BARS, STYLE, curve, seeds
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
-from results.plan import EXPERIMENTS, ROOT, VOCABULARIES
-from results.store import command, full_length, results_of
+from results.plan import DROPOUTS, EXPERIMENTS, READINGS, ROOT, VOCABULARIES
+from results.store import results_of
 from results.tables import PLACES, TRAINED, at_best_rate, n_gram
 
 
@@ -71,8 +71,8 @@ def plot_v3_to_v4(plt):
         values = {i: found for i, found in values.items() if found}
         seeds(axes, list(values), list(values.values()), label=title, **style | {"markersize": 6})
         for i, found in values.items():
-            if len(found) == 1:
-                axes.annotate("one seed", (i, found[0]), (8, 3), textcoords="offset points", fontsize=8)
+            if len(found) < 3:
+                axes.annotate(("one seed", "two seeds")[len(found) - 1], (i, found[0]), (8, 3), textcoords="offset points", fontsize=8)
     axes.set_xticks(range(3), ["learned,\nrandom at the start", "learned,\nsinusoids at the start", "RoPE"])
     axes.set(xlim=(-0.3, 2.3), ylabel="validation bits per byte (lower is better)", xlabel="positions")
     axes.legend(title="block and optimizer")
@@ -143,37 +143,24 @@ def plot_vocabulary(plt):
     return figure
 
 
-def plot_dropout(axes, text):
-    """v3 on a text that it reads many times, with more and more dropout."""
-    for k, p in enumerate(("0", "0.1", "0.2", "0.3")):
-        results = full_length(results_of("dropout")[f"{text}, {p}"])
-        if not results:
-            raise UserError(f"no run of {text!r} with dropout {p} was trained to its end, which the picture shows; "
-                            f"{command('dropout')} makes it")  # fmt: skip
-        summary, n = results[0]["summary"], len(results[0]["log"])
-        epochs_a_step = summary["epochs"] / summary["steps"]
-        style = curve(k) | {"linestyle": "-", "markevery": max(1, n // 9)}
-        logs(axes, results, lambda step, x=epochs_a_step: x * step, "val_loss", label=f"dropout {p}",
-             errorevery=style["markevery"], **style)
-        axes.plot([epochs_a_step * record["step"] for record in results[0]["log"]],
-                  [mean(result["log"][i]["train_loss"] for result in results) for i in range(n)],
-                  **style | {"linestyle": ":", "markerfacecolor": "white"})  # fmt: skip
-    axes.set(title=f"v3 on {text}", xlabel="times that the text was read")
-
-
-def plot_dropouts(plt):
-    """What dropout does to v3, trained by the usual recipe, where a text is read many times."""
-    texts = list(dict.fromkeys(name.rpartition(", ")[0] for name in results_of("dropout")))
-    figure, axes = plt.subplots(1, len(texts), figsize=(12, 4.2))
-    for ax, text in zip(axes, texts):
-        plot_dropout(ax, text)
-    axes[0].set_ylabel("loss (nats per token, lower is better)")
-    handles, labels = axes[0].get_legend_handles_labels()
-    lines = [plt.Line2D([], [], color="black", ls=ls, marker="o", mfc=face) for ls, face in (("-", "k"), (":", "w"))]
-    figure.legend([*handles, *lines], [*labels, "validation", "training, with dropout"], loc="outside upper center",
-                  ncols=6)  # fmt: skip
-    note(figure, "mean of the seeds that were trained to the end, bars: lowest to highest; training: mean of the steps "
-                 "since the last evaluation; the panels have scales of their own")  # fmt: skip
+def plot_dropout(plt):
+    """Dropout by how often a text is read: at the ends of schedules of that length, and on the way of the longest."""
+    results, (figure, (ends, way)) = results_of("dropout"), plt.subplots(1, 2, figsize=(10, 4.2))
+    for k, p in enumerate(DROPOUTS):
+        last = [[result["log"][-1]["val_bpb"] for result in results[f"{readings} times, {p:g}"]]
+                for readings in READINGS]  # fmt: skip
+        seeds(ends, READINGS, last, label=f"dropout {p:g}", **curve(k))
+        longest = results[f"{READINGS[-1]} times, {p:g}"]
+        readings_a_step = longest[0]["summary"]["epochs"] / longest[0]["summary"]["steps"]
+        logs(way, longest, lambda step, x=readings_a_step: x * step, "val_bpb", **curve(k))
+    ends.set(title="at the end of a schedule of that length", xscale="log", xlabel="times that the text is read",
+             ylabel="validation bits per byte (lower is better)")  # fmt: skip
+    ends.set_xticks(READINGS, map(str, READINGS))
+    ends.minorticks_off()
+    way.set(title=f"on the way of {READINGS[-1]} readings", xlabel="times that the text was read")
+    figure.legend(*ends.get_legend_handles_labels(), loc="outside upper center", ncols=3)
+    note(figure, "v4 with RoPE, 2 layers of width 128, on a tenth of the text; mean of the seeds, bars: lowest to "
+                 "highest; the panels have scales of their own")  # fmt: skip
     return figure
 
 
@@ -216,7 +203,7 @@ def plot_two_hours(plt):
 
 
 PICTURES = {"ladder": plot_ladder, "v3_to_v4": plot_v3_to_v4, "positions": plot_positions,
-            "vocabulary": plot_vocabulary, "dropout": plot_dropouts, "two_hours": plot_two_hours}  # fmt: skip
+            "vocabulary": plot_vocabulary, "dropout": plot_dropout, "two_hours": plot_two_hours}  # fmt: skip
 
 
 def draw():

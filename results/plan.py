@@ -31,7 +31,6 @@ class Run:
     megabytes: float = 0.0  # train on this much text instead of for MAX_STEPS
     vocab_size: int = 0  # size of its vocabulary, if not the committed one
     measure: str = ""  # measurement of the trained model: a name in measures.MEASURES
-    other_seeds: dict = field(default_factory=dict)  # constants for all seeds but the first
     base: str = ""  # name of the run with which it is compared; by default the previous one
 
     def training(self):
@@ -151,7 +150,7 @@ def positions():
     return runs
 
 
-READINGS = (2, 4, 8, 16)
+READINGS, DROPOUTS = (2, 4, 8, 16), (0.0, 0.1, 0.2)
 
 
 def dropouts():
@@ -159,7 +158,7 @@ def dropouts():
     when the last reading does."""
     small = {**ROPE, **SMALLER, "DATA": "runs/experiments/tenth", "PATIENCE": 1000, "EXTRAPOLATION": "1,"}
     return [Run(f"{readings} times, {p:g}", V4, {**small, "MAX_STEPS": 74 * readings, "DROPOUT": p})
-            for readings in READINGS for p in (0.0, 0.1, 0.2)]  # fmt: skip
+            for readings in READINGS for p in DROPOUTS]  # fmt: skip
 
 
 def shapes():
@@ -244,7 +243,7 @@ EXPERIMENTS = {
         columns=("val_bpb", "val_word_ppl", "n_params", "step_time"), search=True,
     ),
     "dropout": Experiment(
-        "From how many readings of a text on does dropout pay?", dropouts(), columns=("val_bpb", "epochs", "best_step"),
+        "From how many readings of a text on does dropout pay?", dropouts(), columns=("val_bpb", "best_step", "steps"),
         search=True,
     ),
     "additions": Experiment(
@@ -277,7 +276,6 @@ def all_constants(run, seed, gpu=False):
     """The constants of a run, except a number of steps that must be computed."""
     rung = vars(importlib.import_module(run.rung)) if gpu else {}
     constants = {k: v for k, v in GPU.items() if k in rung} | run.constants | {"SEED": seed}
-    constants |= run.other_seeds if seed in SEEDS[1:] else {}
     if run.vocab_size not in (0, 4096):  # 4,096: the vocabulary in data/
         constants["VOCABULARY"] = f"bpe_vocab_{run.vocab_size}.json"
     return constants

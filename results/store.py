@@ -153,11 +153,6 @@ def results_of(name):
     return Results(name, {run_name: results for run_name, results in results.items() if results})
 
 
-def full_length(results):
-    """The results whose runs were not stopped early."""
-    return [one for one in results if one["summary"]["steps"] == one["summary"]["hyperparameters"]["MAX_STEPS"]]
-
-
 def mean_of(results, key):
     """The mean of a figure in the summaries of some results."""
     return mean(result["summary"][key] for result in results)

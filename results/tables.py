@@ -5,13 +5,13 @@ from statistics import mean
 
 from benchmarks.tables import table
 from results import continued, course, step_time
-from results.best import ADAPTIVE, LITERATURE, adapted_word_perplexity, best_run, word_perplexities
-from results.plan import EXPERIMENTS, ROOT, VOCABULARIES, Run
-from results.store import full_length, mean_of, read_json, read_text, results_of, spread, spread_of
+from results.best import ADAPTIVE, LITERATURE, adapted_word_perplexities, best_run, word_perplexities
+from results.plan import DROPOUTS, EXPERIMENTS, READINGS, ROOT, VOCABULARIES, Run
+from results.store import mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
 TIMINGS = ("tokenizer", "training", "generation", "startup", "scaling", "soak", "beside", "ngram", "mixture",
-           "llama_cpp")
+           "adaptive", "llama_cpp")
 
 
 def model_in_words(summary):
@@ -115,6 +115,30 @@ def recipe_search():
     return table(head, rows, left=(5,))
 
 
+def recipe_parts():
+    """v3, and by how much it is worse with each of its parts changed."""
+    of_all = results_of("recipe_parts")
+    v3 = mean_of(of_all["v3"], "val_bpb")
+    rows = [[name, f"{mean_of(results, 'val_bpb'):.4f}",
+             "" if name == "v3" else f"{mean_of(results, 'val_bpb') - v3:+.4f}",
+             f"{mean_of(results, 'val_word_ppl'):,.0f}"] for name, results in of_all.items()]  # fmt: skip
+    return table(["model", "val bpb", "change", "val word ppl"], rows)
+
+
+def shape():
+    """By depth, then by width; the other rates beside the usual one."""
+    of_all, rows = results_of("shape"), []
+    for name, results in of_all.items():
+        if ", rate" in name:
+            continue
+        others = [f"{other.partition('rate ')[2]}: {mean_of(of_all[other], 'val_bpb'):.4f}"
+                  for other in of_all if other.startswith(f"{name}, rate")]  # fmt: skip
+        summary = results[0]["summary"]
+        rows.append([name, f"{summary['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
+                     "; ".join(others) or "–", f"{mean_of(results, 'val_word_ppl'):,.0f}"])  # fmt: skip
+    return table(["v3, layers × width", "parameters", "val bpb", "at other rates", "val word ppl"], rows)
+
+
 TRAINED = {"v3": "v3's block, AdamW", "AdamW": "v4's block, AdamW", "Muon": "v4's block, Muon"}
 PLACES = {"at random": "learned, random at the start", "sinusoids": "learned, sinusoids at the start", "RoPE": "RoPE"}
 
@@ -193,16 +217,17 @@ def vocabulary():
 
 
 def dropout():
-    """The lowest validation loss of each run, and the last one."""
-    rows = []
-    for name, results in results_of("dropout").items():
-        text, _, p = name.rpartition(", ")
-        ends = [result["log"][-1] for result in full_length(results)]
-        losses = [f"{mean(end[key] for end in ends):.2f}" if ends else "–" for key in ("train_loss", "val_loss")]
-        rows.append([text, p, str(len(results)), spread_of(results, "val_bpb"),
-                     spread([end["val_bpb"] for end in ends]), *losses])  # fmt: skip
-    return table(["text", "dropout", "seeds", "best val bpb", "val bpb at the end", "training loss there",
-                  "validation loss there"], rows)  # fmt: skip
+    """Each number of readings with each dropout rate, the best of a row in bold: at the end, and the lowest value on
+    the way there."""
+    of_all, rows = results_of("dropout"), []
+    for readings in READINGS:
+        results = [of_all.get(f"{readings} times, {p:g}", []) for p in DROPOUTS]
+        ends = [[result["log"][-1]["val_bpb"] for result in of_p] for of_p in results]
+        best = min((values for values in ends if values), key=mean)
+        cells = [f"**{spread(values)}**" if values is best else spread(values) for values in ends]
+        rows.append([readings, *cells, *(spread_of(of_p, "val_bpb").partition(" ")[0] for of_p in results)])
+    head = [f"{when}, dropout {p:g}" for when in ("at the end", "lowest") for p in DROPOUTS]
+    return table(["times that the text is read", *head], rows, left=())
 
 
 def metrics():
@@ -258,8 +283,8 @@ def two_hours_best():
 
 
 def adaptive():
-    """The best run with dynamic evaluation among other models that adapt to the test text, the worst first."""
-    rows = [("v4, two hours, dynamic evaluation", adapted_word_perplexity()), *ADAPTIVE.items()]
+    """The best runs with dynamic evaluation among other models that adapt to the test text, the worst first."""
+    rows = [*adapted_word_perplexities().items(), *ADAPTIVE.items()]
     rows = [[name, f"**{test:.1f}**" if name.startswith("v4") else f"{test:.1f}"]
             for name, test in sorted(rows, key=lambda row: -row[1])]  # fmt: skip
     return table(["model that adapts to the test text", "test word ppl"], rows)
@@ -277,8 +302,9 @@ def benchmark(name):
 
 
 TABLES = {make.__name__: make for make in (
-    ladder, step_times, counting, closed_form, memory, recipe, recipe_search, v3_to_v4, v3_to_v4_rates, positions,
-    positions_all, vocabulary, dropout, metrics, temperature, two_hours, two_hours_best, adaptive, dynamic_eval,
+    ladder, step_times, counting, closed_form, memory, recipe, recipe_search, recipe_parts, shape, v3_to_v4,
+    v3_to_v4_rates, positions, positions_all, vocabulary, dropout, metrics, temperature, two_hours, two_hours_best,
+    adaptive, dynamic_eval,
 )}  # fmt: skip
 TABLES["continued"] = continued.page
 TABLES |= course.TABLES

@@ -3,8 +3,6 @@
 import importlib
 import math
 import shutil
-import subprocess
-import sys
 
 import torch
 
@@ -52,11 +50,7 @@ def make_tenth(folder):
 def prepare(runs, overrides=None):
     """Make those texts of `runs` that are parts of others. Raises OSError and ValueError if token files are missing."""
     folders = {run.constants.get("DATA", "data") for run in runs} if "DATA" not in (overrides or {}) else set()
-    sample, tenth = store.WORK / "sample", store.WORK / "tenth"
-    if "runs/experiments/sample" in folders and not sample.exists():
-        words = ["data/prepare.py", "--sample", "--to", str(sample), "--vocabulary", "data/bpe_vocab.json"]
-        if subprocess.run([sys.executable, *words], cwd=ROOT).returncode:
-            raise UserError(f"python {' '.join(words)} failed; its message is above")
+    tenth = store.WORK / "tenth"
     if folders & {"data", "runs/experiments/tenth"}:
         load_tokens("bpe_vocab.json")
     if "runs/experiments/tenth" in folders and not (tenth / "bpe_vocab.json").exists():

@@ -67,7 +67,7 @@ def test_the_plan():
         assert len(set(names)) == len(names)
         for run in experiment.runs:
             text, constants = source_of(run.rung)
-            assert run.constants.keys() | run.other_seeds.keys() <= constants, run
+            assert run.constants.keys() <= constants, run
             assert run.measure in ("", *measures.MEASURES)
             assert run.base in ("", *names)
             edits.edited(text, run.edits)
