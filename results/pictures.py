@@ -72,7 +72,8 @@ def plot_v3_to_v4(plt):
         seeds(axes, list(values), list(values.values()), label=title, **style | {"markersize": 6})
         for i, found in values.items():
             if len(found) < 3:
-                axes.annotate(("one seed", "two seeds")[len(found) - 1], (i, found[0]), (8, 3), textcoords="offset points", fontsize=8)
+                axes.annotate(("one seed", "two seeds")[len(found) - 1], (i, mean(found)), (8, 3), fontsize=8,
+                              textcoords="offset points")  # fmt: skip
     axes.set_xticks(range(3), ["learned,\nrandom at the start", "learned,\nsinusoids at the start", "RoPE"])
     axes.set(xlim=(-0.3, 2.3), ylabel="validation bits per byte (lower is better)", xlabel="positions")
     axes.legend(title="block and optimizer")
