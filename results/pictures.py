@@ -75,7 +75,7 @@ def plot_v3_to_v4(plt):
                 axes.annotate(("one seed", "two seeds")[len(found) - 1], (i, mean(found)), (8, 3), fontsize=8,
                               textcoords="offset points")  # fmt: skip
     axes.set_xticks(range(3), ["learned,\nrandom at the start", "learned,\nsinusoids at the start", "RoPE"])
-    axes.set(xlim=(-0.3, 2.3), ylabel="validation bits per byte (lower is better)", xlabel="positions")
+    axes.set(xlim=(-0.3, 2.45), ylabel="validation bits per byte (lower is better)", xlabel="positions")
     axes.legend(title="block and optimizer")
     note(figure, "mean of three seeds where not noted; bars, where larger than the marker: lowest to highest"
                  + f"\nnot run yet: {'; '.join(missing)}" * bool(missing))  # fmt: skip
