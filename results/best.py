@@ -1,5 +1,6 @@
 """The best run, two hours on two cores, and what has been published on the same text."""
 
+from harness.errors import UserError
 from results.plan import EXPERIMENTS, ROOT
 from results.store import read_json, result_file, results_of, work_folder
 
@@ -41,29 +42,39 @@ def best_folder(name=PLAIN):
     return work_folder(result_file(run, seed)) / "run" / run.constants["POSITION"]
 
 
+def mixtures(path, command, *names):
+    """Rows of the file that `command` (benchmarks/mixture.py) wrote. Raises ValueError if one of `names` is missing."""
+    rows = {row["run"]: row for row in read_json(path)["runs"]}
+    for name in names:
+        if name not in rows:
+            raise UserError(f"{path.name} has no row {name!r}; train its networks with python results/experiments.py "
+                            f"best, then run {command}")  # fmt: skip
+    return [rows[name] for name in names]
+
+
 def word_perplexities():
     """{model and how it was evaluated: (word perplexity on the validation split, on the test split)}, all static."""
-    run, rows = best_run(), {row["run"]: row for row in read_json(MIXTURE)["runs"]}
+    run = best_run()
     summary, measured = run["summary"], run["measured"]
+    alone, both = mixtures(MIXTURE, "python benchmarks/mixture.py", "results/best" + SLIDING, BOTH)
     found = {
         "v4, windows of 512 side by side": (summary["val_word_ppl"], summary["test_word_ppl"]),
         "v4, windows of 512 that slide by 64": (summary["val_word_ppl_sliding"], measured["test_sliding"]["word_ppl"]),
     }
-    kinds = {"v4 and a 6-gram, sliding": ("results/best" + SLIDING, "mixed"),
-             "v4 and a second network, sliding": (BOTH, "network"),
-             "v4, a second network and a 6-gram, sliding": (BOTH, "mixed")}  # fmt: skip
+    kinds = {"v4 and a 6-gram, sliding": (alone, "mixed"), "v4 and a second network, sliding": (both, "network"),
+             "v4, a second network and a 6-gram, sliding": (both, "mixed")}  # fmt: skip
     for name, (row, kind) in kinds.items():
-        found[name] = tuple(rows[row][f"{split}_{kind}_word_ppl"] for split in ("val", "test"))
+        found[name] = tuple(row[f"{split}_{kind}_word_ppl"] for split in ("val", "test"))
     return found
 
 
 def adapted_word_perplexities():
     """{models: word perplexity on the test split} with networks that keep learning while they read (dynamic
     evaluation)."""
-    rows = {row["run"]: row for row in read_json(LEARNING)["runs"]}
+    alone, both = mixtures(LEARNING, "python benchmarks/mixture.py --dynamic 2e-4", "results/best", "both")
     return {
         "v4, dynamic evaluation": best_run()["measured"]["test_dynamic_eval"]["word_ppl"],
-        "v4 and a 6-gram, dynamic evaluation": rows["results/best"]["test_mixed_word_ppl"],
-        "v4 and a second network, dynamic evaluation": rows["both"]["test_network_word_ppl"],
-        "v4, a second network and a 6-gram, dynamic evaluation": rows["both"]["test_mixed_word_ppl"],
+        "v4 and a 6-gram, dynamic evaluation": alone["test_mixed_word_ppl"],
+        "v4 and a second network, dynamic evaluation": both["test_network_word_ppl"],
+        "v4, a second network and a 6-gram, dynamic evaluation": both["test_mixed_word_ppl"],
     }

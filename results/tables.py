@@ -221,9 +221,9 @@ def dropout():
     the way there."""
     of_all, rows = results_of("dropout"), []
     for readings in READINGS:
-        results = [of_all.get(f"{readings} times, {p:g}", []) for p in DROPOUTS]
+        results = [of_all[f"{readings} times, {p:g}"] for p in DROPOUTS]
         ends = [[result["log"][-1]["val_bpb"] for result in of_p] for of_p in results]
-        best = min((values for values in ends if values), key=mean)
+        best = min(ends, key=mean)
         cells = [f"**{spread(values)}**" if values is best else spread(values) for values in ends]
         rows.append([readings, *cells, *(spread_of(of_p, "val_bpb").partition(" ")[0] for of_p in results)])
     head = [f"{when}, dropout {p:g}" for when in ("at the end", "lowest") for p in DROPOUTS]

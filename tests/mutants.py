@@ -857,6 +857,11 @@ FAULTS = [
     (MIXTURE, "a weight for each split", '        if split == "val":\n', "        if True:\n"),
     (MIXTURE, "colder instead of warmer", "F.cross_entropy(logits / t,", "F.cross_entropy(logits * t,"),
     (MIXTURE, "the first temperature", "key=lambda t: np.log(weights[t] @ parts[t]).sum())", "key=lambda t: 0)"),
+    (MIXTURE, "models that learn are kept as static ones", 'keep("mixture" if args.dynamic is None else "adaptive",',
+     'keep("mixture",'),
+    ("results/tables.py", "dropout is compared at the lowest value", 'ends = [[result["log"][-1]["val_bpb"]',
+     'ends = [[result["summary"]["val_bpb"]'),
+    ("results/best.py", "a missing mixture is not noticed", "        if name not in rows:", "        if False:"),
     # data
     ("data/prepare.py", "the help of --dataset names another default", "{DATASETS[0]}), or any text data set",
      "{DATASETS[1]}), or any text data set"),

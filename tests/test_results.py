@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import harness
-from results import checks, continued, pages, plan, store
+from results import best, checks, continued, pages, plan, store
 from results.plan import V4
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -103,13 +103,47 @@ def test_a_way_to_train_stands_with_the_best_of_its_rates():
     assert [(cell.partition(";")[0].partition(" ")[0], cell.partition("; rate ")[2]) for cell in shown] == cells
 
 
+def test_dropout_is_compared_at_the_end_of_each_schedule():
+    """Read from the files themselves: the last evaluation, which is not always the best, is bold where it is lowest."""
+    folder = ROOT / "results" / "experiments" / "dropout"
+    rows = re.search(r"<!-- dropout -->\n(.*?)<!--", RESULTS, re.S)
+    for row in rows[1].splitlines()[2:]:
+        readings, *cells = (cell.strip() for cell in row.split("|")[1:-1])
+        means, lowest = [], []
+        for p in ("0", "0.1", "0.2"):
+            logs = [[record["val_bpb"] for record in json.loads(path.read_text(encoding="utf-8"))["log"]]
+                    for path in folder.glob(f"{readings}-times-{p}-*.json")]  # fmt: skip
+            assert len(logs) > 1
+            means.append(sum(log[-1] for log in logs) / len(logs))
+            lowest.append(sum(map(min, logs)) / len(logs))
+        assert [cell.strip("*").partition(" ")[0] for cell in cells] == [f"{x:.4f}" for x in (*means, *lowest)]
+        assert [cell.startswith("**") for cell in cells[:3]] == [x == min(means) for x in means]
+
+
+def test_a_part_of_the_recipe_stands_with_what_it_changes():
+    """Read from the files themselves, in which each part has one seed."""
+    v3 = json.loads((ROOT / "results/experiments/ladder/v3-1337.json").read_text(encoding="utf-8"))["summary"]
+    for path in (ROOT / "results" / "experiments" / "recipe_parts").glob("*.json"):
+        result = json.loads(path.read_text(encoding="utf-8"))
+        bpb = result["summary"]["val_bpb"]
+        assert f"| {result['run']} | {bpb:.4f} | {bpb - v3['val_bpb']:+.4f} |" in RESULTS
+
+
+def test_a_missing_mixture_is_named(tmp_path, monkeypatch):
+    """As after `mixture.py` without the second network."""
+    (tmp_path / "adaptive.json").write_text('{"runs": [{"run": "results/best"}]}', encoding="utf-8")
+    monkeypatch.setattr(best, "LEARNING", tmp_path / "adaptive.json")
+    with pytest.raises(ValueError, match=r"no row 'both'; train .* best, then run python .*mixture.py --dynamic 2e-4"):
+        best.adapted_word_perplexities()
+
+
 def test_the_best_runs_are_ranked_among_what_was_published():
     """Read from the files themselves: the worst row comes first."""
-    best = json.loads((ROOT / "results/experiments/best/v4-two-hours-1337.json").read_text(encoding="utf-8"))
+    first = json.loads((ROOT / "results/experiments/best/v4-two-hours-1337.json").read_text(encoding="utf-8"))
     mixture = json.loads((ROOT / "results" / "benchmarks" / "mixture.json").read_text(encoding="utf-8"))["runs"]
     mixture = {one["run"]: one for one in mixture}
     sliding, both = mixture["results/best, windows slide by 64"], mixture["both, windows slide by 64"]
-    test = {best["summary"]["test_word_ppl"], best["measured"]["test_sliding"]["word_ppl"],
+    test = {first["summary"]["test_word_ppl"], first["measured"]["test_sliding"]["word_ppl"],
             sliding["test_mixed_word_ppl"], both["test_network_word_ppl"], both["test_mixed_word_ppl"]}  # fmt: skip
     rows = re.search(r"<!-- two_hours_best -->\n(.*?)<!--", README, re.S)[1].splitlines()
     last = [row.split("|")[3].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
@@ -119,7 +153,7 @@ def test_the_best_runs_are_ranked_among_what_was_published():
     adaptive = [row.split("|")[2].strip() for row in rows if re.match(r"\| (?!model|---)", row)]
     learning = json.loads((ROOT / "results" / "benchmarks" / "adaptive.json").read_text(encoding="utf-8"))["runs"]
     learning = {one["run"]: one for one in learning}
-    adapted = {best["measured"]["test_dynamic_eval"]["word_ppl"], learning["results/best"]["test_mixed_word_ppl"],
+    adapted = {first["measured"]["test_dynamic_eval"]["word_ppl"], learning["results/best"]["test_mixed_word_ppl"],
                learning["both"]["test_network_word_ppl"], learning["both"]["test_mixed_word_ppl"]}  # fmt: skip
     assert {cell.strip("*") for cell in adaptive if "*" in cell} == {f"{ppl:.1f}" for ppl in adapted}
     assert len(adaptive) == 9 and adaptive == sorted(adaptive, key=lambda cell: -float(cell.strip("*")))
