@@ -161,6 +161,19 @@ def dropouts():
             for readings in READINGS for p in DROPOUTS]  # fmt: skip
 
 
+MOMENTA, BATCHES = (0.7, 0.85, 0.95), {8: 1280, 32: 320}  # windows per step: steps
+
+
+def momenta():
+    """A small v4 with several values of Muon's momentum, each at three rates, with small and with large batches of the
+    same text."""
+    small = {**ROPE, **SMALLER, "EXTRAPOLATION": "1,"}
+    return [Run(f"{windows} windows, momentum {m:g}, rate {rate:g}", V4,
+                {**small, "BATCH_SIZE": windows, "MICRO_BATCH_SIZE": windows, "MAX_STEPS": steps,
+                 "WARMUP_STEPS": steps // 25, "MOMENTUM": m, "LEARNING_RATE": rate})
+            for windows, steps in BATCHES.items() for m in MOMENTA for rate in (0.015, 0.03, 0.06)]  # fmt: skip
+
+
 def shapes():
     """v3 with several depths and widths; the extremes also at other rates."""
     runs = [Run(f"{n} × 256", "v3", {} if n == 4 else {"N_LAYER": n}) for n in (1, 2, 4, 8)]
@@ -244,6 +257,10 @@ EXPERIMENTS = {
     ),
     "dropout": Experiment(
         "From how many readings of a text on does dropout pay?", dropouts(), columns=("val_bpb", "best_step", "steps"),
+        search=True,
+    ),
+    "momentum": Experiment(
+        "Which momentum suits Muon, with small and with large batches?", momenta(), columns=("val_bpb", "steps"),
         search=True,
     ),
     "additions": Experiment(
