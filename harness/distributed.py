@@ -88,8 +88,14 @@ def processes(rung):
     _wait_no_longer_than(FIRST_STEP)
     _decide_for_all(rung)
     with open(os.devnull, "w") as nowhere, contextlib.redirect_stdout(nowhere if rank() else sys.stdout):
-        yield
-    dist.destroy_process_group()  # not after an error: it would wait for processes that may be gone
+        try:
+            yield
+        except SystemExit:  # after a signal, all of them stop at the same step
+            dist.destroy_process_group()
+            raise
+    # Without this, threads of gloo might still hold tensors while Python ends, and crash the process. An error ends the
+    # process without it, since it waits for the others, which may be gone.
+    dist.destroy_process_group()
 
 
 def _decide_for_all(rung):
