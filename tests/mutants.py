@@ -536,6 +536,8 @@ FAULTS = [
      "streams"),
     (DISTRIBUTED, "bfloat16 is never used", 'enabled=resolve_dtype(device, dtype) == "bfloat16"', "enabled=False",
      "bfloat16"),
+    (DISTRIBUTED, "stopped processes stay connected", "            dist.destroy_process_group()\n            raise",
+     "            raise", "whole"),
     (DISTRIBUTED, "processes keep their gradients",
      "return nn.parallel.DistributedDataParallel(model) if whole else model", "return model",
      "two_processes"),
