@@ -7,7 +7,7 @@ from harness.errors import FileError, UserError
 from harness.pictures import BARS, STYLE, curve, seeds
 from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
-from results.plan import DROPOUTS, EXPERIMENTS, READINGS, ROOT, VOCABULARIES
+from results.plan import DROPOUTS, EQUAL_SECONDS, EXPERIMENTS, READINGS, ROOT, VOCABULARIES
 from results.store import results_of
 from results.tables import PLACES, TRAINED, at_best_rate, n_gram
 
@@ -127,9 +127,9 @@ def by_place(measured):
 def plot_vocabulary(plt):
     """v2 and v4 with each vocabulary, after as much text and after as much time."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-    results = results_of("vocabulary")
+    results, limit_s = results_of("vocabulary"), f"{EQUAL_SECONDS} s"
     for ax, rung in zip(axes, ("v2", "v4")):
-        for k, (limit, label) in enumerate({"18.6 MB": "18.6 MB of text", "300 s": "300 s on two cores"}.items()):
+        for k, (limit, label) in enumerate({"18.6 MB": "18.6 MB of text", limit_s: f"{limit_s} on two cores"}.items()):
             values = {size: bpb_of(results[name]) for size in VOCABULARIES
                       if (name := f"{rung}, {limit}, {size:,}") in results}  # fmt: skip
             seeds(ax, list(values), list(values.values()), label=f"after {label}", **curve(k))
@@ -138,9 +138,8 @@ def plot_vocabulary(plt):
         ax.minorticks_off()
     axes[0].set_ylabel("validation bits per byte (lower is better)")
     figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    note(figure, "mean of the seeds, bars: lowest to highest; the panels have scales of their own\n300 s: how many "
-                 "steps two Zen 3 cores make was found by one trial of each model; an error of a tenth moves a point "
-                 "by about 0.02, so the zigzag of v2 says little")  # fmt: skip
+    note(figure, "mean of the seeds, bars: lowest to highest; the panels have scales of their own\n"
+                 "seconds of training on two idle Zen 5 cores, evaluations aside")  # fmt: skip
     return figure
 
 

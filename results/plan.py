@@ -53,8 +53,8 @@ class Experiment:
 ALIBI, ROPE = {"POSITION": "alibi"}, {"POSITION": "rope"}
 VOCABULARIES = (500, 1000, 2000, 4096, 8192, 16384)
 LADDER_MB = 18.57  # megabytes of text that every rung sees by default
-# How many steps two Zen 3 cores make in five minutes with each of VOCABULARIES, by one trial of each
-STEPS_IN_300_S = {"v2": (4059, 3774, 2638, 1812, 867, 488), V4: (336, 331, 321, 276, 204, 150)}
+EQUAL_SECONDS = 120  # of training, evaluations aside, for which vocabularies are compared
+V3_SECONDS = 279  # in which v3 trains by default on two idle cores
 SMALLER = {"N_LAYER": 2, "N_EMBD": 128}
 
 
@@ -133,8 +133,8 @@ def vocabularies():
         for size in VOCABULARIES:
             more = {"vocab_size": size, "megabytes": LADDER_MB} if size != 4096 else {}
             runs.append(Run(f"{title}, 18.6 MB, {size:,}", rung, constants, **more))
-        for size, steps in zip(VOCABULARIES, STEPS_IN_300_S[rung]):
-            runs.append(Run(f"{title}, 300 s, {size:,}", rung, constants | {"MAX_STEPS": steps}, vocab_size=size))
+            runs.append(Run(f"{title}, {EQUAL_SECONDS} s, {size:,}", rung, constants, seconds=EQUAL_SECONDS,
+                            vocab_size=size))  # fmt: skip
     return runs
 
 
@@ -175,13 +175,14 @@ def momenta():
 
 
 def shapes():
-    """v3 with several depths and widths; the extremes also at other rates."""
+    """v3 with several depths and widths; the extremes also at other rates, and depths for equal seconds."""
     runs = [Run(f"{n} × 256", "v3", {} if n == 4 else {"N_LAYER": n}) for n in (1, 2, 4, 8)]
     runs += [Run(f"4 × {width}", "v3", {"N_EMBD": width}) for width in (128, 384)]
     for name, shape in {"1 × 256": {"N_LAYER": 1}, "8 × 256": {"N_LAYER": 8}, "4 × 128": {"N_EMBD": 128},
                         "4 × 384": {"N_EMBD": 384}}.items():  # fmt: skip
         runs += [Run(f"{name}, rate {rate:g}", "v3", shape | {"LEARNING_RATE": rate})
                  for rate in (RATE / 1.4, 1.4 * RATE)]  # fmt: skip
+    runs += [Run(f"{n} × 256, as long as 4 × 256", "v3", {"N_LAYER": n}, seconds=V3_SECONDS) for n in (1, 2, 8)]
     return runs
 
 

@@ -6,7 +6,7 @@ from statistics import mean
 from benchmarks.tables import table
 from results import continued, course, step_time
 from results.best import ADAPTIVE, LITERATURE, adapted_word_perplexities, best_run, word_perplexities
-from results.plan import DROPOUTS, EXPERIMENTS, READINGS, ROOT, VOCABULARIES, Run
+from results.plan import BATCHES, DROPOUTS, EQUAL_SECONDS, EXPERIMENTS, MOMENTA, READINGS, ROOT, VOCABULARIES, Run
 from results.store import mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
@@ -126,17 +126,19 @@ def recipe_parts():
 
 
 def shape():
-    """By depth, then by width; the other rates beside the usual one."""
+    """By depth, then by width, at equal text; the other rates, and equal seconds, beside the usual ones."""
     of_all, rows = results_of("shape"), []
     for name, results in of_all.items():
-        if ", rate" in name:
+        if ", " in name:
             continue
         others = [f"{other.partition('rate ')[2]}: {mean_of(of_all[other], 'val_bpb'):.4f}"
                   for other in of_all if other.startswith(f"{name}, rate")]  # fmt: skip
-        summary = results[0]["summary"]
-        rows.append([name, f"{summary['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
-                     "; ".join(others) or "–", f"{mean_of(results, 'val_word_ppl'):,.0f}"])  # fmt: skip
-    return table(["v3, layers × width", "parameters", "val bpb", "at other rates", "val word ppl"], rows)
+        as_long = results if name == "4 × 256" else of_all.get(f"{name}, as long as 4 × 256")
+        time = f"{spread_of(as_long, 'val_bpb')}; {as_long[0]['summary']['epochs']:.2f}" if as_long else "–"
+        rows.append([name, f"{results[0]['summary']['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
+                     "; ".join(others) or "–", time])  # fmt: skip
+    return table(["v3, layers × width", "parameters", "val bpb at equal text", "at other rates",
+                  "val bpb at equal seconds; readings"], rows)  # fmt: skip
 
 
 TRAINED = {"v3": "v3's block, AdamW", "AdamW": "v4's block, AdamW", "Muon": "v4's block, Muon"}
@@ -205,7 +207,7 @@ def positions_all():
 def vocabulary():
     """Each vocabulary with v2 and v4, with the best of each column in bold."""
     runs = results_of("vocabulary")
-    columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", "300 s")]
+    columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", f"{EQUAL_SECONDS} s")]
     best = [min((name for name in runs if name.startswith(column)), key=lambda name: mean_of(runs[name], "val_bpb"),
                 default=None) for column in columns]  # fmt: skip
     rows = []
@@ -228,6 +230,21 @@ def dropout():
         rows.append([readings, *cells, *(spread_of(of_p, "val_bpb").partition(" ")[0] for of_p in results)])
     head = [f"{when}, dropout {p:g}" for when in ("at the end", "lowest") for p in DROPOUTS]
     return table(["times that the text is read", *head], rows, left=())
+
+
+def momentum():
+    """Each momentum at each rate, with small and with large batches, the best of each size in bold."""
+    of_all, rows = results_of("momentum"), []
+    rates = dict.fromkeys(name.rpartition("rate ")[2] for name in of_all)
+    for windows, steps in BATCHES.items():
+        of_size = [name for name in of_all if name.startswith(f"{windows} windows") and of_all[name]]
+        best = min(of_size, key=lambda name: mean_of(of_all[name], "val_bpb"), default=None)
+        for m in MOMENTA:
+            names = [f"{windows} windows, momentum {m:g}, rate {rate}" for rate in rates]
+            cells = [spread_of(of_all[name], "val_bpb") if of_all.get(name) else "–" for name in names]
+            cells = [f"**{cell}**" if name == best else cell for name, cell in zip(names, cells)]
+            rows.append([windows, f"{steps:,}", f"{m:g}", *cells])
+    return table(["windows per step", "steps", "momentum", *(f"rate {rate}" for rate in rates)], rows, left=())
 
 
 def metrics():
@@ -303,8 +320,8 @@ def benchmark(name):
 
 TABLES = {make.__name__: make for make in (
     ladder, step_times, counting, closed_form, memory, recipe, recipe_search, recipe_parts, shape, v3_to_v4,
-    v3_to_v4_rates, positions, positions_all, vocabulary, dropout, metrics, temperature, two_hours, two_hours_best,
-    adaptive, dynamic_eval,
+    v3_to_v4_rates, positions, positions_all, vocabulary, dropout, momentum, metrics, temperature, two_hours,
+    two_hours_best, adaptive, dynamic_eval,
 )}  # fmt: skip
 TABLES["continued"] = continued.page
 TABLES |= course.TABLES
