@@ -2,7 +2,8 @@
 
     python benchmarks/mixture.py                    the rungs that runs/ has, and the best runs; results go to
                                                     results/benchmarks/
-    python benchmarks/mixture.py --dynamic 2e-4     the best runs, which keep learning while they read; kept, too
+    python benchmarks/mixture.py --dynamic 1e-4,2e-4,4e-4
+                                                    the best runs, which keep learning while they read; kept, too
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
     python benchmarks/mixture.py runs/v3 runs/mine --together    both networks and the n-gram model in one mixture
 
@@ -12,10 +13,12 @@ networks' logits are first divided by a temperature: a network that has read its
 2017, arXiv:1706.04599). All these numbers are chosen on the validation split. The mixture is a static model like its
 parts: each gives a token its probability before it is read. Windows are side by side or, with --stride N, begin every N
 tokens. With --dynamic RATE the networks keep learning from what they have read (results/measures.py); then the mixture
-is not static either, but still gives every token its probability before it reads it.
+is not static either, but still gives every token its probability before it reads it. Of several rates each network gets
+one: all combinations are tried on the first 32,768 tokens of the validation split.
 """
 
 import argparse
+import itertools
 import math
 import sys
 from pathlib import Path
@@ -33,7 +36,7 @@ from data import load_tokens  # noqa: E402
 from harness.errors import UserError  # noqa: E402
 from harness.models import find_model, read_model  # noqa: E402
 from results.best import ADDITIONS, BOTH, SLIDING, best_folder  # noqa: E402
-from results.measures import gradient_sizes, learning_probabilities  # noqa: E402
+from results.measures import WINDOW_TOKENS, first_part, gradient_sizes, learning_probabilities  # noqa: E402
 from results.pages import RUNS  # noqa: E402
 from results.runner import rung_of  # noqa: E402
 
@@ -83,6 +86,20 @@ def best_mixture(tempered, counted):
     return t, weights[t]
 
 
+def choose_rates(models, sizes, rates, part, counted):
+    """(the rates of `models`, {all rates that were tried, as text: bits per byte}) with which the mixture is best on
+    the text `part` (Tokens). `sizes`: the gradient sizes of each model; `counted`: (n - 1,)."""
+    learned = [{rate: learning_probabilities(model, part.ids, rate, of_model, temperatures=TEMPERATURES)
+                for rate in rates} for model, of_model in zip(models, sizes)]  # fmt: skip
+    tried = {}
+    for chosen in itertools.product(rates, repeat=len(models)):
+        tempered = dict(zip(TEMPERATURES, np.stack([of[rate] for of, rate in zip(learned, chosen)], 1)))
+        t, weights = best_mixture(tempered, counted)
+        bits = -np.log2(weights @ np.stack([*tempered[t], counted])).sum()
+        tried[chosen] = bits / part.n_bytes
+    return min(tried, key=tried.get), {", ".join(f"{rate:g}" for rate in chosen): bpb for chosen, bpb in tried.items()}
+
+
 def read(folder):
     """(hyperparameters, model, tokenizer) of the run in `folder`."""
     saved, _ = read_model(find_model([folder]))
@@ -90,22 +107,26 @@ def read(folder):
         return saved["hyperparameters"], *harness.load(folder)
 
 
-def measure(folders, order, stride, rate=None, known=None):
+def measure(folders, order, stride, rates=(), known=None):
     """{"temperature", "weights" of the networks and of the n-gram model, and for each split the bits per byte and the
     word perplexity of the network or of the mixture of several networks, also at that temperature, of the n-gram model,
-    and of the mixture of all}. With a `rate` the networks keep learning. `known` keeps the probabilities of networks
-    for other mixtures."""
+    and of the mixture of all}. With `rates` the networks keep learning, each with one of them, and {"rates", "tried"}
+    are in the result, too. `known` keeps the probabilities of networks for other mixtures."""
     constants, models, tokenizers = zip(*map(read, folders))
     tokens, metrics = load_tokens(constants[0]["VOCABULARY"], constants[0]["DATA"]), {}
     for folder, tokenizer in zip(folders, tokenizers):
         if tokens["train"].fingerprint != tokenizer.fingerprint:
             raise UserError(f"the text in {constants[0]['DATA']} does not have the vocabulary of the model in "
                             f"{folder}; prepare it again with the model's vocabulary")  # fmt: skip
-    sizes = [gradient_sizes(model, tokens["train"]) for model in models if rate is not None]
     n_gram, temperatures = KneserNey(tokens["train"].ids.numpy(), tokenizer.vocab_size, order), (1.0, *TEMPERATURES)
+    sizes, chosen = [gradient_sizes(model, tokens["train"]) for model in models if rates], [None] * len(models)
+    if rates:
+        part = first_part(tokens["val"], tokenizer, WINDOW_TOKENS // 2)
+        chosen, tried = choose_rates(models, sizes, rates, part, n_gram.probabilities(part.ids.numpy())[1:])
+        metrics |= {"rates": list(chosen), "tried": tried}
     for split in ("val", "test"):
         of, found, known = tokens[split], [], {} if known is None else known
-        for k, (folder, model) in enumerate(zip(folders, models)):
+        for k, (folder, model, rate) in enumerate(zip(folders, models, chosen)):
             key = str(folder), split, stride, rate
             if key not in known and rate is None:
                 known[key] = network_probabilities(model, of.ids, stride, temperatures)
@@ -142,10 +163,10 @@ def report(results):
 
 def usual_rows(dynamic=False):
     """{name of a row: (folders of its networks, stride)}: the rungs, the best runs, and both of these together; if the
-    networks keep learning, only the best runs."""
+    networks keep learning, only the best run and both."""
     best, second = BEST, best_folder(ADDITIONS)
     if dynamic:
-        rows = {"results/best": ([best], None), ADDITIONS: ([second], None), "both": ([best, second], None)}
+        rows = {"results/best": ([best], None), "both": ([best, second], None)}
     else:
         rows = {run: ([ROOT / "runs" / run], None) for run in RUNS}
         rows |= {"results/best": ([best], None), f"results/best{SLIDING}": ([best], 64), ADDITIONS: ([second], None),
@@ -164,25 +185,29 @@ def main():
     parser.add_argument("--together", action="store_true", help="mix all RUNs with each other, too")
     parser.add_argument("--order", type=int, default=6, metavar="N", help="longest n-gram (default: 6)")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens from one window to the next")
-    parser.add_argument("--dynamic", type=float, metavar="RATE", help="let the networks learn after every 64 tokens")
+    parser.add_argument("--dynamic", metavar="RATE", help="let the networks learn after every 64 tokens, at this rate "
+                                                          "or the best of several, such as 1e-4,2e-4")
     args = parser.parse_args()
     if not 1 <= args.order <= 20 or args.stride is not None and args.stride < 1:
         raise UserError("--order must be from 1 to 20, and --stride at least 1")
-    if args.dynamic is not None and (not 0 <= args.dynamic < math.inf or args.stride is not None):
-        raise UserError("--dynamic takes a rate of at least 0, without --stride")
+    try:
+        rates = tuple(map(float, args.dynamic.split(","))) if args.dynamic is not None else ()
+    except ValueError:
+        rates = (math.nan,)
+    if not all(0 <= rate < math.inf for rate in rates) or rates and args.stride is not None:
+        raise UserError("--dynamic takes a rate of at least 0, or several with commas between them, without --stride")
     if not args.runs and (args.stride, args.together) != (None, False):
         raise UserError("--stride and --together are for runs that you name")
     groups = [args.runs] if args.together else [[run] for run in args.runs]
-    rows = {" + ".join(group): (group, args.stride) for group in groups} or usual_rows(args.dynamic is not None)
+    rows = {" + ".join(group): (group, args.stride) for group in groups} or usual_rows(bool(rates))
     results, known = [], {}
     for run, (folders, stride) in rows.items():
-        results.append(measure(folders, args.order, stride, args.dynamic, known) | {"run": run})
+        results.append(measure(folders, args.order, stride, rates, known) | {"run": run})
         harness.say(report(results[-1:]).splitlines()[-1])
     text = report(results)
     print(text, end="")
     if not args.runs and args.order == 6:
-        kept = {"machine": machine()} | ({} if args.dynamic is None else {"rate": args.dynamic})
-        keep("mixture" if args.dynamic is None else "adaptive", kept | {"runs": results}, text)
+        keep("adaptive" if rates else "mixture", {"machine": machine(), "runs": results}, text)
 
 
 if __name__ == "__main__":

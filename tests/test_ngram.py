@@ -1,5 +1,6 @@
 """The n-gram model against its definition, written out with dictionaries, and against published numbers."""
 
+import itertools
 import json
 import math
 import sys
@@ -169,7 +170,8 @@ def test_the_mixture_of_a_run(load, monkeypatch):
     assert sum(one["weights"]) == pytest.approx(1) and one["temperature"] in mixture.TEMPERATURES
     assert one["val_tempered_bpb"] != one["val_network_bpb"] or one["temperature"] == 1
     assert mixture.report([one]).count("\n") == 3
-    learning = mixture.measure([module.OUT_DIR], 3, None, 1e-4)
+    learning = mixture.measure([module.OUT_DIR], 3, None, (1e-4,))
+    assert learning["rates"] == [1e-4] and list(learning["tried"]) == ["0.0001"]
     sizes = measures.gradient_sizes(model, tokens["train"])
     for split in ("val", "test"):
         found = measures.dynamic_eval(model, tokens[split], 1e-4, sizes)["bpb"]
@@ -202,6 +204,30 @@ def test_a_mixture_of_two_networks(load):
     p = np.array(both["weights"]) @ np.stack([*parts, counted.probabilities(ids.numpy())[1:]])
     bits = -np.log2(p).sum() / first.load_tokens(first.VOCABULARY)["test"].n_bytes
     assert both["test_mixed_bpb"] == pytest.approx(bits)
+
+
+def test_each_network_learns_at_the_rate_that_is_best_for_the_mixture(load):
+    """The one that brute force finds on the first part of the validation split: a far too high rate for one network,
+    none for the other."""
+    modules = [load(name, MAX_STEPS=40, EVAL_INTERVAL=40, LEARNING_RATE=3e-3) for name in ("v2", "v1")]
+    for module in modules:
+        module.main()
+    models, tokens = [harness.load(module.OUT_DIR)[0] for module in modules], module.load_tokens(module.VOCABULARY)
+    sizes = [measures.gradient_sizes(model, tokens["train"]) for model in models]
+    sizes[1] = [1e-3 * size for size in sizes[1]]  # the second one needs a rate a thousand times lower
+    part = measures.first_part(tokens["val"], harness.load(modules[0].OUT_DIR)[1], 400)
+    counted = ngram.KneserNey(tokens["train"].ids.numpy(), 500, 3).probabilities(part.ids.numpy())[1:]
+    rates, found = (0.0, 1e-3), {}
+    for one, other in itertools.product(rates, rates):
+        p = [measures.learning_probabilities(model, part.ids, rate, of_model, temperatures=mixture.TEMPERATURES)
+             for model, rate, of_model in zip(models, (one, other), sizes)]  # fmt: skip
+        t, weights = mixture.best_mixture({t: np.stack(q) for t, *q in zip(mixture.TEMPERATURES, *p)}, counted)
+        k = mixture.TEMPERATURES.index(t)
+        found[one, other] = -np.log2(weights @ np.stack([p[0][k], p[1][k], counted])).sum() / part.n_bytes
+    chosen, tried = mixture.choose_rates(models, sizes, rates, part, counted)
+    assert list(tried) == ["0, 0", "0, 0.001", "0.001, 0", "0.001, 0.001"]
+    assert list(tried.values()) == pytest.approx(list(found.values())) and chosen == min(found, key=found.get)
+    assert chosen == (1e-3, 0.0)
 
 
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
@@ -240,12 +266,15 @@ def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, 
     mixture.main()
     assert made[-1][0] == words and len(kept) == 1
     places.append(other)
-    monkeypatch.setattr(sys, "argv", ["mixture.py", "--dynamic", "1e-4"])
+    monkeypatch.setattr(sys, "argv", ["mixture.py", "--dynamic", "1e-4,0"])
     mixture.main()
     name, results, _ = kept[1]
-    names = ["results/best", mixture.ADDITIONS, "both"]
-    assert (name, results["rate"]) == ("adaptive", 1e-4) and [one["run"] for one in results["runs"]] == names
-    assert [what[:4:3] for what in made[-3:]] == [([one], 1e-4), ([other], 1e-4), ([one, other], 1e-4)]
+    assert name == "adaptive" and [one["run"] for one in results["runs"]] == ["results/best", "both"]
+    assert [what[:4:3] for what in made[-2:]] == [([one], (1e-4, 0.0)), ([one, other], (1e-4, 0.0))]
+    for words in (["-1"], ["1e-4,,2"], ["often"], ["0", "--stride", "9"]):
+        monkeypatch.setattr(sys, "argv", ["mixture.py", "--dynamic", *words])
+        with pytest.raises(ValueError, match="--dynamic takes a rate of at least 0"):
+            mixture.main()
     for words in (["--stride", "8"], ["--together"]):
         monkeypatch.setattr(sys, "argv", ["mixture.py", *words])
         with pytest.raises(ValueError, match="are for runs that you name"):
