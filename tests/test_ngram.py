@@ -171,7 +171,8 @@ def test_the_mixture_of_a_run(load, monkeypatch):
     assert one["val_tempered_bpb"] != one["val_network_bpb"] or one["temperature"] == 1
     assert mixture.report([one]).count("\n") == 3
     learning = mixture.measure([module.OUT_DIR], 3, None, (1e-4,))
-    assert learning["rates"] == [1e-4] and list(learning["tried"]) == ["0.0001"]
+    assert learning["rates"] == [1e-4]
+    assert learning["tried"] == {"0.0001": pytest.approx(learning["val_mixed_bpb"], rel=5e-3)}  # val is one part
     sizes = measures.gradient_sizes(model, tokens["train"])
     for split in ("val", "test"):
         found = measures.dynamic_eval(model, tokens[split], 1e-4, sizes)["bpb"]
@@ -207,14 +208,13 @@ def test_a_mixture_of_two_networks(load):
 
 
 def test_each_network_learns_at_the_rate_that_is_best_for_the_mixture(load):
-    """The one that brute force finds on the first part of the validation split: a far too high rate for one network,
-    none for the other."""
+    """The combination that brute force finds: here the first network had better not learn, and the second had."""
     modules = [load(name, MAX_STEPS=40, EVAL_INTERVAL=40, LEARNING_RATE=3e-3) for name in ("v2", "v1")]
     for module in modules:
         module.main()
     models, tokens = [harness.load(module.OUT_DIR)[0] for module in modules], module.load_tokens(module.VOCABULARY)
     sizes = [measures.gradient_sizes(model, tokens["train"]) for model in models]
-    sizes[1] = [1e-3 * size for size in sizes[1]]  # the second one needs a rate a thousand times lower
+    sizes[1] = [1e-3 * size for size in sizes[1]]  # so it takes far larger steps at the same rate
     part = measures.first_part(tokens["val"], harness.load(modules[0].OUT_DIR)[1], 400)
     counted = ngram.KneserNey(tokens["train"].ids.numpy(), 500, 3).probabilities(part.ids.numpy())[1:]
     rates, found = (0.0, 1e-3), {}
@@ -227,7 +227,7 @@ def test_each_network_learns_at_the_rate_that_is_best_for_the_mixture(load):
     chosen, tried = mixture.choose_rates(models, sizes, rates, part, counted)
     assert list(tried) == ["0, 0", "0, 0.001", "0.001, 0", "0.001, 0.001"]
     assert list(tried.values()) == pytest.approx(list(found.values())) and chosen == min(found, key=found.get)
-    assert chosen == (1e-3, 0.0)
+    assert chosen == (0.0, 1e-3)
 
 
 def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, capsys):
