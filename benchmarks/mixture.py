@@ -2,8 +2,7 @@
 
     python benchmarks/mixture.py                    the rungs that runs/ has, and the best runs; results go to
                                                     results/benchmarks/
-    python benchmarks/mixture.py --dynamic 1e-4,2e-4,4e-4
-                                                    the best runs, which keep learning while they read; kept, too
+    python benchmarks/mixture.py --dynamic 2e-4     the best runs, which keep learning while they read; kept, too
     python benchmarks/mixture.py runs/v3 runs/mine  these runs; results are only printed
     python benchmarks/mixture.py runs/v3 runs/mine --together    both networks and the n-gram model in one mixture
 
@@ -13,8 +12,9 @@ networks' logits are first divided by a temperature: a network that has read its
 2017, arXiv:1706.04599). All these numbers are chosen on the validation split. The mixture is a static model like its
 parts: each gives a token its probability before it is read. Windows are side by side or, with --stride N, begin every N
 tokens. With --dynamic RATE the networks keep learning from what they have read (results/measures.py); then the mixture
-is not static either, but still gives every token its probability before it reads it. Of several rates each network gets
-one: all combinations are tried on the first 32,768 tokens of the validation split.
+is not static either, but still gives every token its probability before it reads it. Of several rates, such as
+--dynamic 1e-4,2e-4, each network gets one: all combinations are tried on the first 32,768 tokens of the validation
+split.
 """
 
 import argparse
@@ -163,10 +163,10 @@ def report(results):
 
 def usual_rows(dynamic=False):
     """{name of a row: (folders of its networks, stride)}: the rungs, the best runs, and both of these together; if the
-    networks keep learning, only the best run and both."""
+    networks keep learning, only the best runs."""
     best, second = BEST, best_folder(ADDITIONS)
     if dynamic:
-        rows = {"results/best": ([best], None), "both": ([best, second], None)}
+        rows = {"results/best": ([best], None), ADDITIONS: ([second], None), "both": ([best, second], None)}
     else:
         rows = {run: ([ROOT / "runs" / run], None) for run in RUNS}
         rows |= {"results/best": ([best], None), f"results/best{SLIDING}": ([best], 64), ADDITIONS: ([second], None),

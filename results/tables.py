@@ -133,7 +133,7 @@ def shape():
             continue
         others = [f"{other.partition('rate ')[2]}: {mean_of(of_all[other], 'val_bpb'):.4f}"
                   for other in of_all if other.startswith(f"{name}, rate")]  # fmt: skip
-        as_long = results if name == "4 × 256" else of_all.get(f"{name}, as long as 4 × 256")
+        as_long = results if name == "1 × 256" else of_all.get(f"{name}, as long as 1 × 256")
         time = f"{spread_of(as_long, 'val_bpb')}; {as_long[0]['summary']['epochs']:.2f}" if as_long else "–"
         rows.append([name, f"{results[0]['summary']['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
                      "; ".join(others) or "–", time])  # fmt: skip

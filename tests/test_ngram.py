@@ -269,8 +269,10 @@ def test_without_names_it_is_of_all_rungs_and_kept(load, tmp_path, monkeypatch, 
     monkeypatch.setattr(sys, "argv", ["mixture.py", "--dynamic", "1e-4,0"])
     mixture.main()
     name, results, _ = kept[1]
-    assert name == "adaptive" and [one["run"] for one in results["runs"]] == ["results/best", "both"]
-    assert [what[:4:3] for what in made[-2:]] == [([one], (1e-4, 0.0)), ([one, other], (1e-4, 0.0))]
+    assert name == "adaptive"
+    assert [one["run"] for one in results["runs"]] == ["results/best", mixture.ADDITIONS, "both"]
+    rates = (1e-4, 0.0)
+    assert [what[:4:3] for what in made[-3:]] == [([one], rates), ([other], rates), ([one, other], rates)]
     for words in (["-1"], ["1e-4,,2"], ["often"], ["0", "--stride", "9"]):
         monkeypatch.setattr(sys, "argv", ["mixture.py", "--dynamic", *words])
         with pytest.raises(ValueError, match="--dynamic takes a rate of at least 0"):
