@@ -9,7 +9,7 @@ from results import step_time
 from results.best import LITERATURE, best_run, word_perplexities
 from results.plan import DROPOUTS, EQUAL_SECONDS, EXPERIMENTS, READINGS, ROOT, VOCABULARIES
 from results.store import results_of
-from results.tables import PLACES, TRAINED, at_best_rate, n_gram
+from results.tables import PLACES, TRAINED, at_best_rate, lengths, n_gram
 
 
 def note(figure, text):
@@ -125,21 +125,25 @@ def by_place(measured):
 
 
 def plot_vocabulary(plt):
-    """v2 and v4 with each vocabulary, after as much text and after as much time."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 4.2))
-    results, limit_s = results_of("vocabulary"), f"{EQUAL_SECONDS} s"
-    for ax, rung in zip(axes, ("v2", "v4")):
-        for k, (limit, label) in enumerate({"18.6 MB": "18.6 MB of text", limit_s: f"{limit_s} on two cores"}.items()):
-            values = {size: bpb_of(results[name]) for size in VOCABULARIES
-                      if (name := f"{rung}, {limit}, {size:,}") in results}  # fmt: skip
-            seeds(ax, list(values), list(values.values()), label=f"after {label}", **curve(k))
-        ax.set(xscale="log", title=rung, xlabel="tokens in the vocabulary")
-        ax.set_xticks(VOCABULARIES, [f"{size:,}" for size in VOCABULARIES], fontsize=8)
+    """v2 and v4 with each vocabulary, in two lengths: over the time of training."""
+    figure, axes = plt.subplots(1, 2, figsize=(10, 4.4))
+    for ax, rung in zip(axes, EQUAL_SECONDS):
+        for k, size in enumerate(VOCABULARIES):
+            runs = sorted(lengths(rung, size).values(), key=lambda run: run[0])
+            seeds(ax, [time for time, _ in runs], [bpb_of(results) for _, results in runs], label=f"{size:,}",
+                  **curve(k))  # fmt: skip
+        low, high = ax.get_xlim()
+        ticks = [tick for tick in (50, 70, 100, 150, 200, 300, 400, 600) if 0.9 * low <= tick <= 1.1 * high]
+        ax.set(xscale="log", title=rung, xlabel="seconds of training on two Zen 5 cores")
+        ax.set_xticks(ticks, [f"{tick}" for tick in ticks])
         ax.minorticks_off()
+        ax.axvline(EQUAL_SECONDS[rung], color="grey", ls=":", lw=1.5)
     axes[0].set_ylabel("validation bits per byte (lower is better)")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside upper center", ncols=2)
-    note(figure, "mean of the seeds, bars: lowest to highest; the panels have scales of their own\n"
-                 "seconds of training on two idle Zen 5 cores, evaluations aside")  # fmt: skip
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, title="tokens in the vocabulary", loc="outside upper center", ncols=6)
+    note(figure, "mean of the seeds, bars: lowest to highest; one of the two runs of a curve read 18.6 MB of text\n"
+                 "the panels have scales of their own; time for evaluations does not count; dotted: where the table "
+                 "compares")  # fmt: skip
     return figure
 
 

@@ -1,5 +1,6 @@
 """The tables of README.md and results/README.md, each a function that returns Markdown."""
 
+import math
 import re
 from statistics import mean
 
@@ -204,18 +205,38 @@ def positions_all():
     return table(head, rows, left=(0, 1))
 
 
+def lengths(rung, size):
+    """{length: (seconds of training on the cores of step_time.json, results)} of both runs with a vocabulary."""
+    runs, of_all = {run.name: run for run in EXPERIMENTS["vocabulary"].runs}, results_of("vocabulary")
+    found = {}
+    for length in ("18.6 MB", "300 s"):
+        name = f"{rung}, {length}, {size:,}"
+        found[length] = of_all[name][0]["summary"]["steps"] * step_time.seconds_of(runs[name]), of_all[name]
+    return found
+
+
+def bpb_after(seconds, rung, size):
+    """Bits per byte after so many seconds: on the line through both runs, over the logarithm of the time."""
+    (t0, results0), (t1, results1) = lengths(rung, size).values()
+    share = math.log(seconds / t0) / math.log(t1 / t0)
+    return (1 - share) * mean_of(results0, "val_bpb") + share * mean_of(results1, "val_bpb")
+
+
 def vocabulary():
-    """Each vocabulary with v2 and v4, with the best of each column in bold."""
-    runs = results_of("vocabulary")
-    columns = [f"{rung}, {limit}" for rung in ("v2", "v4") for limit in ("18.6 MB", f"{EQUAL_SECONDS} s")]
-    best = [min((name for name in runs if name.startswith(column)), key=lambda name: mean_of(runs[name], "val_bpb"),
-                default=None) for column in columns]  # fmt: skip
+    """Each vocabulary with v2 and v4: both runs with their seconds, and equal seconds; the best of a rung in bold."""
     rows = []
-    for size in VOCABULARIES:
-        names = [f"{column}, {size:,}" for column in columns]
-        cells = [spread_of(runs[name], "val_bpb") if name in runs else "–" for name in names]
-        rows.append([f"{size:,}", *(f"**{cell}**" if name in best else cell for name, cell in zip(names, cells))])
-    return table(["vocabulary", *columns], rows)
+    for rung, seconds in EQUAL_SECONDS.items():
+        of_size = {size: [lengths(rung, size), bpb_after(seconds, rung, size)] for size in VOCABULARIES}
+        best_text = min(of_size, key=lambda size: mean_of(of_size[size][0]["18.6 MB"][1], "val_bpb"))
+        best_time = min(of_size, key=lambda size: of_size[size][1])
+        for size, (runs, after) in of_size.items():
+            cells = [(f"{time:.0f}", spread_of(results, "val_bpb")) for time, results in runs.values()]
+            text, time = cells[0][1], f"{after:.3f}"
+            rows.append([rung, f"{size:,}", cells[0][0], f"**{text}**" if size == best_text else text, *cells[1],
+                         f"**{time}**" if size == best_time else time])  # fmt: skip
+    equal = " or ".join(f"{seconds} s ({rung})" for rung, seconds in EQUAL_SECONDS.items())
+    return table(["rung", "vocabulary", "s for 18.6 MB", "val bpb", "s of the other run", "val bpb",
+                  f"after {equal}, about"], rows)  # fmt: skip
 
 
 def dropout():
@@ -235,7 +256,7 @@ def dropout():
 def momentum():
     """Each momentum at each rate, with small and with large batches, the best of each size in bold."""
     of_all, rows = results_of("momentum"), []
-    rates = dict.fromkeys(name.rpartition("rate ")[2] for name in of_all)
+    rates = sorted({name.rpartition("rate ")[2] for name in of_all}, key=float)
     for windows, steps in BATCHES.items():
         of_size = [name for name in of_all if name.startswith(f"{windows} windows") and of_all[name]]
         best = min(of_size, key=lambda name: mean_of(of_all[name], "val_bpb"), default=None)
