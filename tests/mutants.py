@@ -867,6 +867,12 @@ FAULTS = [
      "of[chosen[0]] for of in learned"),
     ("results/tables.py", "dropout is compared at the lowest value", 'ends = [[result["log"][-1]["val_bpb"]',
      'ends = [[result["summary"]["val_bpb"]'),
+    ("results/tables.py", "the line goes over the time itself", "math.log(seconds / t0) / math.log(t1 / t0)",
+     "(seconds - t0) / (t1 - t0)"),
+    ("results/tables.py", "one momentum of both sizes of batches is bold", 'if name.startswith(f"{windows} windows")',
+     "if True"),
+    ("results/tables.py", "depths at equal text stand at equal seconds", 'of_all.get(f"{name}, as long as 1 × 256")',
+     "results"),
     ("results/best.py", "a missing mixture is not noticed", "        if name not in rows:", "        if False:"),
     # data
     ("data/prepare.py", "the help of --dataset names another default", "{DATASETS[0]}), or any text data set",

@@ -3,6 +3,7 @@
 import functools
 import importlib
 import json
+import math
 import re
 import shlex
 import shutil
@@ -118,6 +119,79 @@ def test_dropout_is_compared_at_the_end_of_each_schedule():
             lowest.append(sum(map(min, logs)) / len(logs))
         assert [cell.strip("*").partition(" ")[0] for cell in cells] == [f"{x:.4f}" for x in (*means, *lowest)]
         assert [cell.startswith("**") for cell in cells[:3]] == [x == min(means) for x in means]
+
+
+def val_bpb_and_steps(pattern):
+    """(mean bits per byte, steps) of the files in results/experiments/ that match."""
+    found = [json.loads(path.read_text(encoding="utf-8"))["summary"]
+             for path in (ROOT / "results" / "experiments").glob(pattern)]  # fmt: skip
+    assert found
+    return sum(one["val_bpb"] for one in found) / len(found), found[0]["steps"]
+
+
+def test_vocabularies_are_compared_after_equal_seconds():
+    """Read from the files themselves: steps times the time of a step, and np.interp over the logarithm of the time.
+    The best is bold, of as much text and of as much time."""
+    times = json.loads((ROOT / "results/experiments/step_time.json").read_text(encoding="utf-8"))["seconds"]
+    rows = re.search(r"<!-- vocabulary -->\n(.*?)<!--", RESULTS, re.S)[1].splitlines()[2:]
+    rows = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows]
+    kinds = ("v2", "ladder/v2-*.json", 190, "v2{}"), ("v4", "ladder/v4-rope-*.json", 300, f"{V4}{{}} POSITION=rope")
+    for rung, same, seconds, key in kinds:
+        of_rung, texts, after = [row for row in rows if row[0] == rung], [], []
+        for _, size, *cells in of_rung:
+            number = size.replace(",", "")
+            step = times[key.format(f" VOCABULARY=bpe_vocab_{number}.json" if number != "4096" else "")]
+            file = f"vocabulary/{rung}-{{}}-{size.replace(',', '-')}-*.json"
+            runs = [val_bpb_and_steps(same if number == "4096" else file.format("18.6-mb")),
+                    val_bpb_and_steps(file.format("300-s"))]  # fmt: skip
+            shown = [text for bpb, steps in runs for text in (f"{steps * step:.0f}", f"{bpb:.4f}")]
+            assert [cell.strip("*").partition(" ")[0] for cell in cells[:4]] == shown
+            line = sorted((math.log(steps * step), bpb) for bpb, steps in runs)
+            assert line[0][0] - 0.05 < math.log(seconds) < line[1][0] + 0.05  # between the two runs
+            texts.append(runs[0][0])
+            slope = (line[1][1] - line[0][1]) / (line[1][0] - line[0][0])
+            after.append(line[0][1] + slope * (math.log(seconds) - line[0][0]))
+            assert cells[4].strip("*") == f"{after[-1]:.3f}"
+        assert [row[3].startswith("**") for row in of_rung] == [x == min(texts) for x in texts]
+        assert [row[6].startswith("**") for row in of_rung] == [x == min(after) for x in after]
+        assert len(of_rung) == 6
+
+
+def test_each_momentum_stands_with_all_its_rates():
+    """Read from the files themselves; the best of each size of batches is bold."""
+    rows = re.search(r"<!-- momentum -->\n(.*?)<!--", RESULTS, re.S)[1].splitlines()
+    rates = re.findall(r"rate ([\d.]+)", rows[0])
+    table = [[cell.strip() for cell in row.split("|")[1:-1]] for row in rows[2:]]
+    assert len(table) == 6 and rates == sorted(rates, key=float)
+    for windows in ("8", "32"):
+        of_size = [(m, cells) for size, _, m, *cells in table if size == windows]
+        means = {}
+        for m, cells in of_size:
+            for rate, cell in zip(rates, cells):
+                name = f"{windows}-windows-momentum-{m}-rate-{rate}-*.json"
+                made = list((ROOT / "results" / "experiments" / "momentum").glob(name))
+                assert bool(made) == (cell != "–")
+                if made:
+                    means[cell] = val_bpb_and_steps(f"momentum/{name}")[0]
+                    assert cell.strip("*").partition(" ")[0] == f"{means[cell]:.4f}"
+        assert [cell.startswith("**") for cell in means] == [x == min(means.values()) for x in means.values()]
+
+
+def test_depths_are_compared_after_equal_seconds_too():
+    """Read from the files themselves: one layer takes as long for the ladder's text as the others may take."""
+    times = json.loads((ROOT / "results/experiments/step_time.json").read_text(encoding="utf-8"))["seconds"]
+    rows = re.search(r"<!-- shape -->\n(.*?)<!--", RESULTS, re.S)[1].splitlines()[2:]
+    limit = val_bpb_and_steps("shape/1-*-256-1337.json")[1] * times["v3 N_LAYER=1"]
+    for row in rows:
+        name, *_, cell = (cell.strip() for cell in row.split("|")[1:-1])
+        layers, width = name.split(" × ")
+        file = f"shape/{layers}-*-256{'-as-long-*' if layers != '1' else ''}-1337.json"
+        if cell == "–":
+            assert width != "256" or not list((ROOT / "results" / "experiments").glob(file))
+            continue
+        bpb, steps = val_bpb_and_steps(file)
+        step = times[f"v3 N_LAYER={layers}" if layers != "4" else "v3"]
+        assert cell.partition(";")[0] == f"{bpb:.4f}" and steps * step == pytest.approx(limit, rel=0.01)
 
 
 def test_a_part_of_the_recipe_stands_with_what_it_changes():
