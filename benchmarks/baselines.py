@@ -52,22 +52,24 @@ OURS = ("--device=cpu --eval_iters=20 --log_interval=1 --gradient_accumulation_s
 NANO = {"nanoGPT, small": (SMALL, (1e-3, 2e-3, 4e-3)), "nanoGPT, v3's shape": (OURS, (1e-3, 2e-3, 4e-3))}
 TRIAL, WARM_UP = 40, 10  # steps
 SHOWN = ("v2", "v3", "v4, alibi", "v4, rope")  # rungs that the table has
-LOADING = 5  # seconds that word_language_model takes to read the text, which do not count
 
 
 def run_words(seconds, arguments):
-    """Run main.py of word_language_model for `seconds` of training, during which its rate falls to zero. Runs in a
-    separate process, in that folder."""
-    end = time.monotonic() + seconds + LOADING
+    """Run main.py of word_language_model for `seconds` of training, during which its rate falls to zero. They begin with
+    the first alarm after it has read the text. Runs in a separate process, in that folder."""
+    end = None
 
     def tick(number, frame):
         import torch  # main.py has done so
+
+        nonlocal end
 
         while frame and "train" not in frame.f_globals:  # the frame of main.py
             frame = frame.f_back
         program = frame.f_globals if frame else {}
         if "lr" not in program:
             return  # it has not begun to train
+        end = end or time.monotonic() + seconds
         left = (end - time.monotonic()) / seconds
         if left > 0:
             program["lr"] = program["args"].lr * min(1.0, left)
