@@ -55,8 +55,8 @@ SHOWN = ("v2", "v3", "v4, alibi", "v4, rope")  # rungs that the table has
 
 
 def run_words(seconds, arguments):
-    """Run main.py of word_language_model for `seconds` of training, during which its rate falls to zero. They begin with
-    the first alarm after it has read the text. Runs in a separate process, in that folder."""
+    """Run main.py of word_language_model for `seconds` of training, during which its rate falls to zero. They begin
+    with the first alarm after it has read the text. Runs in a separate process, in that folder."""
     end = None
 
     def tick(number, frame):

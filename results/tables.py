@@ -7,7 +7,8 @@ from statistics import mean
 from benchmarks.tables import table
 from results import continued, course, step_time
 from results.best import ADAPTIVE, LITERATURE, adapted_word_perplexities, best_run, word_perplexities
-from results.plan import BATCHES, DROPOUTS, EQUAL_SECONDS, EXPERIMENTS, MOMENTA, READINGS, ROOT, VOCABULARIES, Run
+from results.plan import (BATCHES, DROPOUTS, EQUAL_SECONDS, EXPERIMENTS, MOMENTA, ONE_LAYER_SECONDS, READINGS, ROOT,
+                          VOCABULARIES, Run)  # fmt: skip
 from results.store import mean_of, read_json, read_text, results_of, spread, spread_of
 
 BENCHMARKS = ROOT / "results" / "benchmarks"
@@ -139,7 +140,7 @@ def shape():
         rows.append([name, f"{results[0]['summary']['n_params'] / 1e6:.2f} M", spread_of(results, "val_bpb"),
                      "; ".join(others) or "–", time])  # fmt: skip
     return table(["v3, layers × width", "parameters", "val bpb at equal text", "at other rates",
-                  "val bpb at equal seconds; readings"], rows)  # fmt: skip
+                  f"val bpb after {ONE_LAYER_SECONDS} s; readings"], rows)  # fmt: skip
 
 
 TRAINED = {"v3": "v3's block, AdamW", "AdamW": "v4's block, AdamW", "Muon": "v4's block, Muon"}
