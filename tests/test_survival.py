@@ -42,6 +42,7 @@ import harness.signals
 from data import prepare
 from harness.resume import move_aside
 
+HANGS = 900  # seconds after which a child that does nothing counts as hanging; the slowest machines need a third
 STEPS = 60
 CONSTANTS = {
     "BATCH_SIZE": 4, "MICRO_BATCH_SIZE": 2, "BLOCK_SIZE": 16, "MAX_STEPS": STEPS, "EVAL_INTERVAL": 10, "PATIENCE": 100,
@@ -204,7 +205,7 @@ class Child:
         """Return when the child has printed `text` so many times."""
         started = time.monotonic()
         while self.out.count(text) < times:
-            if time.monotonic() - started > 300 or self.process.exitcode is not None:
+            if time.monotonic() - started > HANGS or self.process.exitcode is not None:
                 pytest.fail(f"the child never printed {text!r}: {self.finish()}")
             time.sleep(0.005)
 
@@ -217,7 +218,7 @@ class Child:
 
     def finish(self):
         """(exit code, what it printed, what it said of errors)."""
-        self.process.join(300)
+        self.process.join(HANGS)
         if self.process.exitcode is None:
             self.process.kill()
             pytest.fail(f"the child does not end: {self.out}")
