@@ -165,7 +165,7 @@ def dropouts():
 
 
 MOMENTA, BATCHES = (0.7, 0.85, 0.95), {8: 1280, 32: 320}  # windows per step: steps
-RATES = {(8, 0.95): (0.0075, 0.015, 0.03, 0.06)}  # of Muon, where the best of the usual three was the lowest
+RATES = {(8, 0.95): (0.0075, 0.015, 0.03, 0.06)}  # of Muon, where there are more than the usual three
 
 
 def momenta():
